@@ -1,0 +1,5 @@
+"""Packaging entry point; metadata and tool settings stand in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
