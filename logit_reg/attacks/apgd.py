@@ -1,0 +1,470 @@
+"""Auto-PGD: projected gradient ascent with momentum that halves its own step size."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.attacks.attack import (
+    AttackResult,
+    attack_inputs,
+    attack_loss,
+    batch_spec,
+    call_logits,
+    compiled,
+    example_noise,
+    is_fooled,
+    margin,
+    random_stream,
+)
+from logit_reg.attacks.standing import Standing, ranked_targets, take
+from logit_reg.threat import ThreatModel
+
+LOSSES = ("ce", "dlr")
+
+# Share of the new step; the rest repeats the last one.
+_STEP_SHARE = 0.75
+# The step size is halved unless the loss increased in more than this share of a period's steps.
+_INCREASING_SHARE = 0.75
+# Keeps 0 / 0 out of DLR, as published.
+_TINY = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class APGD:
+    """Auto-PGD on the cross-entropy or on the difference of logits ratio (DLR).
+
+    An image is left once it is fooled, at any iterate.
+
+    Source:
+        Croce and Hein 2020, arXiv:2003.01690, Algorithm 1, Eq. 6 (DLR), and its public code.
+        Deviations: whether the loss increased is decided in float64 on a quantity that grows
+        with it and does not round near ln K (the direction is that of the float32 loss, as
+        published); random numbers belong to each image.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    loss: str = "ce"
+    """"ce" (cross-entropy) or "dlr", which needs at least 3 classes."""
+    num_steps: int = 100
+    """Number of updates; the schedule of the step size depends on it."""
+    num_samples: int = 1
+    """Passes over which a gradient is averaged, above 1 for randomised networks only."""
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}.")
+        _check_counts(self, "num_steps", "num_samples")
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`.
+
+        Raises:
+            ValueError: if the loss is not defined for so few classes.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        standing = Standing(logits_fn, images, labels)
+        if self.loss == "dlr":
+            _check_num_classes("DLR", 3, standing)
+        self._ascent().run(
+            standing,
+            (logits_fn, gradient_logits_fn or logits_fn),
+            (images, labels, labels, indices),
+            stream=random_stream(seed, type(self).__name__, self.loss),
+            restart=restart,
+        )
+        return standing.result()
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        forwards, backwards = self._ascent().cost()
+        return forwards + 1, backwards
+
+    def start_gradient(self, logits_fn, images, labels, *, seed, indices=None) -> np.ndarray:
+        """The gradient of the loss at the random start, to see whether there is one.
+
+        Args:
+            logits_fn: images -> logits.
+            images: (N, H, W, C) float, pixel units.
+            labels: (N,) int.
+            seed: source of the random numbers.
+            indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+
+        Returns:
+            (N, H, W, C) float32.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        state, _ = self._ascent().begin(
+            (logits_fn, logits_fn),
+            (images, labels, labels, indices),
+            stream=random_stream(seed, type(self).__name__, self.loss),
+            restart=0,
+        )
+        return state[_GRADIENT]
+
+    def _ascent(self):
+        return _Ascent(self.threat, self.loss, self.num_steps, self.num_samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class APGDTargeted:
+    """Auto-PGD on the targeted DLR, one target class after the other.
+
+    Targets are the wrong classes with the largest clean logits. Needs at least 4 classes.
+
+    Source:
+        APGD-T of AutoAttack: Croce and Hein 2020, arXiv:2003.01690, Eq. 7, and its public code.
+        Deviations as for `APGD`.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    num_targets: int = 9
+    """Number of target classes, cut to the number of wrong classes."""
+    num_steps: int = 100
+    """Number of updates for each target."""
+    num_samples: int = 1
+    """Passes over which a gradient is averaged, above 1 for randomised networks only."""
+
+    def __post_init__(self):
+        _check_counts(self, "num_targets", "num_steps", "num_samples")
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`.
+
+        Raises:
+            ValueError: if there are fewer than 4 classes.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        standing = Standing(logits_fn, images, labels)
+        _check_num_classes("targeted DLR", 4, standing)
+        targets = ranked_targets(standing.clean_logits, labels, self.num_targets)
+        for rank in range(targets.shape[1]):
+            self._ascent().run(
+                standing,
+                (logits_fn, gradient_logits_fn or logits_fn),
+                (images, labels, targets[:, rank], indices),
+                stream=random_stream(seed, type(self).__name__, f"target {rank}"),
+                restart=restart,
+            )
+        return standing.result()
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        forwards, backwards = self._ascent().cost()
+        return forwards * self.num_targets + 1, backwards * self.num_targets
+
+    def _ascent(self):
+        return _Ascent(self.threat, "dlr-targeted", self.num_steps, self.num_samples)
+
+
+def periods(num_steps: int) -> Iterator[int]:
+    """Numbers of steps between two looks at the step size.
+
+    Args:
+        num_steps: N of the paper, at least 1.
+
+    Yields:
+        22, 19, 16, 13, 10, 7, 6, 6, 1 for 100 steps: the sum is `num_steps`.
+
+    Source:
+        Croce and Hein 2020, section 3.1, in the rounding of the public code.
+    """
+    length = max(int(0.22 * num_steps), 1)
+    shortest = max(int(0.06 * num_steps), 1)
+    decrease = max(int(0.03 * num_steps), 1)
+    left = num_steps
+    while left > 0:
+        yield min(length, left)
+        left -= length
+        length = max(length - decrease, shortest)
+
+
+# Place of the gradient in the state of `_Ascent`.
+_GRADIENT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ascent:
+    """One run of Algorithm 1 from one random start.
+
+    The state of an image between two periods: current, previous, gradient, best, best_gradient
+    (H, W, C); step_size, best_loss, last_loss and halved, numbers.
+    """
+
+    threat: ThreatModel
+    loss: str
+    num_steps: int
+    num_samples: int
+
+    def cost(self):
+        looks = (self.num_steps + 1) * self.num_samples
+        return looks, looks
+
+    def run(self, standing, functions, examples, *, stream, restart):
+        """Attack whoever stands; `examples` are images, labels, targets and indices of all."""
+        rows = standing.rows
+        if not len(rows):
+            return
+        examples = take(examples, rows)
+        # Another network's logits judge the iterates: one more forward each.
+        looks = self.num_samples + (functions[0] is not functions[1])
+        state, fooled = self.begin(functions, examples, stream=stream, restart=restart)
+        standing.count(len(rows), forwards=looks, backwards=self.num_samples)
+        candidates = state[0]
+        is_first = True
+        for steps in (*periods(self.num_steps), 0):
+            keep = standing.record(rows, candidates, fooled)
+            rows, examples, state = rows[keep], take(examples, keep), take(state, keep)
+            if not len(rows) or not steps:
+                return
+            *state, candidates, fooled = self._compiled_advance(functions, examples[0])(
+                *examples[:3], *state, steps, is_first
+            )
+            candidates, fooled = candidates.numpy(), fooled.numpy()
+            standing.count(len(rows), forwards=steps * looks, backwards=steps * self.num_samples)
+            is_first = False
+
+    def begin(self, functions, examples, *, stream, restart):
+        """The state at the random start, and who is fooled there."""
+        image = batch_spec(examples[0].shape[1:])
+        numbers, scalar = batch_spec((), tf.int64), tf.TensorSpec((), tf.int64)
+        signature = (image, numbers, numbers, numbers, scalar, scalar)
+        begin = compiled(self, "_begin", functions, signature)
+        *state, fooled = begin(*examples, stream, restart)
+        return [part.numpy() for part in state], fooled.numpy()
+
+    def _compiled_advance(self, functions, images):
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        losses = batch_spec((), tf.float64)
+        state = (*(image,) * 5, batch_spec(()), losses, losses, batch_spec((), tf.bool))
+        scalars = (tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.bool))
+        return compiled(self, "_advance", functions, (image, numbers, numbers, *state, *scalars))
+
+    def _begin(
+        self, logits_fn, gradient_logits_fn, images, labels, targets, indices, stream, restart
+    ):
+        distribution = "uniform" if self.threat.norm == "linf" else "normal"
+        draw = {"stream": stream, "indices": indices, "restart": restart}
+        noise = example_noise(distribution, images.shape[1:], **draw)
+        if self.threat.norm == "linf":
+            largest = tf.reduce_max(tf.abs(noise), axis=(1, 2, 3), keepdims=True)
+            direction = tf.math.divide_no_nan(noise, largest)
+        else:
+            direction = self.threat.ascent_direction(noise)
+        start = self.threat.project(images + self.threat.epsilon * direction, images)
+        logits, loss, gradient = self._look(logits_fn, gradient_logits_fn, start, labels, targets)
+        step_size = tf.fill((tf.shape(images)[0],), 2.0 * self.threat.epsilon)
+        # The public code compares the first loss of all with 0, not with that of the start.
+        last_loss = tf.fill(tf.shape(loss), _zero_loss(self.loss))
+        halved = tf.ones_like(labels, tf.bool)
+        state = (start, start, gradient, start, gradient, step_size, loss, last_loss, halved)
+        return (*state, is_fooled(logits, labels))
+
+    def _advance(
+        self,
+        logits_fn,
+        gradient_logits_fn,
+        images,
+        labels,
+        targets,
+        current,
+        previous,
+        gradient,
+        best,
+        best_gradient,
+        step_size,
+        best_loss,
+        last_loss,
+        halved,
+        num_steps,
+        is_first,
+    ):
+        """Take the steps of a period, then look at the step size."""
+        best_loss_before = best_loss
+        length = _per_image(step_size)
+
+        def body(
+            step,
+            current,
+            previous,
+            gradient,
+            best,
+            best_gradient,
+            best_loss,
+            last_loss,
+            increases,
+            candidates,
+            fooled,
+        ):
+            is_very_first = tf.logical_and(is_first, tf.equal(step, 0))
+            share = tf.where(is_very_first, 1.0, _STEP_SHARE)
+            stepped = current + length * self.threat.ascent_direction(gradient)
+            stepped = self.threat.project(stepped, images)
+            moved = current + share * (stepped - current) + (1 - share) * (current - previous)
+            previous, current = current, self.threat.project(moved, images)
+
+            logits, loss, gradient = self._look(
+                logits_fn, gradient_logits_fn, current, labels, targets
+            )
+            candidates = tf.where(_per_image(fooled), candidates, current)
+            fooled = tf.logical_or(fooled, is_fooled(logits, labels))
+            increases += tf.cast(loss > last_loss, tf.float32)
+            improved = loss > best_loss
+            return (
+                step + 1,
+                current,
+                previous,
+                gradient,
+                tf.where(_per_image(improved), current, best),
+                tf.where(_per_image(improved), gradient, best_gradient),
+                tf.where(improved, loss, best_loss),
+                loss,
+                increases,
+                candidates,
+                fooled,
+            )
+
+        (
+            _,
+            current,
+            previous,
+            gradient,
+            best,
+            best_gradient,
+            best_loss,
+            last_loss,
+            increases,
+            candidates,
+            fooled,
+        ) = tf.while_loop(
+            lambda step, *_: step < num_steps,
+            body,
+            (
+                tf.constant(0, tf.int64),
+                current,
+                previous,
+                gradient,
+                best,
+                best_gradient,
+                best_loss,
+                last_loss,
+                tf.zeros_like(step_size),
+                current,
+                tf.zeros_like(labels, tf.bool),
+            ),
+        )
+        oscillates = increases <= _INCREASING_SHARE * tf.cast(num_steps, tf.float32)
+        stuck = tf.logical_and(tf.logical_not(halved), best_loss <= best_loss_before)
+        halved = tf.logical_or(oscillates, stuck)
+        current = tf.where(_per_image(halved), best, current)
+        gradient = tf.where(_per_image(halved), best_gradient, gradient)
+        step_size = tf.where(halved, 0.5 * step_size, step_size)
+        state = (current, previous, gradient, best, best_gradient)
+        return (*state, step_size, best_loss, last_loss, halved, candidates, fooled)
+
+    def _look(self, logits_fn, gradient_logits_fn, points, labels, targets):
+        """Logits that judge, loss for the books and the gradient to go by (unscaled)."""
+        logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
+        if self.num_samples > 1:
+
+            def another(sample, _, total):
+                logits, gradient = self._logits_and_gradient(
+                    gradient_logits_fn, points, labels, targets
+                )
+                return sample + 1, logits, total + gradient
+
+            _, logits, gradient = tf.while_loop(
+                lambda sample, *_: sample < self.num_samples, another, (1, logits, gradient)
+            )
+        if gradient_logits_fn is not logits_fn:
+            logits = call_logits(logits_fn, points)
+        return logits, _rank_loss(self.loss, logits, labels, targets), gradient
+
+    def _logits_and_gradient(self, logits_fn, points, labels, targets):
+        # Only the images are watched: gradients of the weights would double the cost.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(points)
+            logits = call_logits(logits_fn, points)
+            if self.loss == "ce":
+                loss = attack_loss("xent", logits, labels)
+            else:
+                loss = _rank_loss(self.loss, logits, labels, targets)
+            loss = tf.reduce_sum(loss)
+        unconnected = tf.UnconnectedGradients.ZERO
+        return logits, tape.gradient(loss, points, unconnected_gradients=unconnected)
+
+
+def _rank_loss(loss, logits, labels, targets):
+    """A float64 number that orders iterates exactly as the loss does.
+
+    Cross-entropy is log(1 + exp(r)) with r = log sum_{j != y} exp(z_j - z_y): r does not round
+    near ln K, where float32 cross-entropy loses changes of the logits below 1e-6, nor near 0.
+    """
+    logits = tf.cast(logits, tf.float64)
+    if loss == "ce":
+        is_label = tf.one_hot(labels, tf.shape(logits)[1], True, False, dtype=bool)
+        differences = logits - tf.gather(logits, labels, batch_dims=1)[:, None]
+        return tf.reduce_logsumexp(
+            tf.where(is_label, tf.constant(-np.inf, tf.float64), differences), axis=-1
+        )
+    if loss == "dlr":
+        top = tf.math.top_k(logits, 3).values
+        return -margin(logits, labels) / (top[:, 0] - top[:, 2] + _TINY)
+    top = tf.math.top_k(logits, 4).values
+    difference = tf.gather(logits, targets, batch_dims=1) - tf.gather(logits, labels, batch_dims=1)
+    return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _TINY)
+
+
+def _zero_loss(loss):
+    """What `_rank_loss` is where the loss is 0."""
+    return tf.constant(-np.inf if loss == "ce" else 0.0, tf.float64)
+
+
+def _per_image(numbers):
+    """(N,) -> (N, 1, 1, 1)."""
+    return tf.reshape(numbers, (-1, 1, 1, 1))
+
+
+def _check_counts(attack, *names):
+    for name in names:
+        if getattr(attack, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {getattr(attack, name)}.")
+
+
+def _check_num_classes(loss, least, standing):
+    num_classes = standing.clean_logits.shape[1]
+    if num_classes < least:
+        raise ValueError(
+            f"{loss} needs at least {least} classes; got {num_classes}: use APGD with loss 'ce'."
+        )

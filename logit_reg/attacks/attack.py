@@ -1,0 +1,270 @@
+"""What all attacks share: the protocol, the result, losses, random numbers and compilation."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.threat import ThreatModel
+
+LogitsFn = Callable[[Any], Any]
+"""Images (N, H, W, C) in pixel units -> logits (N, K)."""
+
+LOSSES = ("xent", "cw")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackResult:
+    """What an attack found for N images."""
+
+    adversarial: np.ndarray
+    """(N, H, W, C) float32 pixel units: the first iterate that fools, else the last one."""
+    fooled: np.ndarray
+    """(N,) bool: misclassified at any iterate, decided in float32; a tie counts as fooled."""
+    last_iterate_fooled: np.ndarray
+    """(N,) bool: misclassified at the last iterate that the attack made, which is all that the
+    challenges' own code looks at."""
+    forwards: int
+    """Images sent forward through the network, padding not counted."""
+    backwards: int
+    """Images whose gradient was computed, padding not counted."""
+    stages: tuple = ()
+    """Of an attack that is a cascade: (name, (N,) bool still standing after it), in order."""
+
+
+class Attack(Protocol):
+    """A frozen dataclass of settings that can attack any `logits_fn`.
+
+    An example's random numbers depend on the seed, the attack, the restart and the example's
+    index in the data set only: never on the batch, its size or a shard.
+    """
+
+    threat: ThreatModel
+
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        images,
+        labels,
+        *,
+        seed: int,
+        indices=None,
+        restart: int = 0,
+        gradient_logits_fn: LogitsFn | None = None,
+    ) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+            images: (N, H, W, C) float, pixel units, within the threat model's bounds.
+            labels: (N,) int true classes.
+            seed: source of all random numbers.
+            indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+            restart: number of the restart, a further source of random numbers.
+            gradient_logits_fn: another version of the network (of lower precision, say) to take
+                directions from; success is always decided on `logits_fn`.
+
+        Returns:
+            An `AttackResult` for the N images.
+        """
+        ...
+
+    def __call__(self, logits_fn: LogitsFn, images, labels, *, seed: int):
+        """Return `run(...).adversarial` as a tensor."""
+        ...
+
+    def cost(self) -> tuple[int, int]:
+        """Return the most forwards and backwards that one image can take."""
+        ...
+
+
+def call_logits(logits_fn: LogitsFn, images):
+    """Logits in float32 at least, a Keras model in evaluation mode, whatever surrounds the call.
+
+    Args:
+        logits_fn: a Keras model or any other callable.
+        images: (N, H, W, C) float, pixel units.
+
+    Returns:
+        (N, K) float32 or float64.
+
+    Raises:
+        ValueError: if the result is not a matrix of at least two logits an image.
+    """
+    if isinstance(logits_fn, keras.Model):
+        logits = logits_fn(images, training=False)
+    else:
+        logits = logits_fn(images)
+    logits = tf.convert_to_tensor(logits)
+    if logits.shape.rank != 2 or (logits.shape[1] is not None and logits.shape[1] < 2):
+        raise ValueError(
+            f"logits_fn must return (N, K) logits with K >= 2; got shape {logits.shape}."
+        )
+    return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
+
+
+def margin(logits, labels):
+    """True logit minus the largest other logit: positive where the image is classified right.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) int.
+
+    Returns:
+        (N,) float.
+    """
+    logits = tf.convert_to_tensor(logits)
+    num_classes = logits.shape[-1] or tf.shape(logits)[-1]
+    is_label = tf.one_hot(labels, num_classes, True, False, dtype=bool)
+    true_logit = tf.reduce_sum(tf.where(is_label, logits, 0), axis=-1)
+    # Masked, where the challenges subtract 1e4: that fails on logits of such a size.
+    other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=-1)
+    return true_logit - other
+
+
+def is_fooled(logits, labels):
+    """Where the prediction is wrong: a tie, or a logit that is not a number, counts as wrong.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) int.
+
+    Returns:
+        (N,) bool.
+    """
+    return tf.logical_not(margin(logits, labels) > 0)
+
+
+def attack_loss(loss: str, logits, labels, confidence: float = 0.0):
+    """A loss that attackers ascend, per example.
+
+    Args:
+        loss: "xent", or "cw" for the margin of Carlini and Wagner.
+        logits: (N, K) float.
+        labels: (N,) int.
+        confidence: kappa of "cw": the loss is -relu(margin + kappa), so its gradient stops where
+            the example is misclassified by more than kappa.
+
+    Returns:
+        (N,) float.
+
+    Source:
+        The challenges' `pgd_attack.py` (confidence 50); Shafahi et al., Eq. 4 (confidence 0).
+    """
+    if loss == "xent":
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    if loss == "cw":
+        return -tf.nn.relu(margin(logits, labels) + confidence)
+    raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}.")
+
+
+def example_noise(distribution: str, shape, *, stream, indices, restart):
+    """Random numbers that belong to each example, whichever batch it is in.
+
+    Args:
+        distribution: "uniform" on [-1, 1), "unit" for uniform on [0, 1), or "normal".
+        shape: shape of one example's numbers.
+        stream: () int64 from `random_stream`.
+        indices: (N,) int64 places of the examples in their data set.
+        restart: () int64 number of the restart.
+
+    Returns:
+        (N, *shape) float32.
+    """
+
+    def draw(index):
+        seed = tf.random.experimental.stateless_fold_in(tf.stack([stream, index]), restart)
+        if distribution == "normal":
+            return tf.random.stateless_normal(shape, seed)
+        lower = -1.0 if distribution == "uniform" else 0.0
+        return tf.random.stateless_uniform(shape, seed, lower, 1.0)
+
+    signature = tf.TensorSpec(shape, tf.float32)
+    return tf.map_fn(draw, indices, fn_output_signature=signature, parallel_iterations=2)
+
+
+def random_stream(seed: int, *names: str) -> int:
+    """A 63-bit number for a seed and the names of those who draw from it."""
+    digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
+    """The traced form of `attack.method(*functions, *tensors)`: one trace for any batch size.
+
+    The attack's settings and the functions are baked in, and the trace is kept for as long as
+    the same ones come back.
+
+    Args:
+        attack: a frozen dataclass.
+        method: name of the method to trace.
+        functions: its leading arguments that are not tensors (`logits_fn`, ...).
+        signature: `tf.TensorSpec` of each tensor, the first axis of batches left free.
+
+    Returns:
+        A `tf.function` of the tensors; its `experimental_get_tracing_count()` stays 1.
+    """
+    bound = functools.partial(getattr(attack, method), *functions)
+    return tf.function(bound, input_signature=signature, autograph=False)
+
+
+def batch_spec(shape, dtype=tf.float32) -> tf.TensorSpec:
+    """The `tf.TensorSpec` of a batch of any size of items of this shape."""
+    return tf.TensorSpec((None, *shape), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """Plain predictions, compiled like an attack so that a network is traced for images once."""
+
+    def predict(self, logits_fn: LogitsFn, images) -> np.ndarray:
+        """Classes of a batch: (N, H, W, C) float, pixel units -> (N,) int64."""
+        signature = (batch_spec(images.shape[1:]),)
+        return compiled(self, "_predict", (logits_fn,), signature)(images).numpy()
+
+    def is_fooled(self, logits_fn: LogitsFn, images, labels) -> np.ndarray:
+        """Where a batch is misclassified, as attacks decide it: (N,) bool."""
+        signature = (batch_spec(images.shape[1:]), batch_spec((), tf.int64))
+        return compiled(self, "_is_fooled", (logits_fn,), signature)(images, labels).numpy()
+
+    def _predict(self, logits_fn, images):
+        return tf.argmax(call_logits(logits_fn, images), axis=-1)
+
+    def _is_fooled(self, logits_fn, images, labels):
+        return is_fooled(call_logits(logits_fn, images), labels)
+
+
+def attack_inputs(images, labels, indices):
+    """The three arrays of an attack as tensors, checked.
+
+    Args:
+        images: (N, H, W, C) float, pixel units.
+        labels: (N,) int.
+        indices: (N,) int or None for 0 ... N-1.
+
+    Returns:
+        images float32, labels int64 and indices int64.
+
+    Raises:
+        ValueError: if shapes or types do not fit together.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"images must be float (N, H, W, C) in pixel units; got {images.dtype} {images.shape}."
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be {images.shape[:1]} integers, one an image; "
+            f"got {labels.dtype} {labels.shape}."
+        )
+    indices = np.arange(len(images)) if indices is None else np.asarray(indices)
+    if indices.shape != labels.shape:
+        raise ValueError(f"indices must have shape {labels.shape}; got {indices.shape}.")
+    return images.astype(np.float32), labels.astype(np.int64), indices.astype(np.int64)

@@ -1,0 +1,211 @@
+"""AutoAttack: a fixed cascade of attacks, each on what the ones before leave standing."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from logit_reg.attacks.apgd import APGD, APGDTargeted
+from logit_reg.attacks.attack import Attack, AttackResult, attack_inputs
+from logit_reg.attacks.checks import (
+    Finding,
+    check_randomised,
+    check_square,
+    check_zero_gradients,
+    refuse_probabilities,
+    warn,
+)
+from logit_reg.attacks.fab import FAB, FABTargeted
+from logit_reg.attacks.restarts import Restarts
+from logit_reg.attacks.square import Square
+from logit_reg.attacks.standing import Standing, clean_logits
+from logit_reg.threat import ThreatModel
+
+VERSIONS = ("standard", "plus", "rand")
+
+_NUM_PASSES = 5
+_NUM_RESTARTS = 5
+_NUM_SAMPLES = 20
+_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAttack:
+    """The cascade whose worst case the field quotes.
+
+    "standard": APGD-CE, APGD-T, FAB-T, Square. "plus": APGD-CE and APGD-DLR with 5 restarts,
+    FAB with 5 restarts, Square, APGD-T, FAB-T. "rand", for randomised networks: APGD-CE and
+    APGD-DLR with gradients averaged over 20 passes. Signs that the figure cannot be trusted are
+    issued as `AttackWarning`s, each carrying a `Finding`.
+
+    Source:
+        Croce and Hein 2020, arXiv:2003.01690, and its public code (linf and l2). Deviations:
+        with fewer than 4 classes, attacks on losses that are not defined are left out; outputs
+        that are probabilities are refused; see also each attack.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    version: str = "standard"
+    """"standard", "plus" or "rand"."""
+    num_steps: int = 100
+    """Updates of each run of APGD and FAB."""
+    num_targets: int = 9
+    """Target classes of APGD-T and FAB-T, cut to the number of wrong classes."""
+    num_queries: int = 5000
+    """Queries of Square."""
+
+    def __post_init__(self):
+        if self.version not in VERSIONS:
+            raise ValueError(f"version must be one of {', '.join(VERSIONS)}; got {self.version!r}.")
+        self.attacks(num_classes=10)
+
+    def attacks(self, num_classes: int) -> dict[str, Attack]:
+        """The attacks of the cascade by name, in order.
+
+        Args:
+            num_classes: K, at least 2; what is not defined for so few classes is left out.
+        """
+        return {
+            name: attack
+            for name, attack in self._all_attacks().items()
+            if num_classes >= _LEAST_CLASSES.get(name, 2)
+        }
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`.
+
+        Returns:
+            An `AttackResult` with `stages`.
+
+        Raises:
+            ValueError: if `logits_fn` returns probabilities.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
+        standing = Standing(logits_fn, images, labels)
+        forwards, backwards = self._cost_of_checks()
+        standing.count(len(images), forwards=forwards, backwards=backwards)
+        stages = []
+        for name, attack in self.attacks(standing.clean_logits.shape[1]).items():
+            before, rows = ~standing.fooled, standing.rows
+            if len(rows):
+                found = attack.run(
+                    logits_fn,
+                    images[rows],
+                    labels[rows],
+                    seed=seed,
+                    indices=indices[rows],
+                    restart=restart,
+                    gradient_logits_fn=gradient_logits_fn,
+                )
+                standing.record(rows, found.adversarial, found.fooled)
+                standing.forwards += found.forwards
+                standing.backwards += found.backwards
+            stages.append((name, ~standing.fooled))
+            if name == "square":
+                warn(check_square(before, ~standing.fooled))
+        return standing.result(tuple(stages))
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take, with 10 classes."""
+        costs = [attack.cost() for attack in self._all_attacks().values()]
+        forwards, backwards = self._cost_of_checks()
+        return (
+            forwards + 1 + sum(cost[0] for cost in costs),
+            backwards + sum(cost[1] for cost in costs),
+        )
+
+    def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
+        """What can be seen before the attacks that makes their figure doubtful.
+
+        Args:
+            logits_fn: images -> logits.
+            images: (N, H, W, C) float, pixel units.
+            labels: (N,) int.
+            seed: source of random numbers.
+            indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+
+        Returns:
+            Findings; that Square lowers the worst case is seen only by `run`.
+
+        Raises:
+            ValueError: if `logits_fn` returns probabilities.
+
+        Source:
+            `checks.py` of the public code. Deviations: the gradient is that of DLR (of
+            cross-entropy with 2 classes) at APGD's start, in all versions; the number of targets
+            is cut instead of failing.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        num_passes = 1 if self.version == "rand" else _NUM_PASSES
+        passes = [clean_logits(logits_fn, images) for _ in range(num_passes)]
+        refuse_probabilities(passes[0])
+        num_classes = passes[0].shape[1]
+        findings = self._check_num_classes(num_classes)
+        if self.version != "rand":
+            findings += check_randomised(passes, labels)
+        probe = APGD(self.threat, "dlr" if num_classes >= 3 else "ce", self.num_steps)
+        gradient = probe.start_gradient(logits_fn, images, labels, seed=seed, indices=indices)
+        return tuple(findings + check_zero_gradients(gradient))
+
+    def _all_attacks(self) -> dict[str, Attack]:
+        num_samples = _NUM_SAMPLES if self.version == "rand" else 1
+        ce = APGD(self.threat, "ce", self.num_steps, num_samples)
+        dlr = APGD(self.threat, "dlr", self.num_steps, num_samples)
+        if self.version == "rand":
+            return {"apgd-ce": ce, "apgd-dlr": dlr}
+        targeted = {
+            "apgd-t": APGDTargeted(self.threat, self.num_targets, self.num_steps),
+            "fab-t": FABTargeted(self.threat, self.num_targets, self.num_steps, early_stop=True),
+        }
+        square = {"square": Square(self.threat, self.num_queries)}
+        if self.version == "standard":
+            return {"apgd-ce": ce, **targeted, **square}
+        fab = FAB(self.threat, self.num_steps, early_stop=True)
+        return {
+            "apgd-ce": Restarts(ce, _NUM_RESTARTS),
+            "apgd-dlr": Restarts(dlr, _NUM_RESTARTS),
+            "fab": Restarts(fab, _NUM_RESTARTS),
+            **square,
+            **targeted,
+        }
+
+    def _check_num_classes(self, num_classes) -> list[Finding]:
+        findings = []
+        left_out = self._all_attacks().keys() - self.attacks(num_classes).keys()
+        if left_out:
+            names = ", ".join(sorted(left_out))
+            findings.append(
+                Finding(
+                    "num_classes",
+                    f"with {num_classes} classes {names} is not defined and left out: DLR needs "
+                    "3 classes, targeted DLR 4.",
+                    num_classes,
+                )
+            )
+        if self.version != "rand" and self.num_targets > num_classes - 1:
+            findings.append(
+                Finding(
+                    "num_targets",
+                    f"{self.num_targets} targets are cut to the {num_classes - 1} wrong classes.",
+                    num_classes - 1,
+                )
+            )
+        return findings
+
+    def _cost_of_checks(self):
+        return (2, 1) if self.version == "rand" else (_NUM_PASSES + 1, 1)

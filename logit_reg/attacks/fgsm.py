@@ -1,0 +1,50 @@
+"""The fast gradient sign method."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from logit_reg.attacks.attack import AttackResult
+from logit_reg.attacks.pgd import PGD
+from logit_reg.threat import ThreatModel
+
+
+@dataclasses.dataclass(frozen=True)
+class FGSM:
+    """One step of length epsilon from the image itself.
+
+    Source:
+        Goodfellow et al. 2015, arXiv:1412.6572; in l2 the fast gradient method.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    loss: str = "xent"
+    """"xent" or "cw" (margin)."""
+    confidence: float = 0.0
+    """Kappa of "cw"."""
+
+    def run(self, logits_fn, images, labels, **options) -> AttackResult:
+        """Attack a batch; see `Attack.run`."""
+        return self._as_pgd().run(logits_fn, images, labels, **options)
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the forwards and backwards that one image takes."""
+        return self._as_pgd().cost()
+
+    def __post_init__(self):
+        self._as_pgd()
+
+    def _as_pgd(self) -> PGD:
+        return PGD(
+            self.threat,
+            loss=self.loss,
+            num_steps=1,
+            step_size=self.threat.epsilon,
+            random_start=False,
+            confidence=self.confidence,
+        )

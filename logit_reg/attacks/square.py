@@ -1,0 +1,339 @@
+"""The Square attack: random search with squares, without gradients."""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.attacks.attack import (
+    AttackResult,
+    attack_inputs,
+    batch_spec,
+    call_logits,
+    compiled,
+    example_noise,
+    margin,
+    random_stream,
+)
+from logit_reg.attacks.standing import Standing, take
+from logit_reg.threat import ThreatModel
+
+# The fraction of pixels in a square is halved from each of these queries on.
+_HALVED_FROM = (11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
+# Most queries between two looks at which images still stand; random numbers are drawn for as
+# many, whatever the budget, so that a smaller budget's queries are a larger one's first.
+_QUERIES_PER_CHUNK = 100
+_TINY = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    """Square attack on the margin: a random square is kept if it lowers the margin.
+
+    Needs forwards only. An image is left once it is fooled; else the point with the lowest
+    margin is returned.
+
+    Source:
+        Andriushchenko et al. 2020, arXiv:1912.00049, with the schedule, starts and budget of
+        AutoAttack's public code (the schedule is not rescaled to the budget). Deviations: squares
+        are drawn for each image instead of once for the batch; they reach the last row and
+        column, which the public code's never do.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    num_queries: int = 5000
+    """Number of squares to try, after the start."""
+    p: float = 0.8
+    """Fraction of the pixels that a square covers at first."""
+
+    def __post_init__(self):
+        if self.num_queries < 1:
+            raise ValueError(f"num_queries must be at least 1; got {self.num_queries}.")
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p must be above 0 and at most 1; got {self.p}.")
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
+        images, labels, indices = attack_inputs(images, labels, indices)
+        standing = Standing(logits_fn, images, labels)
+        rows = standing.rows
+        if not len(rows):
+            return standing.result()
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        scalar = tf.TensorSpec((), tf.int64)
+        begin = compiled(self, "_begin", (logits_fn,), (image, numbers, numbers, scalar, scalar))
+        signature = (
+            *(image, image, numbers, batch_spec((), tf.float64), numbers),
+            *(scalar, scalar, scalar, tf.TensorSpec((2, None, None), tf.float32)),
+        )
+        advance = compiled(self, "_advance", (logits_fn,), signature)
+
+        def stream(purpose):
+            return random_stream(seed, type(self).__name__, purpose)
+
+        images, labels, indices = take((images, labels, indices), rows)
+        best, lowest = begin(images, labels, indices, stream("start"), restart)
+        standing.count(len(rows), forwards=1)
+        for first, count in (*_chunks(self.num_queries), (0, 0)):
+            best, lowest = best.numpy(), lowest.numpy()
+            keep = standing.record(rows, best, ~(lowest > 0))
+            state = take((rows, images, best, labels, lowest, indices), keep)
+            rows, images, best, labels, lowest, indices = state
+            if not len(rows) or not count:
+                break
+            patterns = self._patterns(first, images.shape[1:3])
+            draws = stream(f"queries {first}")
+            best, lowest = advance(
+                images, best, labels, lowest, indices, draws, restart, count, patterns
+            )
+            standing.count(len(rows), forwards=count)
+        return standing.result()
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        return self.num_queries + 2, 0
+
+    def side(self, query: int, height: int, width: int) -> int:
+        """Side of the square of a query, in pixels.
+
+        Args:
+            query: number of the query, from 0.
+            height: of the images.
+            width: of the images.
+
+        Returns:
+            At least 1 in linf; in l2 odd and at least 3; never above height or width.
+        """
+        fraction = self.p / 2 ** bisect.bisect_right(_HALVED_FROM, query)
+        side = max(round(math.sqrt(fraction * height * width)), 1)
+        if self.threat.norm == "l2":
+            side = max(side, 3)
+            side += side % 2 == 0
+        return min(side, height, width)
+
+    def _patterns(self, query, size):
+        """(2, s, s) what a square adds, upright and transposed; linf only takes its size."""
+        side = self.side(query, *size)
+        if self.threat.norm == "linf":
+            return np.ones((2, side, side), np.float32)
+        return np.stack([two_bumps(side), two_bumps(side).T])
+
+    def _begin(self, logits_fn, images, labels, indices, stream, restart):
+        if self.threat.norm == "linf":
+            start = self._stripes(images, indices, stream, restart)
+        else:
+            start = self._tiles(images, indices, stream, restart)
+        return start, self._margin(logits_fn, start, labels)
+
+    def _stripes(self, images, indices, stream, restart):
+        """Vertical stripes of +-epsilon, for each column and channel."""
+        _, height, width, num_channels = images.shape
+        draw = {"stream": stream, "indices": indices, "restart": restart}
+        signs = _signs(example_noise("unit", (1, width, num_channels), **draw))
+        delta = tf.tile(self.threat.epsilon * signs, (1, height, 1, 1))
+        return self.threat.project(images + delta, images)
+
+    def _tiles(self, images, indices, stream, restart):
+        """A grid of five by five tiles, each of random direction, and sign for each channel."""
+        _, height, width, num_channels = images.shape
+        side = max(min(height, width) // 5, 1)
+        tops = _tile_starts(height, side)
+        lefts = _tile_starts(width, side)
+        draw = {"stream": stream, "indices": indices, "restart": restart}
+        noise = example_noise("unit", (len(tops), len(lefts), 1 + num_channels), **draw)
+        upright = two_bumps(side)[:, :, None]
+        tiles = []
+        for row in range(len(tops)):
+            in_row = []
+            for column in range(len(lefts)):
+                numbers = noise[:, row, column, None, None, :]
+                flipped = numbers[..., :1] > 0.5
+                pattern = tf.where(flipped, upright.transpose(1, 0, 2)[None], upright[None])
+                in_row.append(pattern * _signs(numbers[..., 1:]))
+            tiles.append(tf.concat(in_row, axis=2))
+        grid = tf.concat(tiles, axis=1)
+        below, right = height - tops[-1] - side, width - lefts[-1] - side
+        delta = tf.pad(grid, ((0, 0), (tops[0], below), (lefts[0], right), (0, 0)))
+        return self._scaled(images, delta)
+
+    def _advance(
+        self,
+        logits_fn,
+        images,
+        best,
+        labels,
+        lowest,
+        indices,
+        stream,
+        restart,
+        num_queries,
+        patterns,
+    ):
+        num_channels = images.shape[-1]
+        propose = self._propose_linf if self.threat.norm == "linf" else self._propose_l2
+        num_numbers = (2 if self.threat.norm == "linf" else 5) + num_channels
+        noise = example_noise(
+            "unit",
+            (_QUERIES_PER_CHUNK, num_numbers),
+            stream=stream,
+            indices=indices,
+            restart=restart,
+        )
+
+        def body(query, best, lowest):
+            candidate = propose(images, best, noise[:, query], patterns)
+            reached = self._margin(logits_fn, candidate, labels)
+            # Whoever is fooled stays as it is until it is taken out.
+            better = tf.logical_or(reached < lowest, tf.logical_not(reached > 0))
+            better = tf.logical_and(better, lowest > 0)
+            best = tf.where(tf.reshape(better, (-1, 1, 1, 1)), candidate, best)
+            return query + 1, best, tf.where(better, reached, lowest)
+
+        _, best, lowest = tf.while_loop(
+            lambda query, *_: query < num_queries,
+            body,
+            (tf.constant(0, tf.int64), best, lowest),
+        )
+        return best, lowest
+
+    def _propose_linf(self, images, best, numbers, patterns):
+        """Move a square by +-2 epsilon in each channel, so that it ends on the ball's faces."""
+        window = _Window(images, tf.shape(patterns)[1], numbers[:, 0], numbers[:, 1])
+        signs = _signs(numbers[:, None, None, 2:])
+        delta = 2 * self.threat.epsilon * signs * tf.cast(window.mask, images.dtype)
+        return self.threat.project(best + delta, images)
+
+    def _propose_l2(self, images, best, numbers, patterns):
+        """Move the perturbation of one window, and what is left of epsilon, into another."""
+        num_channels = images.shape[-1]
+        side = tf.shape(patterns)[1]
+        window = _Window(images, side, numbers[:, 0], numbers[:, 1])
+        source = _Window(images, side, numbers[:, 2], numbers[:, 3])
+        delta = best - images
+        old = tf.where(window.mask, delta, 0.0)
+        old = old / (_TINY + _length(old, (1, 2)))
+        both = tf.where(tf.logical_or(window.mask, source.mask), delta, 0.0)
+        left = tf.maximum(self.threat.epsilon**2 - _length(delta, (1, 2, 3)) ** 2, 0.0)
+        length = tf.sqrt(left / num_channels + _length(both, (1, 2)) ** 2)
+        flipped = tf.cast(numbers[:, 4] > 0.5, tf.int32)
+        new = window.place(patterns, flipped) * _signs(numbers[:, None, None, 5:]) + old
+        new = length * new / (_TINY + _length(new, (1, 2)))
+        kept = tf.where(source.mask, 0.0, delta)
+        return self._scaled(images, tf.where(window.mask, new, kept))
+
+    def _scaled(self, images, delta):
+        """The images moved by delta, made epsilon long, clipped to the pixel range."""
+        delta = self.threat.ascent_direction(delta)
+        return self.threat.project(images + self.threat.epsilon * delta, images)
+
+    def _margin(self, logits_fn, points, labels):
+        return tf.cast(margin(call_logits(logits_fn, points), labels), tf.float64)
+
+
+def two_bumps(side: int) -> np.ndarray:
+    """The perturbation of a square in l2: a positive bump above a negative one, of length 1.
+
+    Args:
+        side: s, in pixels.
+
+    Returns:
+        (s, s) float32.
+
+    Source:
+        Andriushchenko et al. 2020, arXiv:1912.00049, section 3.4.
+    """
+    half = side // 2
+    bumps = np.concatenate([_bump(half, side), -_bump(side - half, side)])
+    return (bumps / np.sqrt(np.square(bumps).sum())).astype(np.float32)
+
+
+def _bump(height, width):
+    """(height, width) concentric squares around the middle, the inner ones higher; length 1."""
+    if not height:
+        return np.zeros((0, width))
+    rings = max(height // 2, width // 2) + 1
+    ring = np.maximum(
+        np.abs(np.arange(height) - height // 2)[:, None],
+        np.abs(np.arange(width) - width // 2)[None, :],
+    )
+    steps = 1.0 / np.arange(1, rings + 1) ** 2
+    values = np.cumsum(steps[::-1])[::-1][ring]
+    return values / np.sqrt(np.square(values).sum())
+
+
+def _chunks(num_queries) -> Iterator[tuple[int, int]]:
+    """(first query, number of queries) of stretches with squares of one size."""
+    first = 0
+    while first < num_queries:
+        stage = bisect.bisect_right(_HALVED_FROM, first)
+        end = _HALVED_FROM[stage] if stage < len(_HALVED_FROM) else num_queries
+        count = min(end, num_queries, first + _QUERIES_PER_CHUNK) - first
+        yield first, count
+        first += count
+
+
+def _tile_starts(size, side):
+    """Where the tiles of one axis start."""
+    margin_before = max((size - 5 * side) // 2, 0)
+    return [margin_before + i * side for i in range((size - margin_before) // side)]
+
+
+class _Window:
+    """A square at a random place of each image."""
+
+    def __init__(self, images, side, down, across):
+        """Place squares: `down` and `across` are (N,) uniform on [0, 1)."""
+        height, width = images.shape[1:3]
+        self._rows = tf.range(height)[None, :] - _place(down, height - side)[:, None]
+        self._columns = tf.range(width)[None, :] - _place(across, width - side)[:, None]
+        self._side = side
+        self.mask = tf.logical_and(
+            self._inside(self._rows)[:, :, None, None],
+            self._inside(self._columns)[:, None, :, None],
+        )
+        """(N, H, W, 1) bool."""
+
+    def place(self, patterns, choice):
+        """One of the (2, s, s) patterns in each square, 0 elsewhere: (N, H, W, 1)."""
+        rows = tf.clip_by_value(self._rows, 0, self._side - 1)[:, :, None]
+        columns = tf.clip_by_value(self._columns, 0, self._side - 1)[:, None, :]
+        flat = (choice[:, None, None] * self._side + rows) * self._side + columns
+        values = tf.gather(tf.reshape(patterns, (-1,)), flat)[..., None]
+        return tf.where(self.mask, values, 0.0)
+
+    def _inside(self, offsets):
+        return tf.logical_and(offsets >= 0, offsets < self._side)
+
+
+def _place(uniform, last):
+    """A whole number from 0 to `last`: (N,) int32."""
+    number = tf.cast(uniform * tf.cast(last + 1, uniform.dtype), tf.int32)
+    return tf.minimum(number, last)
+
+
+def _signs(unit):
+    """-1 or 1 from uniform numbers on [0, 1)."""
+    return tf.where(unit < 0.5, -1.0, 1.0)
+
+
+def _length(x, axes):
+    """l2 length over some axes, which are kept."""
+    return tf.sqrt(tf.reduce_sum(tf.square(x), axis=axes, keepdims=True))

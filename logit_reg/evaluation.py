@@ -1,0 +1,477 @@
+"""Attack a data set and keep the books: per example, worst case, checked, resumable."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import keras
+import numpy as np
+from tqdm import tqdm
+
+from logit_reg.attacks.attack import Attack, AttackResult, Classifier, attack_inputs
+from logit_reg.attacks.pgd import PGD
+from logit_reg.files import atomic_path
+from logit_reg.threat import ThreatModel
+
+# Relative slack of an attack's own output: float32 cannot keep a ball to the last bit.
+_RELATIVE_SLACK = 1e-6
+
+_CLASSIFIER = Classifier()
+
+
+class GateError(RuntimeError):
+    """An attack returned something that is not an adversarial example of its threat model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackRecord:
+    """What one attack did to the N examples of an evaluation."""
+
+    correct: np.ndarray
+    """(N,) bool: classified right clean and under this attack, at every iterate."""
+    correct_last_iterate: np.ndarray
+    """(N,) bool: classified right clean and at the attack's last iterate."""
+    attacked: np.ndarray
+    """(N,) bool: whether the attack ran on the example."""
+    forwards: int
+    """Images sent forward through the network."""
+    backwards: int
+    """Images whose gradient was computed."""
+    seconds: float
+    """Wall-clock time, checks included."""
+    unconfirmed: int
+    """Examples that the attack called fooled and that the returned image does not fool."""
+    stages: tuple = ()
+    """Of a cascade: (name, (N,) bool still standing after it), in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is left of N examples after all attacks."""
+
+    labels: np.ndarray
+    """(N,) int64."""
+    clean_prediction: np.ndarray
+    """(N,) int64."""
+    clean: np.ndarray
+    """(N,) bool: classified right without an attack."""
+    robust: np.ndarray
+    """(N,) bool: classified right under every attack."""
+    correct: dict[str, np.ndarray]
+    """(N,) bool for each attack."""
+    adversarial: np.ndarray
+    """(N, H, W, C) float32 pixel units: the first image that fools, in the order of the attacks;
+    the last attack's final iterate where none does; the image itself where it is misclassified
+    clean."""
+    broken_by: list[str]
+    """For each example "clean", the first attack that breaks it, or ""."""
+    distance: np.ndarray
+    """(N,) float64 distance of `adversarial` from the image, in the norm of the attack that made
+    it."""
+    records: dict[str, AttackRecord]
+    """Books of each attack."""
+
+    @property
+    def forwards(self) -> int:
+        """Images sent forward by all attacks."""
+        return sum(record.forwards for record in self.records.values())
+
+    @property
+    def backwards(self) -> int:
+        """Gradients computed by all attacks."""
+        return sum(record.backwards for record in self.records.values())
+
+
+class EvaluationState:
+    """Finished batches of an evaluation, kept in a folder so that a killed one goes on.
+
+    A batch is found again only for the same network, data, settings, seed and batch.
+    """
+
+    def __init__(self, folder: Path | str, key: str):
+        """Use a folder.
+
+        Args:
+            folder: made when the first batch is saved.
+            key: hash of the network, see `network_hash`.
+        """
+        self._folder = Path(folder)
+        self._key = key
+
+    def load(self, description: str) -> dict[str, np.ndarray] | None:
+        """The arrays saved under a description, or None; a damaged file counts as none."""
+        try:
+            with np.load(self._path(description), allow_pickle=False) as saved:
+                return dict(saved)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, description: str, arrays: dict[str, np.ndarray]) -> None:
+        """Keep arrays under a description."""
+        with atomic_path(self._path(description)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def clear(self) -> None:
+        """Remove what was kept, once the results are written."""
+        for path in self._folder.glob("*.npz"):
+            path.unlink(missing_ok=True)
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _path(self, description):
+        digest = hashlib.sha256(f"{self._key} {description}".encode()).hexdigest()
+        return self._folder / f"{digest[:32]}.npz"
+
+
+def evaluate(
+    logits_fn,
+    attacks: Mapping[str, Attack],
+    images,
+    labels,
+    *,
+    batch_size: int = 200,
+    seed: int = 0,
+    worst_case_only: bool = False,
+    indices=None,
+    state: EvaluationState | None = None,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Attack a data set with several attacks and combine them per example.
+
+    Args:
+        logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+        attacks: the attacks by name, in the order in which they are to be credited.
+        images: (N, H, W, C) float, pixel units, within the attacks' bounds.
+        labels: (N,) int true classes.
+        batch_size: most images sent through the network at once.
+        seed: source of all random numbers.
+        worst_case_only: attack only what the attacks before have left standing. The worst case
+            stays the same up to the random order of batches; the accuracy under a single attack
+            is then that of the attacks so far.
+        indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+        state: where finished batches are kept.
+        show_progress: draw a progress bar for each attack.
+
+    Returns:
+        An `Evaluation`: robust <= each single attack <= clean, per example.
+
+    Raises:
+        ValueError: if there are no images or attacks, or an image is outside the bounds.
+        GateError: if an attack leaves its threat model.
+    """
+    images, labels, indices = attack_inputs(images, labels, indices)
+    _check_inputs(images, attacks, batch_size)
+    prediction = predict(logits_fn, images, batch_size=batch_size)
+    clean = ~_misclassified(logits_fn, images, labels, batch_size)
+    robust = clean.copy()
+    adversarial = images.copy()
+    broken_by = ["" if is_clean else "clean" for is_clean in clean]
+    distance = np.zeros(len(images))
+    records: dict[str, AttackRecord] = {}
+    done: dict[Attack, str] = {}
+    data_key = state and content_hash(images, labels, indices)
+
+    for name, attack in attacks.items():
+        if attack in done and not worst_case_only:
+            # Another protocol asks for the very same attack: same settings, seed and examples.
+            records[name] = records[done[attack]]
+            continue
+        attacked = np.flatnonzero(robust if worst_case_only else clean)
+        books = _Books(len(images))
+        batches = range(0, len(attacked), batch_size)
+        for start in tqdm(batches, desc=name, unit="batch", disable=not show_progress):
+            batch = attacked[start : start + batch_size]
+            description = f"{data_key} {attack!r} {seed} {_hash_of(batch)}"
+            found, seconds = _attack_batch(
+                logits_fn,
+                name,
+                attack,
+                images[batch],
+                labels[batch],
+                indices[batch],
+                seed,
+                batch_size,
+                state,
+                description,
+            )
+            books.add(batch, found, seconds)
+            newly = batch[found.fooled & robust[batch]]
+            update = np.isin(batch, newly) | robust[batch]
+            adversarial[batch[update]] = found.adversarial[update]
+            distance[batch[update]] = distances(
+                found.adversarial[update], images[batch[update]], attack.threat.norm
+            )
+            robust[newly] = False
+            for example in newly:
+                broken_by[example] = name
+        records[name] = books.close(clean, attacked)
+        done[attack] = name
+    return Evaluation(
+        labels=labels,
+        clean_prediction=prediction,
+        clean=clean,
+        robust=robust,
+        correct={name: record.correct for name, record in records.items()},
+        adversarial=adversarial,
+        broken_by=broken_by,
+        distance=distance,
+        records=records,
+    )
+
+
+def predict(logits_fn, images, *, batch_size: int = 200) -> np.ndarray:
+    """Predicted classes.
+
+    Args:
+        logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+        images: (N, H, W, C) float32, pixel units.
+        batch_size: most images sent through the network at once.
+
+    Returns:
+        (N,) int64.
+    """
+    starts = range(0, len(images), batch_size)
+    parts = [_CLASSIFIER.predict(logits_fn, images[i : i + batch_size]) for i in starts]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def distances(a: np.ndarray, b: np.ndarray, norm: str) -> np.ndarray:
+    """Distances between images in float64: two (N, H, W, C) arrays -> (N,)."""
+    delta = (a.astype(np.float64) - b.astype(np.float64)).reshape(len(a), math.prod(a.shape[1:]))
+    if norm == "linf":
+        return np.abs(delta).max(axis=1, initial=0.0)
+    return np.sqrt(np.square(delta).sum(axis=1))
+
+
+def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -> None:
+    """Refuse adversarial images that are not what their threat model allows.
+
+    Args:
+        name: the attack, for the message.
+        adversarial: (N, H, W, C) float, pixel units.
+        images: (N, H, W, C) float, pixel units.
+        indices: (N,) int places in the data set, for the message.
+        threat: norm, epsilon and bounds.
+
+    Raises:
+        GateError: for another shape, values that are not finite or outside the bounds, or a
+            distance above epsilon (1 + 1e-6) plus one float32 spacing of the upper bound.
+    """
+    if adversarial.shape != images.shape:
+        raise GateError(f"{name} returned shape {adversarial.shape}, expected {images.shape}.")
+    flat = adversarial.reshape(len(adversarial), math.prod(adversarial.shape[1:]))
+    for values, problem in (
+        (~np.isfinite(flat), "is not finite"),
+        ((flat < threat.lower) | (flat > threat.upper), "leaves the pixel range"),
+    ):
+        bad = np.flatnonzero(values.any(axis=1))
+        if len(bad):
+            raise GateError(
+                f"{name} left its threat model: image {indices[bad[0]]} {problem} "
+                f"[{threat.lower:g}, {threat.upper:g}] ({len(bad)} such images)."
+            )
+    measured = distances(adversarial, images, threat.norm)
+    spacing = float(np.spacing(np.float32(threat.upper)))
+    if threat.norm == "l2":
+        # Each pixel may be off by one rounding; their l2 sum grows with the root of their number.
+        spacing *= math.sqrt(flat.shape[1])
+    allowed = threat.epsilon * (1 + _RELATIVE_SLACK) + spacing
+    worst = int(np.argmax(measured)) if len(measured) else 0
+    if len(measured) and measured[worst] > allowed:
+        raise GateError(
+            f"{name} left its threat model: image {indices[worst]} is at distance "
+            f"{measured[worst]:.6g}, allowed {threat.epsilon:g} in {threat.norm}."
+        )
+
+
+def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion.
+
+    Args:
+        successes: number of successes.
+        total: number of trials, at least 1.
+        level: confidence level, .95 or .99.
+
+    Returns:
+        Lower and upper end, fractions.
+
+    Source:
+        Wilson 1927; the interval that Brown, Cai and DasGupta 2001 recommend.
+    """
+    z = {0.95: 1.959963984540054, 0.99: 2.5758293035489004}[level]
+    share = successes / total
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total / 2) ** 2)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def content_hash(*arrays: np.ndarray) -> str:
+    """sha256 of arrays: types, shapes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def network_hash(network: keras.Model) -> str:
+    """sha256 of a Keras network: architecture and weights."""
+    digest = hashlib.sha256(json.dumps(network.get_config(), default=str).encode())
+    digest.update(content_hash(*network.get_weights()).encode())
+    return digest.hexdigest()
+
+
+def estimate_seconds(
+    logits_fn, attacks: Mapping[str, Attack], images, labels, *, batch_size: int = 200
+) -> float:
+    """How long the attacks take at most, from one timed gradient step on this machine.
+
+    Args:
+        logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+        attacks: the attacks by name.
+        images: (N, H, W, C) float32, pixel units.
+        labels: (N,) int.
+        batch_size: images sent through the network at once.
+
+    Returns:
+        Seconds; attacks that stop early take less.
+    """
+    sample = images[: min(len(images), batch_size)]
+    attack: Attack = next(iter(attacks.values()))
+    probe = PGD(attack.threat, num_steps=2, step_size=attack.threat.epsilon, random_start=False)
+
+    def seconds_of_probe() -> float:
+        started = time.monotonic()
+        probe.run(logits_fn, sample, labels[: len(sample)], seed=0)
+        return time.monotonic() - started
+
+    seconds_of_probe()
+    # Three forwards and two gradients; a gradient step costs about two forwards.
+    seconds_per_forward = seconds_of_probe() / len(sample) / 5
+    passes = sum(sum(attack.cost()) for attack in attacks.values())
+    return passes * seconds_per_forward * len(images)
+
+
+class _Books:
+    """Collects the results of an attack's batches."""
+
+    def __init__(self, num_examples):
+        self._fooled = np.zeros(num_examples, bool)
+        self._last_fooled = np.zeros(num_examples, bool)
+        self._forwards = self._backwards = self._unconfirmed = 0
+        self._seconds = 0.0
+        self._standing: dict[str, np.ndarray] = {}
+
+    def add(self, batch, found, seconds):
+        self._fooled[batch] = found.fooled
+        self._last_fooled[batch] = found.last_iterate_fooled
+        self._forwards += found.forwards
+        self._backwards += found.backwards
+        self._unconfirmed += found.unconfirmed
+        self._seconds += seconds
+        for name, standing in found.stages:
+            self._standing.setdefault(name, np.zeros(len(self._fooled), bool))[batch] = standing
+
+    def close(self, clean, attacked):
+        is_attacked = np.zeros(len(clean), bool)
+        is_attacked[attacked] = True
+        return AttackRecord(
+            correct=clean & is_attacked & ~self._fooled,
+            correct_last_iterate=clean & is_attacked & ~self._last_fooled,
+            attacked=is_attacked,
+            forwards=self._forwards,
+            backwards=self._backwards,
+            seconds=self._seconds,
+            unconfirmed=self._unconfirmed,
+            stages=tuple(self._standing.items()),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Confirmed(AttackResult):
+    unconfirmed: int = 0
+
+
+def _attack_batch(
+    logits_fn, name, attack, images, labels, indices, seed, batch_size, state, description
+):
+    """Attack one batch, or take its result from the state; either way it passes the gate."""
+    saved = state.load(description) if state else None
+    if saved is not None and {"adversarial", "fooled", "last", "counts"} <= saved.keys():
+        forwards, backwards, seconds = saved["counts"]
+        stages = tuple((k[6:], v) for k, v in saved.items() if k.startswith("stage "))
+        found = AttackResult(
+            saved["adversarial"],
+            saved["fooled"],
+            saved["last"],
+            int(forwards),
+            int(backwards),
+            stages,
+        )
+    else:
+        started = time.monotonic()
+        found = attack.run(logits_fn, images, labels, seed=seed, indices=indices)
+        seconds = time.monotonic() - started
+        if state:
+            arrays = {
+                "adversarial": found.adversarial,
+                "fooled": found.fooled,
+                "last": found.last_iterate_fooled,
+                "counts": np.array([found.forwards, found.backwards, seconds]),
+            }
+            arrays |= {f"stage {stage}": standing for stage, standing in found.stages}
+            state.save(description, arrays)
+    check_threat(name, found.adversarial, images, indices, attack.threat)
+    return _confirm(logits_fn, found, labels, batch_size), float(seconds)
+
+
+def _confirm(logits_fn, found, labels, batch_size):
+    """Count an image as fooled only if it is, read back from the array in another batch size."""
+    candidates = np.flatnonzero(found.fooled)
+    other_size = max(1, batch_size // 2) if batch_size > 1 else 2
+    wrong = _misclassified(logits_fn, found.adversarial[candidates], labels[candidates], other_size)
+    fooled = found.fooled.copy()
+    fooled[candidates[~wrong]] = False
+    return _Confirmed(
+        adversarial=found.adversarial,
+        fooled=fooled,
+        last_iterate_fooled=found.last_iterate_fooled & fooled,
+        forwards=found.forwards,
+        backwards=found.backwards,
+        stages=found.stages,
+        unconfirmed=int((~wrong).sum()),
+    )
+
+
+def _misclassified(logits_fn, images, labels, batch_size):
+    wrong = np.zeros(len(images), bool)
+    for i in range(0, len(images), batch_size):
+        part = slice(i, i + batch_size)
+        wrong[part] = _CLASSIFIER.is_fooled(logits_fn, images[part], labels[part])
+    return wrong
+
+
+def _check_inputs(images, attacks, batch_size):
+    if not len(images):
+        raise ValueError("evaluate needs at least one image; got none.")
+    if not attacks:
+        raise ValueError("evaluate needs at least one attack; got none.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    low, high = float(images.min()), float(images.max())
+    for name, attack in attacks.items():
+        lower, upper = attack.threat.lower, attack.threat.upper
+        if not (lower <= low and high <= upper):
+            raise ValueError(
+                f"images span [{low:g}, {high:g}], but the threat model of {name} has bounds "
+                f"[{lower:g}, {upper:g}]; images, epsilon and bounds must share pixel units."
+            )
+
+
+def _hash_of(indices: np.ndarray) -> str:
+    return hashlib.sha256(indices.tobytes()).hexdigest()

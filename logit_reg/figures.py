@@ -1,0 +1,376 @@
+"""The figures of a report, each as a matplotlib figure and the caption that belongs to it."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from logit_reg.report import (
+    FGSM_ATTACKS,
+    MAIN,
+    STRONG,
+    accuracy_under,
+    comparable,
+    pgd_attacks,
+    pgd_lengths,
+    worst_case,
+)
+from logit_reg.runs import Run
+
+# Width in inches at which 8-point text stays readable on a phone that shows the whole figure.
+_WIDTH = 5.2
+_FONT_SIZE = 8.0
+_SMALL_FONT_SIZE = 7.0
+_LEAST_NORM = 1e-3
+
+# Okabe and Ito's colours, safe for colour-blind readers, without the yellow that is lost on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
+
+# From pale to full: the stronger the attack, the more of the run's colour.
+_TINTS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """The neutral colours of a figure."""
+
+    ink: str
+    """Text."""
+    rule: str
+    """Grid and axes."""
+    paper: str
+    """Background."""
+
+
+LIGHT = Theme(ink="#1b1d21", rule="#c9ccd1", paper="#ffffff")
+DARK = Theme(ink="#e6e6e3", rule="#4a4e55", paper="#15171a")
+
+
+def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
+    """Clean, FGSM, PGD and strong-attack accuracy of each run, with 95 % Wilson intervals.
+
+    Args:
+        runs: in order from the top; contaminated ones are left out.
+        theme: neutral colours.
+
+    Returns:
+        The figure: a group of bars in its colour for each run.
+
+    Raises:
+        ValueError: if there are no runs, or they were evaluated on different data sets.
+    """
+    kept = comparable(runs)
+    measures = _measures(kept)
+    colored = [(color, run) for color, _, run in _styled(runs) if not run.is_contaminated]
+    with _house_style(theme):
+        figure = Figure(figsize=(_WIDTH, 1.0 + 0.62 * len(kept)), layout="constrained")
+        axes = figure.subplots()
+        height = 0.8 / len(measures)
+        for group, (color, run) in enumerate(colored):
+            for i, (_, measure) in enumerate(measures):
+                y = group - 0.4 + (i + 0.5) * height
+                _bar(axes, y, height, measure(run), color, _TINTS[i], theme)
+        axes.set_yticks(range(len(kept)), [_literal(run.name, 18) for _, run in colored])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylabel("run")
+        axes.set_xlabel("images classified right (%)")
+        # Room on the right for the number beside a bar of 100 %.
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_ylim(max(len(kept), 1) - 0.5, -0.5)
+        axes.grid(axis="x", color=theme.rule, linewidth=0.5)
+        figure.legend(
+            handles=[
+                Patch(facecolor=_mix(theme.ink, theme.paper, tint), edgecolor=theme.ink, label=name)
+                for tint, (name, _) in zip(_TINTS, measures, strict=True)
+            ],
+            loc="outside upper center",
+            ncols=2,
+            frameon=False,
+        )
+        return _settled(figure)
+
+
+def accuracy_bars_caption(runs: Sequence[Run]) -> str:
+    """What `accuracy_bars` shows, with n, and what a healthy model would show."""
+    names = "; ".join(f"{name}" for name, _ in _measures(comparable(runs)))
+    return (
+        f"Accuracy clean and under attack, worst case over the losses of each attack ({names}). "
+        "Whiskers are 95 % Wilson intervals. A healthy model loses a few points from PGD to the "
+        "strong attack; bars that stand under FGSM and PGD and are gone under the strong attack "
+        "show masked gradients."
+    )
+
+
+def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = LIGHT) -> Figure:
+    """Cross-entropy and mean logit norm against the training step.
+
+    Args:
+        runs: those without a log are left out.
+        num_classes: K of the reference line ln K, the cross-entropy of a constant prediction.
+        theme: neutral colours.
+
+    Returns:
+        The figure: two panels, a line for each run.
+    """
+    logged = [(color, style, run) for color, style, run in _styled(runs) if run.log]
+    with _house_style(theme):
+        height = 4.4 + 0.17 * math.ceil(len(logged) / 2)
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        ceiling = math.log(num_classes)
+        for color, style, run in logged:
+            line = {"color": color, "linestyle": style, "linewidth": 1.3}
+            upper.plot(run.log["step"], run.log["xent"], **line)
+            lower.plot(run.log["step"], np.maximum(run.log["mean_logit_norm"], _LEAST_NORM), **line)
+        upper.axhline(ceiling, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 2)))
+        upper.annotate(
+            f"ln {num_classes} = {ceiling:.2f}",
+            (1.0, ceiling),
+            (0, 2),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=_SMALL_FONT_SIZE,
+        )
+        # The first rows of a run, before it has learned anything, would squash all the rest.
+        settled = [run.log["xent"][len(run.log["xent"]) // 10 :].max() for *_, run in logged]
+        upper.set_ylim(0, 1.15 * max([ceiling, *settled]))
+        upper.set_ylabel("cross-entropy (nats)")
+        lower.set_yscale("log")
+        lower.yaxis.set_major_formatter("{x:g}")
+        lower.yaxis.set_minor_formatter("")
+        lower.set_ylabel("mean l2 norm of the logits")
+        lower.set_xlabel("training step")
+        lower.set_xlim(left=0)
+        for axes in (upper, lower):
+            axes.grid(color=theme.rule, linewidth=0.5)
+        if logged:
+            figure.legend(
+                handles=[
+                    Line2D([], [], color=color, linestyle=style, label=_literal(run.name, 34))
+                    for color, style, run in logged
+                ],
+                loc="outside upper center",
+                ncols=2,
+                frameon=False,
+            )
+        return _settled(figure)
+
+
+def training_curves_caption(runs: Sequence[Run], num_classes: int = 10) -> str:
+    """What `training_curves` shows, with n, and what a healthy model would show."""
+    sizes = sorted(
+        {
+            str(run.settings["training_batch_size"])
+            for run in runs
+            if run.log and "training_batch_size" in run.settings
+        }
+    )
+    batch = f" (n = {' or '.join(sizes)} images)" if sizes else ""
+    return (
+        f"Cross-entropy on hard labels and mean norm of the logits in training, one batch{batch} "
+        "at each point, on the images trained on, noise and training attack included. A healthy "
+        f"run falls below ln {num_classes}, where it would say the same of every image. A logit "
+        "norm that sinks towards 0 while the cross-entropy stays at that line is a collapse; a "
+        "small one is what the regularisers ask for and no evidence of robustness. Norms below "
+        f"{_LEAST_NORM:g} are drawn there."
+    )
+
+
+def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LIGHT) -> Figure:
+    """Images and, below them, what the attacks made of them for each run.
+
+    Args:
+        runs: those without examples are left out.
+        num_images: most columns.
+        theme: neutral colours.
+
+    Returns:
+        The figure: a row of originals whenever they differ from the row of originals above, and
+        a row of adversarial images for each run, "true -> predicted" below each.
+
+    Raises:
+        ValueError: if no run has examples; see `examples_folder`.
+    """
+    rows = _grid_rows(runs, num_images)
+    num_columns = max(len(labels) for _, _, labels in rows)
+    with _house_style(theme):
+        figure = Figure(figsize=(_WIDTH, 0.85 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), num_columns, squeeze=False)
+        for axes_row, (name, images, labels) in zip(grid, rows, strict=True):
+            for axes, image, label in itertools.zip_longest(axes_row, images, labels):
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+                if image is None:
+                    axes.set_axis_off()
+                    continue
+                axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="none")
+                is_fooled = len(set(label.split(" → "))) == 2
+                axes.set_xlabel(label, labelpad=2, weight="bold" if is_fooled else "normal")
+            axes_row[0].set_ylabel(_literal(name, 16), rotation=0, ha="right", va="center")
+        return _settled(figure)
+
+
+def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
+    """What `adversarial_grid` shows, with n, and what a healthy model would show."""
+    folder = examples_folder(runs)
+    shown = [run.evaluations[folder] for run in _with_examples(runs, folder)]
+    attacks = "; ".join(sorted({evaluation.attack_name for evaluation in shown}))
+    num_shown = max(min(num_images, len(e.examples.labels)) for e in shown if e.examples)
+    return (
+        f"n = {num_shown} images of the evaluation and the worst that the attack ({attacks}) made "
+        "of each; below it the true class → the class predicted, in bold where they differ and the "
+        "attack succeeded. A healthy model keeps most classes, and where it fails a person sees "
+        "the other class coming."
+    )
+
+
+def examples_folder(runs: Sequence[Run]) -> str | None:
+    """The evaluation, strong before main, whose examples are shown; None if there are none."""
+    return next((folder for folder in (STRONG, MAIN) if _with_examples(runs, folder)), None)
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes each time."""
+    file = io.BytesIO()
+    with _house_style(LIGHT):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _measures(runs):
+    """Up to four measures, weakest attack first: a name with n, and a function of a run."""
+    num_steps = pgd_lengths(runs)[-1]
+    strong = {run.evaluations[STRONG].attack_name for run in runs if STRONG in run.evaluations}
+    strong_name = strong.pop() if len(strong) == 1 else "strong attack"
+    measures = (
+        ("clean", lambda run: accuracy_under(run, ())),
+        ("FGSM", lambda run: accuracy_under(run, FGSM_ATTACKS)),
+        (f"PGD-{num_steps}", lambda run: accuracy_under(run, pgd_attacks(num_steps))),
+        (strong_name, lambda run: worst_case(run, STRONG)),
+    )
+    named = []
+    for name, measure in measures:
+        sizes = sorted({found.num_examples for run in runs if (found := measure(run))})
+        size = f", n = {' or '.join(map(str, sizes))}" if sizes else ""
+        named.append((_literal(name, 40) + size, measure))
+    return named
+
+
+def _bar(axes, y, height, found, color, tint, theme):
+    text = {"va": "center", "fontsize": _SMALL_FONT_SIZE}
+    if found is None:
+        axes.text(1, y, "not measured", **text)
+        return
+    low, high = found.interval
+    axes.barh(
+        y,
+        found.percent,
+        height,
+        color=_mix(color, theme.paper, tint),
+        edgecolor=color,
+        linewidth=0.6,
+        # The ends of an interval around 0 or 100 % miss them by a rounding.
+        xerr=[[max(0.0, found.percent - low)], [max(0.0, high - found.percent)]],
+        error_kw={"ecolor": theme.ink, "elinewidth": 0.8, "capsize": 1.5},
+    )
+    axes.text(high + 1.5, y, f"{found.percent:.1f}", **text)
+
+
+def _grid_rows(runs, num_images):
+    folder = examples_folder(runs)
+    rows: list[tuple[str, np.ndarray, list[str]]] = []
+    originals = None
+    for run in _with_examples(runs, folder):
+        examples = run.evaluations[folder].examples
+        lower, upper = examples.bounds
+        images, adversarial = (
+            np.clip((values[:num_images] - lower) / (upper - lower), 0, 1)
+            for values in (examples.images, examples.adversarial)
+        )
+        labels = [int(label) for label in examples.labels[:num_images]]
+        if originals is None or not np.array_equal(originals, images):
+            originals = images
+            rows.append(("original", images, [str(label) for label in labels]))
+        answers = zip(labels, examples.predictions, strict=False)
+        rows.append((run.name, adversarial, [f"{label} → {int(p)}" for label, p in answers]))
+    if not rows:
+        raise ValueError("no run has an examples.npz; there is nothing to show.")
+    return rows
+
+
+def _with_examples(runs, folder):
+    found = ((run, run.evaluations.get(folder)) for run in runs)
+    return [run for run, e in found if e and e.examples and len(e.examples.labels)]
+
+
+def _styled(runs):
+    """A colour and a line style for each run: the same in every figure."""
+    return [
+        (_COLORS[i % len(_COLORS)], _LINE_STYLES[i % len(_LINE_STYLES)], run)
+        for i, run in enumerate(runs)
+    ]
+
+
+def _mix(color, background, share):
+    return tuple(
+        share * c + (1 - share) * b for c, b in zip(to_rgb(color), to_rgb(background), strict=True)
+    )
+
+
+def _literal(text, width):
+    """Text that matplotlib takes as it is, in at most three lines of `width` characters."""
+    lines = textwrap.wrap(text, width, max_lines=3, placeholder=" …") or ["?"]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _settled(figure):
+    """Lay the figure out once, while the house style is in force."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+@contextlib.contextmanager
+def _house_style(theme):
+    """Matplotlib's own defaults, whatever the user's are, and our few departures from them."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.size": _FONT_SIZE,
+                "text.color": theme.ink,
+                "axes.edgecolor": theme.rule,
+                "axes.labelcolor": theme.ink,
+                "axes.labelsize": _FONT_SIZE,
+                "axes.facecolor": theme.paper,
+                "axes.axisbelow": True,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "figure.facecolor": theme.paper,
+                "legend.fontsize": _FONT_SIZE,
+                "xtick.color": theme.rule,
+                "ytick.color": theme.rule,
+                "xtick.labelcolor": theme.ink,
+                "ytick.labelcolor": theme.ink,
+                "xtick.labelsize": _FONT_SIZE,
+                "ytick.labelsize": _FONT_SIZE,
+                # Without it the names inside an SVG are drawn at random.
+                "svg.hashsalt": "logit-reg",
+            }
+        )
+        yield

@@ -1,0 +1,213 @@
+"""An evaluation on disk: `result.json` and the per-example `ledger.csv` it derives from."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from logit_reg.attacks.attack import Attack
+from logit_reg.evaluation import Evaluation, wilson_interval
+from logit_reg.files import read_json, write_json, write_text
+
+SCHEMA = 1
+_LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What `ledger.csv` holds: the verdict on each of N examples."""
+
+    index: np.ndarray
+    """(N,) int: places in the data set."""
+    label: np.ndarray
+    """(N,) int."""
+    clean_prediction: np.ndarray
+    """(N,) int."""
+    robust: np.ndarray
+    """(N,) bool: right under every attack."""
+    broken_by: list[str]
+    """"clean", the first attack that breaks the example, or ""."""
+    distance: np.ndarray
+    """(N,) float: distance of the worst-case image, pixel units."""
+    correct: dict[str, np.ndarray]
+    """(N,) bool for each attack."""
+
+    @property
+    def clean(self) -> np.ndarray:
+        """(N,) bool: right without an attack."""
+        return np.array([cause != "clean" for cause in self.broken_by])
+
+
+def build_result(
+    evaluation: Evaluation,
+    protocols: Mapping[str, Mapping[str, Attack]],
+    *,
+    dataset: str,
+    settings: dict,
+    seed: int,
+) -> dict:
+    """Everything that `result.json` says.
+
+    Args:
+        evaluation: of all attacks of the protocols.
+        protocols: the attacks by protocol and name; names are those of the evaluation.
+        dataset: name of the data set.
+        settings: further provenance (network, versions, commit, ...).
+        seed: of the evaluation.
+
+    Returns:
+        A JSON object; accuracies are fractions.
+    """
+    num_examples = len(evaluation.labels)
+    num_robust = int(evaluation.robust.sum())
+    low, high = wilson_interval(num_robust, num_examples, _LEVEL)
+    return {
+        "schema": SCHEMA,
+        "dataset": dataset,
+        "num_examples": num_examples,
+        "clean_accuracy": _share(evaluation.clean),
+        "robust_accuracy": _share(evaluation.robust),
+        "interval": {"level": _LEVEL, "method": "wilson", "low": low, "high": high},
+        "protocols": {
+            name: _protocol_result(evaluation, attacks) for name, attacks in protocols.items()
+        },
+        "forwards": evaluation.forwards,
+        "backwards": evaluation.backwards,
+        "seconds": sum(record.seconds for record in evaluation.records.values()),
+        "settings": settings,
+        "seed": seed,
+    }
+
+
+def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, indices) -> None:
+    """Write `ledger.csv` and, last, `result.json`, each whole or not at all.
+
+    Args:
+        directory: made if need be.
+        evaluation: what was found.
+        result: from `build_result`.
+        indices: (N,) int places of the examples in their data set.
+    """
+    stages = {
+        f"standing_after_{stage}": standing
+        for record in evaluation.records.values()
+        for stage, standing in record.stages
+    }
+    columns = ["index", "label", "clean_prediction", "robust", "broken_by", "distance"]
+    columns += [f"correct_{name}" for name in evaluation.correct] + list(stages)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for i, index in enumerate(indices):
+        writer.writerow(
+            [
+                int(index),
+                int(evaluation.labels[i]),
+                int(evaluation.clean_prediction[i]),
+                int(evaluation.robust[i]),
+                evaluation.broken_by[i],
+                f"{evaluation.distance[i]:.9g}",
+                *(int(correct[i]) for correct in evaluation.correct.values()),
+                *(int(standing[i]) for standing in stages.values()),
+            ]
+        )
+    directory = Path(directory)
+    write_text(directory / "ledger.csv", text.getvalue())
+    write_json(directory / "result.json", result)
+
+
+def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:
+    """Read an evaluation back.
+
+    Args:
+        directory: holds `ledger.csv` and `result.json`.
+
+    Returns:
+        The ledger and the content of `result.json`.
+
+    Raises:
+        ValueError: if a file is missing or is not what this project writes, or the two
+            contradict each other.
+    """
+    directory = Path(directory)
+    result = read_json(directory / "result.json")
+    if result.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{directory / 'result.json'}: schema {result.get('schema')!r}, expected {SCHEMA}; "
+            f"it is not a result of this version."
+        )
+    path = directory / "ledger.csv"
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        ledger = Ledger(
+            index=_column(rows, "index", int),
+            label=_column(rows, "label", int),
+            clean_prediction=_column(rows, "clean_prediction", int),
+            robust=_column(rows, "robust", _flag),
+            broken_by=[str(row["broken_by"]) for row in rows],
+            distance=_column(rows, "distance", float),
+            correct={
+                name.removeprefix("correct_"): _column(rows, name, _flag)
+                for name in (rows[0] if rows else ())
+                if name is not None and name.startswith("correct_")
+            },
+        )
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a ledger of this project ({error}).") from error
+    if len(rows) != result.get("num_examples") or not rows:
+        raise ValueError(
+            f"{path}: {len(rows)} rows, but result.json speaks of {result.get('num_examples')}."
+        )
+    for name, values in (("robust", ledger.robust), ("clean", ledger.clean)):
+        stated = result.get(f"{name}_accuracy")
+        if stated != _share(values):
+            raise ValueError(
+                f"{path}: {name} accuracy {_share(values)}, but result.json says {stated}; one of "
+                f"the two was changed by hand."
+            )
+    return ledger, result
+
+
+def attack_settings(attack: Attack) -> dict:
+    """The settings of an attack, its threat model included, with its class name."""
+    settings = dataclasses.asdict(attack)  # type: ignore[call-overload]
+    return {"attack": type(attack).__name__, **json.loads(json.dumps(settings))}
+
+
+def _protocol_result(evaluation, attacks):
+    correct = np.stack([evaluation.correct[name] for name in attacks])
+    return {
+        "robust_accuracy": _share(correct.all(axis=0)),
+        "attacks": {
+            name: {
+                "accuracy": _share(evaluation.records[name].correct),
+                "accuracy_last_iterate": _share(evaluation.records[name].correct_last_iterate),
+                "forwards": evaluation.records[name].forwards,
+                "backwards": evaluation.records[name].backwards,
+                "seconds": evaluation.records[name].seconds,
+                "settings": attack_settings(attack),
+            }
+            for name, attack in attacks.items()
+        },
+    }
+
+
+def _share(values) -> float:
+    return float(np.mean(values))
+
+
+def _column(rows, name, kind):
+    return np.array([kind(row[name]) for row in rows])
+
+
+def _flag(text):
+    if text not in ("0", "1"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return text == "1"

@@ -1,0 +1,306 @@
+"""Tables made from the per-example ledgers of runs, and their place in a Markdown file."""
+
+import dataclasses
+import html
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from logit_reg.evaluation import wilson_interval
+from logit_reg.runs import Run as Run
+from logit_reg.runs import load_run as load_run
+
+MAIN = "evaluation"
+"""Folder, inside a run's, of the evaluation under the named protocols."""
+STRONG = "strong"
+"""Folder, inside a run's, of the evaluation under the strongest attack there is."""
+
+FGSM_ATTACKS = ("fgsm-xent", "fgsm-cw")
+"""What `paper-fgsm` is the worst of."""
+
+NOT_MEASURED = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A number of right answers out of a number of examples."""
+
+    num_correct: int
+    num_examples: int
+
+    @property
+    def percent(self) -> float:
+        """The share, in per cent."""
+        return 100 * self.num_correct / self.num_examples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval, in per cent."""
+        low, high = wilson_interval(self.num_correct, self.num_examples)
+        return 100 * low, 100 * high
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of strings; the first column names the rows, a header may have several lines."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+    def to_text(self) -> str:
+        """Aligned for a terminal, the caption below, wrapped to the table's width."""
+        headers = [column.split("\n") for column in self.columns]
+        depth = max(map(len, headers))
+        # Headers stand on the rule, not under the ceiling.
+        lines = [[""] * (depth - len(header)) + header for header in headers]
+        widths = [
+            max(map(len, [*lines[i], *(row[i] for row in self.rows)]))
+            for i in range(len(self.columns))
+        ]
+
+        def align(cells):
+            first, *others = (
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            return "  ".join([first, *others]).rstrip()
+
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        header = [align(cells) for cells in zip(*lines, strict=True)]
+        body = [align(row) for row in self.rows]
+        return "\n".join([*header, rule, *body, rule, textwrap.fill(self.caption, len(rule))])
+
+    def to_markdown(self) -> str:
+        """A GitHub table, the caption in the paragraph below."""
+
+        def line(cells):
+            escaped = (html.escape(cell, quote=False).replace("|", r"\|") for cell in cells)
+            return "| " + " | ".join(cell.replace("\n", "<br>") for cell in escaped) + " |"
+
+        marks = "|---|" + "---:|" * (len(self.columns) - 1)
+        caption = html.escape(self.caption, quote=False)
+        return "\n".join([line(self.columns), marks, *map(line, self.rows), "", caption])
+
+    def to_html(self) -> str:
+        """A `<table>`; each cell carries its column's name for narrow screens."""
+        names = [html.escape(column.replace("\n", " ")) for column in self.columns]
+        head = "".join(
+            f'<th scope="col">{html.escape(column).replace(chr(10), "<br>")}</th>'
+            for column in self.columns
+        )
+        body = "\n".join(
+            f'<tr><th scope="row">{html.escape(row[0])}</th>'
+            + "".join(
+                f'<td data-label="{name}">{html.escape(cell)}</td>'
+                for name, cell in zip(names[1:], row[1:], strict=True)
+            )
+            + "</tr>"
+            for row in self.rows
+        )
+        return (
+            f"<table>\n<caption>{html.escape(self.caption)}</caption>\n"
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        )
+
+
+def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
+    """Accuracy of the main evaluation under the worst of some of its attacks, per example.
+
+    Args:
+        run: the run.
+        attacks: names of attacks; none for the clean accuracy.
+
+    Returns:
+        The accuracy; None unless every attack was run on all examples that are right clean.
+    """
+    evaluation = run.evaluations.get(MAIN)
+    if evaluation is None or not set(attacks) <= evaluation.ledger.correct.keys():
+        return None
+    settings = evaluation.result.get("settings")
+    if attacks and isinstance(settings, dict) and settings.get("worst_case_only"):
+        # Each attack then saw only what the ones before had left.
+        return None
+    correct = [evaluation.ledger.correct[name] for name in attacks]
+    return _count(np.all([evaluation.ledger.clean, *correct], axis=0))
+
+
+def worst_case(run: Run, folder: str = MAIN) -> Accuracy | None:
+    """Accuracy under all attacks of an evaluation together; None if it was not made."""
+    evaluation = run.evaluations.get(folder)
+    return None if evaluation is None else _count(evaluation.ledger.robust)
+
+
+def pgd_attacks(num_steps: int) -> tuple[str, ...]:
+    """The attacks that a paper's PGD of so many steps is the worst of."""
+    return (f"pgd{num_steps}-xent", f"pgd{num_steps}-cw")
+
+
+def pgd_lengths(runs: Sequence[Run]) -> list[int]:
+    """Numbers of PGD steps that the main evaluations have; 40, MNIST's, if there are none."""
+    names = {
+        name
+        for run in runs
+        if MAIN in run.evaluations
+        for name in run.evaluations[MAIN].ledger.correct
+    }
+    matches = (re.fullmatch(r"pgd(\d{1,5})-(?:xent|cw)", name) for name in names)
+    return sorted({int(match[1]) for match in matches if match}) or [40]
+
+
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose numbers may stand side by side, in order.
+
+    Contaminated runs are left out.
+
+    Raises:
+        ValueError: if there are no runs, or they were evaluated on different data sets.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run; got none.")
+    kept = [run for run in runs if not run.is_contaminated]
+    names = {e.dataset: run.name for run in kept for e in run.evaluations.values()}
+    if len(names) > 1:
+        found = ", ".join(f"{dataset} ({name})" for dataset, name in sorted(names.items()))
+        raise ValueError(
+            f"runs were evaluated on different data sets: {found}; make a report for each."
+        )
+    return kept
+
+
+def results_table(runs: Sequence[Run]) -> Table:
+    """Accuracy of each run under each attack, counted from the per-example ledgers.
+
+    Args:
+        runs: in the order of the rows.
+
+    Returns:
+        The table, in per cent; what was not measured is an en dash.
+
+    Raises:
+        ValueError: if there are no runs, or they were evaluated on different data sets.
+    """
+    kept = comparable(runs)
+    columns = [
+        _Column("run", lambda run: run.name),
+        _accuracy_column("clean", kept, lambda run: accuracy_under(run, ())),
+        _accuracy_column("FGSM", kept, lambda run: accuracy_under(run, FGSM_ATTACKS)),
+        *(
+            _accuracy_column(
+                f"PGD-{num_steps}\n{loss}",
+                kept,
+                lambda run, attack=attack: accuracy_under(run, [attack]),
+            )
+            for num_steps in pgd_lengths(kept)
+            for loss, attack in zip(("xent", "CW"), pgd_attacks(num_steps), strict=True)
+        ),
+        _accuracy_column("worst case\n[95 %]", kept, worst_case, with_interval=True),
+        _strong_column(kept),
+        _Column("training\nsteps", lambda run: _show(run.steps, "d")),
+        _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
+    ]
+    return Table(
+        columns=tuple(column.header for column in columns),
+        rows=tuple(tuple(column.cell(run) for column in columns) for run in kept),
+        caption=_caption(kept, [run for run in runs if run.is_contaminated]),
+    )
+
+
+def replace_marked_section(text: str, name: str, content: str) -> str:
+    """Put generated content between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Args:
+        text: a Markdown file.
+        name: of the section.
+        content: what is to stand there; white space around it does not count.
+
+    Returns:
+        The text with its section replaced; a second time changes nothing.
+
+    Raises:
+        ValueError: unless each marker occurs once, in order, and the content holds neither.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if begin in content or end in content:
+        raise ValueError(f"the content of section {name!r} holds the section's own markers.")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(
+            f"expected {begin} and, after it, {end}, once each; found {text.count(begin)} and "
+            f"{text.count(end)}. Put them where the section belongs."
+        )
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    return f"{before}{begin}\n\n{content.strip()}\n\n{after}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    header: str
+    cell: Callable[[Run], str]
+
+
+def _accuracy_column(title, runs, measure, *, with_interval=False, describe=None) -> _Column:
+    """A column of accuracies; what all cells share stands in the header, else in each cell."""
+    describe = describe or (lambda run, found: f"n = {found.num_examples}")
+    found_by_run = [(run, found) for run in runs if (found := measure(run))]
+    notes = {describe(run, found) for run, found in found_by_run}
+    shared = notes.pop() if len(notes) == 1 else ""
+
+    def cell(run):
+        found = measure(run)
+        if found is None:
+            return NOT_MEASURED
+        low, high = found.interval
+        interval = f" [{low:.1f}, {high:.1f}]" if with_interval else ""
+        note = "" if shared else f" ({describe(run, found)})".replace("\n", ", ")
+        return f"{found.percent:.1f}{interval}{note}"
+
+    return _Column("\n".join(filter(None, (title, shared))), cell)
+
+
+def _strong_column(runs):
+    return _accuracy_column(
+        "strong attack\n[95 %]",
+        runs,
+        lambda run: worst_case(run, STRONG),
+        with_interval=True,
+        describe=lambda run, found: (
+            f"{run.evaluations[STRONG].attack_name}\nn = {found.num_examples}"
+        ),
+    )
+
+
+def _caption(runs, left_out):
+    datasets = {e.dataset for run in runs for e in run.evaluations.values()}
+    main = [run.evaluations[MAIN].ledger for run in runs if MAIN in run.evaluations]
+    strong = [run.evaluations[STRONG].ledger for run in runs if STRONG in run.evaluations]
+    parts = [
+        f"Accuracy in per cent{''.join(f' on {name}' for name in datasets)}, counted from the "
+        f"per-example ledgers; brackets are 95 % Wilson intervals."
+    ]
+    attacks = {tuple(ledger.correct) for ledger in main}
+    if len(attacks) == 1:
+        parts.append(f"Worst case: right under all of {', '.join(attacks.pop())}.")
+    elif attacks:
+        parts.append("Worst case: right under all attacks of its run, which differ between runs.")
+    for what, ledgers in (("", main), (" of the strong attack", strong)):
+        if len({tuple(ledger.index) for ledger in ledgers}) > 1:
+            parts.append(f"The images{what} differ between runs.")
+    pairs = [run.evaluations for run in runs if {MAIN, STRONG} <= run.evaluations.keys()]
+    if pairs and all(set(p[STRONG].ledger.index) < set(p[MAIN].ledger.index) for p in pairs):
+        parts.append("The strong attack's images are among those of the other columns.")
+    if left_out:
+        names = ", ".join(run.name for run in left_out)
+        parts.append(
+            f"Left out: {names} (trained on mnist, whose training images mnist_5k is made of)."
+        )
+    return " ".join(parts)
+
+
+def _show(value, form):
+    return NOT_MEASURED if value is None else format(value, form)
+
+
+def _count(correct):
+    return Accuracy(int(correct.sum()), len(correct))

@@ -1,0 +1,200 @@
+"""A training run and its evaluations, read back from the folder that they were written to."""
+
+import csv
+import dataclasses
+import io
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from logit_reg.files import read_json
+from logit_reg.ledger import Ledger, read_ledger
+from logit_reg.loop import LOG_COLUMNS, TIMING_COLUMNS
+
+_MAX_BYTES = 256 * 2**20
+_EXAMPLE_ARRAYS = ("images", "adversarial", "labels", "predictions", "bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """N images of an evaluation beside the worst that the attacks made of them."""
+
+    images: np.ndarray
+    """(N, H, W, C) float, pixel units."""
+    adversarial: np.ndarray
+    """(N, H, W, C) float, pixel units."""
+    labels: np.ndarray
+    """(N,) int: true classes."""
+    predictions: np.ndarray
+    """(N,) int: classes predicted for `adversarial`."""
+    bounds: np.ndarray
+    """(2,) float: least and greatest pixel value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredEvaluation:
+    """One evaluation folder of a run."""
+
+    ledger: Ledger
+    """The verdict on each example."""
+    result: dict
+    """Content of `result.json`: provenance only, no number of a table comes from it."""
+    examples: Examples | None = None
+    """From `examples.npz`, if there is one."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set it was made on."""
+        return str(self.result.get("dataset", "an unnamed data set"))
+
+    @property
+    def attack_name(self) -> str:
+        """The attacks, joined by " + "."""
+        return " + ".join(self.ledger.correct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run and its evaluations left in a folder."""
+
+    name: str
+    """Short and for people."""
+    settings: dict
+    """Flags of the training."""
+    seed: int | None
+    """Of the training."""
+    versions: dict
+    """Versions of the packages used."""
+    commit: str
+    """Of this project."""
+    log: dict[str, np.ndarray]
+    """(R,) float for each of `LOG_COLUMNS`; empty if there is no log."""
+    minutes: float | None
+    """Wall-clock minutes of training so far; None if there is no `timing.csv`."""
+    evaluations: dict[str, StoredEvaluation]
+    """Finished evaluations by the name of their folder."""
+
+    @property
+    def steps(self) -> int | None:
+        """Training steps in the log; None if there is no log."""
+        return int(self.log["step"][-1]) if self.log else None
+
+    @property
+    def is_contaminated(self) -> bool:
+        """Whether it is measured on images that it was trained on.
+
+        `mnist_5k` is made of MNIST's training images.
+        """
+        datasets = {evaluation.dataset for evaluation in self.evaluations.values()}
+        return self.settings.get("dataset") == "mnist" and "mnist_5k" in datasets
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read a run and its evaluations back.
+
+    Args:
+        folder: holds `run.json` and, as far as they exist, `log.csv`, `timing.csv` and one
+            folder for each evaluation with `result.json`, `ledger.csv` and `examples.npz`.
+
+    Returns:
+        The run; an evaluation without `result.json`, which is written last, is not finished
+        and left out.
+
+    Raises:
+        ValueError: if `run.json` is missing, or a file is not what this project writes.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder}: holds no run.json; give the model_dir of a training run.")
+    record = read_json(folder / "run.json")
+    for name, kind in (("settings", dict), ("versions", dict), ("name", str)):
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(
+                f"{folder / 'run.json'}: {name} is {record[name]!r}, expected a {kind.__name__}."
+            )
+    timing = _read_columns(folder / "timing.csv", TIMING_COLUMNS)
+    seed = record.get("seed")
+    return Run(
+        name=record.get("name") or folder.resolve().name,
+        settings=record.get("settings", {}),
+        seed=seed if isinstance(seed, int) else None,
+        versions=record.get("versions", {}),
+        commit=str(record.get("commit") or "unknown"),
+        log=_read_columns(folder / "log.csv", LOG_COLUMNS),
+        minutes=float(timing["seconds"][-1]) / 60 if timing else None,
+        evaluations={
+            path.parent.name: _load_evaluation(path.parent)
+            for path in sorted(folder.glob("*/result.json"))
+        },
+    )
+
+
+def _load_evaluation(directory):
+    ledger, result = read_ledger(directory)
+    if (ledger.robust != np.all([ledger.clean, *ledger.correct.values()], axis=0)).any():
+        raise ValueError(
+            f"{directory / 'ledger.csv'}: robust is not what clean and the correct_ columns give; "
+            f"evaluate again."
+        )
+    path = directory / "examples.npz"
+    return StoredEvaluation(ledger, result, _read_examples(path) if path.exists() else None)
+
+
+def _read_columns(path, columns):
+    if not path.exists():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError("larger than 256 MiB")
+        # A row without its line end is one that a killed process did not finish.
+        whole = path.read_text()
+        rows = list(csv.DictReader(io.StringIO(whole[: whole.rfind("\n") + 1]), strict=True))
+        arrays = {name: np.array([float(row[name]) for row in rows]) for name in columns}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("a value is not finite")
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a log with columns {', '.join(columns)} ({error})."
+        ) from error
+    return arrays if rows else {}
+
+
+def _read_examples(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            examples = Examples(**{name: _read_array(archive, name) for name in _EXAMPLE_ARRAYS})
+    except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not the examples of an evaluation ({error}).") from error
+    shape, num = examples.images.shape, len(examples.labels)
+    numbers = [np.isfinite(getattr(examples, name)).all() for name in _EXAMPLE_ARRAYS]
+    if not (
+        len(shape) == 4
+        and shape[3] in (1, 3)
+        and examples.adversarial.shape == shape
+        and examples.labels.shape == examples.predictions.shape == (shape[0],)
+        and examples.bounds.shape == (2,)
+        and all(numbers)
+        and examples.bounds[0] < examples.bounds[1]
+    ):
+        raise ValueError(
+            f"{path}: images {shape}, adversarial {examples.adversarial.shape}, {num} labels, "
+            f"bounds {examples.bounds}; expected finite images (N, H, W, 1 or 3) beside as many "
+            f"adversarial ones, labels and predictions, and bounds (lower, upper)."
+        )
+    return examples
+
+
+def _read_array(archive, name):
+    """An array of numbers from an npz, once its header agrees with its size."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is not in the npy format 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in "iuf" or size > _MAX_BYTES or size != info.file_size - file.tell():
+            raise ValueError(f"{name} is no array of numbers of its stated size below 256 MiB")
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

@@ -1,0 +1,292 @@
+"""One training step: noise, adversary, objective, update."""
+
+import dataclasses
+import math
+
+import keras
+import tensorflow as tf
+
+from logit_reg.attacks.attack import is_fooled
+from logit_reg.attacks.pgd import PGD
+from logit_reg.objectives import Objective
+from logit_reg.threat import ThreatModel
+
+BATCH_NORM_MODES = ("evaluation", "training")
+
+# What separates the random numbers of one step's several draws.
+_NOISE, _START, _RADIUS, _CROP = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class PGDAdversary:
+    """Adversarial training on the last iterate of PGD.
+
+    Source:
+        Madry et al. 2018. Deviations: BatchNorm stays in evaluation mode during the attack unless
+        told otherwise (the CIFAR-10 challenge attacks in training mode, and moves the averages
+        with every pass); the ramp is ours: short MNIST runs learn nothing without it.
+    """
+
+    attack: PGD
+    """Loss, steps and threat model; `early_stop` has no meaning here."""
+    ramp_steps: int = 0
+    """Number of training steps over which epsilon and the step size grow from 0 linearly."""
+    batch_norm: str = "evaluation"
+    """Mode of BatchNorm during the attack: "evaluation" or "training"."""
+
+    def __post_init__(self):
+        if self.ramp_steps < 0:
+            raise ValueError(f"ramp_steps must be at least 0; got {self.ramp_steps}.")
+        if self.batch_norm not in BATCH_NORM_MODES:
+            raise ValueError(
+                f"batch_norm must be one of {', '.join(BATCH_NORM_MODES)}; got {self.batch_norm!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeAdversary:
+    """Free adversarial training: one persistent perturbation, updated with every weight update.
+
+    The gradient of one backward pass serves the weights and the perturbation. Each minibatch has
+    to come several times in a row ("replays"): that is the data's business; `loop.py` does it,
+    and a data set for `fit` has to repeat its batches.
+
+    Source:
+        Shafahi et al. 2019, arXiv:1904.12843: step size epsilon, never reset.
+    """
+
+    threat: ThreatModel
+    """An linf threat model."""
+    batch_size: int
+    """Images of the persistent perturbation; a smaller batch uses its first ones."""
+
+    def __post_init__(self):
+        if self.threat.norm != "linf":
+            raise ValueError(
+                f"free adversarial training is defined in linf; got norm {self.threat.norm!r}."
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+
+
+class RegularizedModel(keras.Model):
+    """A network with a training step that regularises its logits.
+
+    Works with `compile` and `fit`, and in `loop.train`. Calling it calls the network.
+
+    Units:
+        Images, noise and bounds are in the network's own pixel units.
+    """
+
+    def __init__(
+        self,
+        network: keras.Model,
+        objective: Objective,
+        *,
+        noise_stddev: float = 0.0,
+        clip_noise: bool = True,
+        bounds: tuple[float, float],
+        adversary: PGDAdversary | FreeAdversary | None = None,
+        augment: bool = False,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ):
+        """Wrap a network for training.
+
+        Args:
+            network: images (N, H, W, C) in pixel units -> logits (N, K).
+            objective: what is minimised.
+            noise_stddev: standard deviation of the Gaussian noise added to every training image,
+                pixel units (the paper: .5 on MNIST, 20 on CIFAR).
+            clip_noise: clip noisy images to the bounds (the paper does not say; Mosbach et al.
+                do).
+            bounds: lowest and highest pixel value.
+            adversary: what replaces the images by adversarial ones; noise comes on top.
+            augment: pad by 2 pixels a side, crop at random and flip, as the CIFAR-10 challenge.
+            weight_decay: weight of the sum of half the squared norms of all kernels (not biases,
+                not BatchNorm), added to the total: the challenge's coupled weight decay.
+            seed: source of all random numbers of training.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        super().__init__(name="regularized_model")
+        if not (math.isfinite(noise_stddev) and noise_stddev >= 0):
+            raise ValueError(f"noise_stddev must be at least 0; got {noise_stddev}.")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"weight_decay must be at least 0; got {weight_decay}.")
+        if not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds must be increasing; got {bounds}.")
+        self.network = network
+        self.objective = objective
+        self.noise_stddev = noise_stddev
+        self.clip_noise = clip_noise
+        self.bounds = tuple(bounds)
+        self.adversary = adversary
+        self.augment = augment
+        self.weight_decay = weight_decay
+        self.seed = seed
+        self.perturbation = None
+        if isinstance(adversary, FreeAdversary):
+            shape = (adversary.batch_size, *network.input_shape[1:])
+            # State of training, not a weight of the network: it is saved with the checkpoint only.
+            self.perturbation = self.add_weight(
+                name="perturbation", shape=shape, initializer="zeros", trainable=False
+            )
+        self._kernels = [v for v in network.trainable_variables if v.name == "kernel"]
+        self._trackers = [
+            keras.metrics.Mean(name=name)
+            for name in ("total", "xent", "penalty", "accuracy", "mean_logit_norm")
+        ]
+        self.built = True
+
+    def call(self, images, training=None):
+        """Logits of the network."""
+        return self.network(images, training=training)
+
+    @property
+    def metrics(self):
+        """Running means that `fit` shows."""
+        return self._trackers
+
+    def train_step(self, data):
+        """Take one optimiser step on a batch and return the running means.
+
+        Args:
+            data: (images (B, H, W, C) in pixel units, labels (B,) int).
+
+        Returns:
+            A dict of () tensors: total, xent (plain, on hard labels), penalty (before beta),
+            accuracy and mean_logit_norm, all on the images that were trained on.
+        """
+        return self._track(self.update(*data), tf.shape(data[0])[0])
+
+    def test_step(self, data):
+        """Evaluate a batch without noise or adversary; see `train_step`."""
+        images, labels = tf.cast(data[0], tf.float32), tf.cast(data[1], tf.int64)
+        logits = self.network(images, training=False)
+        terms = self.objective(logits, labels)
+        return self._track(_measures(terms, logits, labels), tf.shape(images)[0])
+
+    def update(self, images, labels) -> dict:
+        """Take one optimiser step; the measures of this batch alone.
+
+        Args:
+            images: (B, H, W, C) in pixel units.
+            labels: (B,) int.
+
+        Returns:
+            A dict of () tensors with the keys of `train_step`.
+        """
+        step = tf.cast(self.optimizer.iterations, tf.int64)
+        images = tf.cast(images, tf.float32)
+        labels = tf.cast(labels, tf.int64)
+        if self.augment:
+            images = random_crop_and_flip(images, self._random_seed(step, _CROP))
+        images = self._add_noise(self._attack(images, labels, step), step)
+
+        variables = self.network.trainable_variables
+        is_free = self.perturbation is not None
+        with tf.GradientTape() as tape:
+            if is_free:
+                tape.watch(images)
+            logits = self.network(images, training=True)
+            terms = self.objective(logits, labels)
+            total = terms.total
+            if self.weight_decay:
+                total += self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)
+        sources = [*(variable.value for variable in variables), *([images] if is_free else [])]
+        gradients = tape.gradient(total, sources)
+        if is_free:
+            self._move_perturbation(gradients.pop())
+        self.optimizer.apply(gradients, variables)
+        return _measures(terms._replace(total=total), logits, labels)
+
+    def _attack(self, images, labels, step):
+        if self.perturbation is not None:
+            perturbation = self.perturbation.value[: tf.shape(images)[0]]
+            return tf.clip_by_value(images + perturbation, *self.bounds)
+        if self.adversary is None:
+            return images
+        attack, ramp_steps = self.adversary.attack, self.adversary.ramp_steps
+        scale = tf.constant(1.0)
+        if ramp_steps:
+            scale = tf.minimum(1.0, tf.cast(step + 1, tf.float32) / ramp_steps)
+        is_training = self.adversary.batch_norm == "training"
+        shape, seed = tf.shape(images), self._random_seed(step, _START)
+        if attack.threat.norm == "linf":
+            noise = tf.random.stateless_uniform(shape, seed, -1.0, 1.0)
+        else:
+            noise = tf.random.stateless_normal(shape, seed)
+        radius = tf.random.stateless_uniform(
+            (shape[0], 1, 1, 1), self._random_seed(step, _RADIUS), 0.0, 1.0
+        )
+        return attack.perturb(
+            lambda x: self.network(x, training=is_training),
+            images,
+            labels,
+            noise=noise,
+            radius=radius,
+            scale=scale,
+        )
+
+    def _add_noise(self, images, step):
+        if not self.noise_stddev:
+            return images
+        seed = self._random_seed(step, _NOISE)
+        images += self.noise_stddev * tf.random.stateless_normal(tf.shape(images), seed)
+        return tf.clip_by_value(images, *self.bounds) if self.clip_noise else images
+
+    def _move_perturbation(self, gradient):
+        epsilon = self.adversary.threat.epsilon
+        size = tf.shape(gradient)[0]
+        moved = self.perturbation.value[:size] + epsilon * tf.sign(gradient)
+        moved = tf.clip_by_value(moved, -epsilon, epsilon)
+        self.perturbation.assign(tf.concat([moved, self.perturbation.value[size:]], axis=0))
+
+    def _random_seed(self, step, draw):
+        """A seed of its own for each step and each of its draws."""
+        return tf.random.experimental.stateless_fold_in(
+            tf.stack([tf.constant(self.seed, tf.int64), step]), draw
+        )
+
+    def _track(self, measures, batch_size):
+        for tracker in self._trackers:
+            tracker.update_state(measures[tracker.name], sample_weight=batch_size)
+        return {tracker.name: tracker.result() for tracker in self._trackers}
+
+
+def random_crop_and_flip(images, seed):
+    """Pad by 2 pixels a side with zeros, crop back at random, flip half of the images.
+
+    Args:
+        images: (B, H, W, C) float.
+        seed: (2,) integer seed of stateless random numbers.
+
+    Returns:
+        (B, H, W, C) float.
+
+    Source:
+        MadryLab cifar10_challenge `cifar10_input.py` (32 -> 36 -> 32).
+    """
+    batch_size, height, width = tf.unstack(tf.shape(images)[:3])
+    draws = tf.random.stateless_uniform((batch_size, 3), seed, 0.0, 1.0)
+    padded = tf.pad(images, [[0, 0], [2, 2], [2, 2], [0, 0]])
+    offsets = tf.cast(draws[:, :2] * 5.0, tf.int32)
+    rows = offsets[:, :1] + tf.range(height)
+    columns = offsets[:, 1:] + tf.range(width)
+    cropped = tf.gather(padded, rows, axis=1, batch_dims=1)
+    cropped = tf.gather(cropped, columns, axis=2, batch_dims=1)
+    flip = tf.reshape(draws[:, 2] < 0.5, (-1, 1, 1, 1))
+    return tf.where(flip, tf.reverse(cropped, axis=[2]), cropped)
+
+
+def _measures(terms, logits, labels):
+    logits = tf.cast(logits, tf.float32)
+    return {
+        "total": terms.total,
+        "xent": terms.cross_entropy,
+        "penalty": terms.penalty,
+        "accuracy": 1.0 - tf.reduce_mean(tf.cast(is_fooled(logits, labels), tf.float32)),
+        "mean_logit_norm": tf.reduce_mean(tf.norm(logits, axis=-1)),
+    }

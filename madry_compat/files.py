@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file under a temporary name in its folder, fsyncs it and renames it.
+
+    Args:
+        path: the file to write; what was there stays untouched if writing fails.
+        write: called once with the open binary file.
+
+    Raises:
+        OSError: if the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    # Made by open, not by tempfile: the file gets the permissions of any other new file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""What every command shares: flags, help, one-line errors, exit statuses."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+USAGE_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """The user's mistake; the message says what came, what was expected and what to do."""
+
+
+def run(main: Callable[[], None], description: str) -> NoReturn:
+    """Parse the flags, call `main` and exit: 0, 2 for usage or input errors, 1 for failures.
+
+    Set LOGIT_REG_TRACEBACK=1 to see the traceback of an error.
+
+    Args:
+        main: the command.
+        description: what `--help` says above the flags.
+    """
+    own = FLAGS.flags_by_module_dict()
+    names = {flag.name for module in own.values() for flag in module}
+    arguments = sys.argv[1:]
+    if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(arguments):
+        _print_help(description, own)
+        sys.exit(0)
+    try:
+        rest = FLAGS(sys.argv)[1:]
+        if rest:
+            raise UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value.")
+    except (flags.Error, UsageError) as error:
+        message = " ".join(str(error).split())
+        _fail(f"{message} (--help lists the {len(names)} flags)", USAGE_ERROR)
+    try:
+        _import_tensorflow_quietly()
+        main()
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped.", INTERRUPTED)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if os.environ.get("LOGIT_REG_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        _fail(message, USAGE_ERROR if isinstance(error, ValueError) else FAILURE)
+    sys.exit(0)
+
+
+def apply_config(values: Mapping[str, object]) -> None:
+    """Set flags from a config file, except those given on the command line.
+
+    Args:
+        values: by flag name; names without a flag in this command are left out.
+    """
+    for name, value in values.items():
+        if name in FLAGS and not FLAGS[name].present:
+            FLAGS[name].value = value
+
+
+def notice(message: str) -> None:
+    """Tell the user something on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def existing_path(name: str, value: str) -> Path:
+    """A path that a flag names, checked to exist.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise UsageError(f"--{name}={value}: no such file or folder.")
+    return path
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _print_help(description: str, own: Mapping[str, list[flags.Flag]]) -> None:
+    print(description.strip(), "\n\nFlags:", sep="")
+    for module, module_flags in own.items():
+        if module.startswith("absl"):
+            continue
+        for flag in module_flags:
+            default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
+            choices = getattr(flag.parser, "enum_values", None)
+            value = f"<{'|'.join(choices)}>" if choices else f"<{flag.flag_type()}>"
+            name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={value}"
+            print(f"  {name}\n      {flag.help}{default}")
+
+
+def _import_tensorflow_quietly() -> None:
+    """Import TensorFlow without its start-up chatter, which no setting silences.
+
+    It is printed from C++ straight to the file descriptor, before logging is set up. If the
+    import fails, what was held back is shown.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    sys.stderr.flush()
+    descriptor = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            import keras
+            import tensorflow as tf
+
+            tf.config.list_logical_devices()
+        except BaseException:
+            held_back.seek(0)
+            os.write(descriptor, held_back.read())
+            raise
+        finally:
+            os.dup2(descriptor, 2)
+            os.close(descriptor)
+    if keras.backend.backend() != "tensorflow":
+        raise UsageError(
+            f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}: training and attacks are TensorFlow; "
+            f"unset it. Saved networks load under any backend."
+        )

@@ -1,0 +1,331 @@
+"""Measure what attacks leave of a network's accuracy.
+
+With nothing else it evaluates the newest run under its challenge's protocol. --protocol names
+frozen protocols; without it the attack flags (--epsilon, --num_steps, ...) describe one attack.
+--attack_file scores a submission as the challenge's run_attack.py does. --model and --data take
+a network and images of your own. All values are in pixel units: [0, 1] for MNIST, [0, 255] for
+CIFAR.
+
+An interrupted evaluation goes on when the same command is given again.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from logit_reg_scripts import command_line
+from logit_reg_scripts.command_line import FLAGS, UsageError
+
+flags.DEFINE_string(
+    "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
+)
+flags.DEFINE_enum(
+    "dataset",
+    None,
+    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
+    "data set; the run's own if not given",
+)
+flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
+flags.DEFINE_string("data_path", None, "the challenges' name for --data_dir")
+flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
+flags.DEFINE_string("config", None, "a challenge's config.json")
+flags.DEFINE_string("model", None, "a .keras file of your own, with --data, --bounds, --epsilon")
+flags.DEFINE_string("data", None, "an .npz file of your own, with arrays images and labels")
+flags.DEFINE_list("bounds", None, "lowest and highest pixel value of --data, as 0,1")
+
+flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
+flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
+flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
+flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
+flags.DEFINE_bool("worst_case_only", False, "attack only what the attacks before left standing")
+flags.DEFINE_enum("norm", None, ["linf", "l2"], "attack flag: norm (linf)")
+flags.DEFINE_float("epsilon", None, "attack flag: budget, pixel units")
+flags.DEFINE_integer("num_steps", None, "attack flag: steps of PGD")
+flags.DEFINE_float("step_size", None, "attack flag: step size, pixel units")
+flags.DEFINE_bool("random_start", None, "attack flag: random start (on)")
+flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "attack flag: loss (xent)")
+flags.DEFINE_float("confidence", None, "attack flag: confidence of --loss_func=cw (50)")
+flags.DEFINE_integer("restarts", None, "attack flag: number of random starts (1)")
+
+flags.DEFINE_list("attack_file", None, "score these attack.npy files instead of attacking")
+flags.DEFINE_string("pred_path", "pred.npy", "where --attack_file writes the predictions")
+flags.DEFINE_string("store_adv_path", None, "write the worst-case images found to this .npy")
+flags.DEFINE_string("output_dir", None, "folder for result.json and ledger.csv")
+flags.DEFINE_bool("progress", True, "draw progress bars")
+
+_ATTACK_FLAGS = [
+    "norm",
+    "epsilon",
+    "num_steps",
+    "step_size",
+    "random_start",
+    "loss_func",
+    "confidence",
+    "restarts",
+]
+
+
+def main() -> None:
+    """Evaluate as the flags say."""
+    _apply_config()
+    _check_flags()
+    if FLAGS.model or FLAGS.data:
+        _evaluate_own()
+    else:
+        _evaluate_challenge()
+
+
+def _evaluate_challenge() -> None:
+    from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
+    from logit_reg_scripts.sources import dataset_for, load_model, load_split
+    from logit_reg_scripts.submissions import score_files, write_adversarial
+
+    from madry_compat.challenges import challenge_for
+    from madry_compat.data import to_pixels
+
+    model = load_model(FLAGS.model_dir)
+    data_dir = FLAGS.data_dir or FLAGS.data_path
+    if data_dir is None and model.data_dir is not None and Path(model.data_dir).is_dir():
+        data_dir = model.data_dir
+    name = dataset_for(model, FLAGS.dataset, data_dir)
+    challenge = challenge_for(name)
+    batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
+    dataset = load_split(name, "test", data_dir, download=FLAGS.download)
+    if FLAGS.attack_file:
+        paths = [Path(path) for path in FLAGS.attack_file]
+        score_files(
+            model.network,
+            paths,
+            dataset,
+            challenge,
+            epsilon=FLAGS.epsilon,
+            batch_size=batch_size,
+            pred_path=Path(FLAGS.pred_path),
+        )
+        return
+
+    protocols = _protocols(model, challenge)
+    count = _num_examples(len(dataset.images))
+    pixels = to_pixels(dataset.images[:count], name)
+    test = TestImages(
+        name, pixels, dataset.labels[:count], bounds=(challenge.lower, challenge.upper)
+    )
+    settings = {
+        "model": str(model.path),
+        "canonical": dataset.canonical,
+        "note": dataset.note,
+        "contaminated": _is_contaminated(model, name),
+    }
+    evaluation, result = evaluate_protocols(
+        model.network,
+        test,
+        protocols,
+        _output_dir(model, protocols),
+        batch_size=batch_size,
+        seed=FLAGS.random_seed,
+        settings=settings,
+        worst_case_only=FLAGS.worst_case_only,
+        show_progress=FLAGS.progress,
+    )
+    print_result(result)
+    print(f"ledger: {_output_dir(model, protocols) / 'ledger.csv'}")
+    if FLAGS.store_adv_path:
+        path = Path(FLAGS.store_adv_path)
+        write_adversarial(path, evaluation.adversarial, dataset, challenge)
+    if model.is_squeezed and not any(name.startswith("autoattack") for name in protocols):
+        print("PGD flatters this family, run --protocol=autoattack")
+
+
+def _evaluate_own() -> None:
+    from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
+    from logit_reg_scripts.sources import load_keras, load_own_images
+
+    from logit_reg.threat import ThreatModel
+
+    missing = [
+        f"--{name}" for name in ("model", "data", "bounds", "epsilon") if not FLAGS[name].value
+    ]
+    if missing:
+        raise UsageError(
+            f"your own model and data need --model, --data, --bounds and --epsilon together; "
+            f"missing {', '.join(missing)}."
+        )
+    if FLAGS.protocol:
+        raise UsageError(
+            "--protocol is frozen to a challenge's pixel units; describe the attack on your own "
+            "data with --num_steps, --step_size, --loss_func and --restarts."
+        )
+    lower, upper = _bounds()
+    threat = ThreatModel(FLAGS.norm or "linf", FLAGS.epsilon, lower, upper)
+    network = load_keras(command_line.existing_path("model", FLAGS.model))
+    path = command_line.existing_path("data", FLAGS.data)
+    images, labels = load_own_images(path, (lower, upper))
+    if tuple(network.input_shape[1:]) != images.shape[1:]:
+        raise UsageError(
+            f"{path}: images have shape {images.shape[1:]}, the network takes "
+            f"{tuple(network.input_shape[1:])}."
+        )
+    num_classes = network.output_shape[-1]
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UsageError(
+            f"{path}: labels span {labels.min()} to {labels.max()}, the network has "
+            f"{num_classes} classes."
+        )
+    test = TestImages(path.stem, images, labels, (lower, upper))
+    test = test.first(_num_examples(len(images)))
+    protocols = {"flags": _attack_from_flags(threat, 40, FLAGS.epsilon / 10)}
+    output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{Path(FLAGS.model).stem}-{path.stem}")
+    evaluation, result = evaluate_protocols(
+        network,
+        test,
+        protocols,
+        output_dir,
+        batch_size=FLAGS.eval_batch_size or 200,
+        seed=FLAGS.random_seed,
+        settings={"model": FLAGS.model, "data": FLAGS.data},
+        worst_case_only=FLAGS.worst_case_only,
+        show_progress=FLAGS.progress,
+    )
+    print_result(result)
+    print(f"ledger: {output_dir / 'ledger.csv'}")
+    if FLAGS.store_adv_path:
+        import numpy as np
+
+        from logit_reg.files import atomic_path
+
+        with atomic_path(FLAGS.store_adv_path) as temporary, temporary.open("wb") as file:
+            np.save(file, evaluation.adversarial, allow_pickle=False)
+
+
+def _protocols(model, challenge):
+    """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
+    from logit_reg.protocols import protocol_attacks
+    from logit_reg.threat import ThreatModel
+
+    family = "mnist" if challenge.name == "mnist" else "cifar"
+    given = [name for name in _ATTACK_FLAGS if FLAGS[name].value is not None]
+    if FLAGS.protocol:
+        if given:
+            raise UsageError(
+                f"a protocol is frozen; leave out --{given[0]} or --protocol "
+                f"{','.join(FLAGS.protocol)}."
+            )
+        names = [name.strip() for name in FLAGS.protocol]
+        return {name: protocol_attacks(name, family) for name in names}
+    if not given:
+        name = "madry-mnist" if family == "mnist" else "madry-cifar10"
+        print(f"protocol: {name}, the challenge's own (choose with --protocol)")
+        return {name: protocol_attacks(name, family)}
+    norm = FLAGS.norm or "linf"
+    default = challenge.epsilon if norm == "linf" else challenge.epsilon_l2
+    threat = ThreatModel(
+        norm,
+        default if FLAGS.epsilon is None else FLAGS.epsilon,
+        challenge.lower,
+        challenge.upper,
+    )
+    num_steps = challenge.attack.num_steps
+    step_size = challenge.attack.step_size
+    if norm == "l2":
+        step_size = 2.5 * threat.epsilon / (FLAGS.num_steps or num_steps)
+    return {"flags": _attack_from_flags(threat, num_steps, step_size)}
+
+
+def _attack_from_flags(threat, num_steps, step_size):
+    from logit_reg.attacks import PGD, Restarts
+
+    def flag(name, default):
+        value = FLAGS[name].value
+        return default if value is None else value
+
+    num_steps = flag("num_steps", num_steps)
+    loss = flag("loss_func", "xent")
+    restarts = flag("restarts", 1)
+    attack = PGD(
+        threat,
+        loss,
+        num_steps,
+        flag("step_size", step_size),
+        random_start=flag("random_start", True),
+        # The challenges' own constant; the paper's Eq. 4 has 0.
+        confidence=flag("confidence", 50.0) if loss == "cw" else 0.0,
+        early_stop=restarts > 1,
+    )
+    name = f"pgd{num_steps}-{loss}"
+    if restarts == 1:
+        return {name: attack}
+    return {f"{name}-x{restarts}": Restarts(attack, restarts)}
+
+
+def _apply_config() -> None:
+    if not FLAGS.config:
+        return
+    from madry_compat.config import load_config
+
+    config = load_config(command_line.existing_path("config", FLAGS.config))
+    if config.unknown:
+        command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
+    values = dict(config.settings)
+    data_path = values.pop("data_path", None)
+    if data_path and Path(data_path).exists():
+        values["data_path"] = data_path
+    if FLAGS.protocol or FLAGS.attack_file:
+        # A protocol has its own attack; the file's would contradict it.
+        values = {name: value for name, value in values.items() if name not in _ATTACK_FLAGS}
+    # Only a command line decides what is written where.
+    values.pop("store_adv_path", None)
+    command_line.apply_config(values)
+
+
+def _check_flags() -> None:
+    if FLAGS.num_eval_examples is not None and FLAGS.num_eval_examples < 1:
+        raise UsageError(f"--num_eval_examples must be at least 1; got {FLAGS.num_eval_examples}.")
+    if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
+        raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
+
+
+def _num_examples(available: int) -> int:
+    wanted = FLAGS.num_eval_examples or available
+    if wanted > available:
+        command_line.notice(
+            f"--num_eval_examples={wanted}: there are {available} images, all are taken."
+        )
+    return min(wanted, available)
+
+
+def _bounds() -> tuple[float, float]:
+    try:
+        lower, upper = (float(value) for value in FLAGS.bounds)
+    except ValueError as error:
+        raise UsageError(
+            f"--bounds must be two numbers, as 0,1; got {','.join(FLAGS.bounds)!r}."
+        ) from error
+    return lower, upper
+
+
+def _is_contaminated(model, name) -> bool:
+    """mnist_5k is made of MNIST's training images."""
+    contaminated = model.run is not None and model.run.dataset == "mnist" and name == "mnist_5k"
+    if contaminated:
+        command_line.notice(
+            "warning: this run was trained on mnist and mnist_5k consists of mnist's training "
+            "images: the numbers are of no value and never enter a table."
+        )
+    return contaminated
+
+
+def _output_dir(model, protocols) -> Path:
+    if FLAGS.output_dir:
+        return Path(FLAGS.output_dir)
+    name = "-".join(protocols)
+    if model.run is not None:
+        return model.path / "evaluations" / name
+    return Path("runs/evaluations") / f"{model.path.stem}-{name}"
+
+
+def run() -> None:
+    """Entry point."""
+    command_line.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    run()

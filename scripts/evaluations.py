@@ -1,0 +1,166 @@
+"""An evaluation from start to ledger: hash, estimate, attack, write, show."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import keras
+import numpy as np
+from logit_reg_scripts.runs import commit, versions
+
+from logit_reg.attacks import Attack
+from logit_reg.evaluation import (
+    Evaluation,
+    EvaluationState,
+    estimate_seconds,
+    evaluate,
+    network_hash,
+    predict,
+)
+from logit_reg.files import atomic_path
+from logit_reg.ledger import build_result, write_ledger
+
+# Images kept with the ledger, for people to look at.
+_EXAMPLES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class TestImages:
+    """What a network is evaluated on."""
+
+    dataset: str
+    """Name of the data set, or of the user's file."""
+    images: np.ndarray
+    """(N, H, W, C) float32, pixel units."""
+    labels: np.ndarray
+    """(N,) int64."""
+    bounds: tuple[float, float]
+    """Lowest and highest pixel value."""
+
+    def first(self, num_examples: int) -> "TestImages":
+        """The first examples."""
+        part = slice(num_examples)
+        return dataclasses.replace(self, images=self.images[part], labels=self.labels[part])
+
+
+def evaluate_protocols(
+    network: keras.Model,
+    test: TestImages,
+    protocols: Mapping[str, Mapping[str, Attack]],
+    output_dir: Path,
+    *,
+    batch_size: int,
+    seed: int,
+    settings: dict,
+    worst_case_only: bool = False,
+    show_progress: bool = True,
+) -> tuple[Evaluation, dict]:
+    """Evaluate a network, write `result.json`, `ledger.csv` and `examples.npz`.
+
+    Finished batches are kept in `output_dir/.state` until the results are written, so that the
+    same call goes on after a kill.
+
+    Args:
+        network: images in pixel units -> logits.
+        test: what to attack.
+        protocols: attacks by protocol and name.
+        output_dir: made if need be.
+        batch_size: most images sent through the network at once.
+        seed: of the attacks.
+        settings: provenance of the network, for `result.json`.
+        worst_case_only: see `logit_reg.evaluation.evaluate`.
+        show_progress: draw progress bars and print the estimate.
+
+    Returns:
+        The evaluation and the content of `result.json`.
+    """
+    attacks = {name: attack for attacks in protocols.values() for name, attack in attacks.items()}
+    key = network_hash(network)
+    state = EvaluationState(output_dir / ".state", key)
+    if show_progress:
+        seconds = estimate_seconds(
+            network, attacks, test.images, test.labels, batch_size=batch_size
+        )
+        print(
+            f"estimate: at most {_duration(seconds)} for {len(attacks)} attacks on "
+            f"{len(test.images)} images (kept batch by batch; the same command goes on)"
+        )
+    evaluation = evaluate(
+        network,
+        attacks,
+        test.images,
+        test.labels,
+        batch_size=batch_size,
+        seed=seed,
+        worst_case_only=worst_case_only,
+        state=state,
+        show_progress=show_progress,
+    )
+    result = build_result(
+        evaluation,
+        protocols,
+        dataset=test.dataset,
+        settings={
+            **settings,
+            "network_sha256": key,
+            "eval_batch_size": batch_size,
+            "worst_case_only": worst_case_only,
+            "versions": versions(),
+            "commit": commit(),
+        },
+        seed=seed,
+    )
+    _write_examples(output_dir, network, evaluation, test, batch_size)
+    write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
+    state.clear()
+    return evaluation, result
+
+
+def print_result(result: dict) -> None:
+    """Print an evaluation as a table, accuracies in per cent."""
+    count = result["num_examples"]
+    rows = [("clean", "", result["clean_accuracy"], None)]
+    for protocol, content in result["protocols"].items():
+        for name, attack in content["attacks"].items():
+            rows.append((name, protocol, attack["accuracy"], attack["accuracy_last_iterate"]))
+        if len(content["attacks"]) > 1:
+            rows.append(("worst case", protocol, content["robust_accuracy"], None))
+    names = max(len(row[0]) for row in rows)
+    labels = max(len(row[1]) for row in rows + [("", "protocol", 0, 0)])
+    print(f"\n{'attack':{names}}  {'protocol':{labels}}  accuracy  last iterate")
+    for name, protocol, accuracy, last in rows:
+        shown = "" if last is None else f"{100 * last:11.2f}%"
+        print(f"{name:{names}}  {protocol:{labels}}  {100 * accuracy:7.2f}%  {shown}".rstrip())
+    interval = result["interval"]
+    print(
+        f"\nrobust accuracy {100 * result['robust_accuracy']:.2f}% on {count} images of "
+        f"{result['dataset']}, worst case of all attacks "
+        f"(95% interval {100 * interval['low']:.2f} to {100 * interval['high']:.2f}; "
+        f"seed {result['seed']}, {result['forwards']} forwards, {result['backwards']} gradients, "
+        f"{_duration(result['seconds'])})"
+    )
+
+
+def _write_examples(output_dir, network, evaluation, test, batch_size):
+    """The first correct images of each class in turn, with what the attacks made of them."""
+    rank = np.zeros(len(test.labels), np.int64)
+    for label in np.unique(test.labels):
+        mine = test.labels == label
+        rank[mine] = np.arange(mine.sum())
+    order = np.lexsort((test.labels, rank, ~evaluation.clean))[:_EXAMPLES]
+    adversarial = evaluation.adversarial[order]
+    with atomic_path(output_dir / "examples.npz") as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            images=test.images[order],
+            adversarial=adversarial,
+            labels=test.labels[order],
+            predictions=predict(network, adversarial, batch_size=batch_size),
+            bounds=np.array(test.bounds, np.float32),
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

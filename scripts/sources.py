@@ -1,0 +1,218 @@
+"""What a command works on: which data set, which network."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+from logit_reg_scripts.command_line import UsageError, existing_path, notice
+from logit_reg_scripts.runs import RunSettings, read_run
+
+from logit_reg.files import read_json
+from madry_compat.challenges import challenge_for
+from madry_compat.data import NAMES, Dataset, is_available, load
+from madry_compat.tf1_checkpoints import load_network
+
+RUNS = Path("runs")
+
+_MAX_KERAS_BYTES = 4 * 2**30
+_MAX_NPZ_BYTES = 8 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network to evaluate and where it comes from."""
+
+    network: keras.Model
+    """Images in pixel units -> logits."""
+    path: Path
+    """What was named on the command line, or the newest run."""
+    run: RunSettings | None
+    """Settings of its training, if it is a run of this project."""
+    data_dir: str | None = None
+    """Where the run had its data from."""
+
+    @property
+    def is_squeezed(self) -> bool:
+        """Whether it was trained in the family that PGD flatters."""
+        return self.run is not None and (self.run.reg != "none" or self.run.smoothing > 0)
+
+
+def choose_dataset(name: str | None, data_dir: str | None) -> str:
+    """The data set to take: the one named, else `mnist` where it is, else the embedded one.
+
+    Args:
+        name: value of --dataset or None.
+        data_dir: value of --data_dir or None.
+
+    Returns:
+        A name of `madry_compat.data.NAMES`.
+    """
+    if name is not None:
+        return name
+    return "mnist" if is_available("mnist", data_dir) else "mnist_5k"
+
+
+def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -> Dataset:
+    """Load a data set and say in one line what it is.
+
+    Raises:
+        UsageError: if --data_dir does not exist.
+        ValueError: from `madry_compat.data.load`.
+    """
+    if data_dir is not None and name != "mnist_5k" and not download:
+        existing_path("data_dir", data_dir)
+    dataset = load(name, split, data_dir, download=download)
+    print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
+    if dataset.note:
+        print(f"      {dataset.note}")
+    if name == "mnist_5k":
+        print(
+            "      The full set: --dataset=mnist with --data_dir=FOLDER (TFDS or IDX files) or "
+            "--download."
+        )
+    return dataset
+
+
+def newest_run() -> Path:
+    """The run that was trained last.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    runs = [path.parent for path in RUNS.glob("*/model.keras")]
+    if not runs:
+        raise UsageError(
+            f"no trained run in {RUNS}/; train one (logit-reg-train or python scripts/train.py) "
+            f"or name a model with --model_dir."
+        )
+    return max(runs, key=lambda run: (run / "model.keras").stat().st_mtime)
+
+
+def load_model(value: str | None) -> Model:
+    """Load what --model_dir names.
+
+    Args:
+        value: a run's folder, a `.keras` file, a folder or prefix of a TF1 bundle, or None for
+            the newest run.
+
+    Returns:
+        The network with its provenance.
+
+    Raises:
+        UsageError: if there is no model there.
+        ValueError: if what is there cannot be read.
+    """
+    path = newest_run() if value is None else Path(value).expanduser()
+    if value is None:
+        notice(f"model: {path}, the newest run (choose with --model_dir)")
+    if path.suffix == ".keras":
+        return Model(load_keras(existing_path("model_dir", str(path))), path, None)
+    if (path / "model.keras").is_file():
+        run = read_run(path) if (path / "run.json").is_file() else None
+        data_dir = read_json(path / "run.json").get("data_dir") if run else None
+        return Model(load_keras(path / "model.keras"), path, run, data_dir)
+    if not path.exists() and not Path(f"{path}.index").exists():
+        raise UsageError(f"--model_dir={value}: no such file, folder or checkpoint prefix.")
+    if path.is_dir() and not any(path.rglob("*.index")):
+        raise UsageError(
+            f"--model_dir={value}: no model there; expected model.keras (a run) or "
+            f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
+            f"at its first checkpoint."
+        )
+    return Model(load_network(path), path, None)
+
+
+def load_keras(path: Path) -> keras.Model:
+    """Load a saved network in Keras' safe mode.
+
+    Raises:
+        UsageError: if the file is not a network from images to logits that safe mode accepts.
+    """
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise UsageError(f"{path}: not a .keras file.")
+    if path.stat().st_size > _MAX_KERAS_BYTES:
+        raise UsageError(
+            f"{path}: larger than {_MAX_KERAS_BYTES >> 30} GiB; not a network of ours."
+        )
+    try:
+        network = keras.saving.load_model(path, compile=False, safe_mode=True)
+    # Keras raises whatever its parts raise; for the user it is one thing.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{path}: Keras' safe mode does not load it ({type(error).__name__}: {reason})."
+        ) from error
+    if not isinstance(network, keras.Model) or len(getattr(network, "outputs", [])) != 1:
+        raise UsageError(f"{path}: expected one Keras model with one output, the logits.")
+    return network
+
+
+def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
+    """The data set to evaluate a model on: the one named, its own, or one of its input shape.
+
+    Raises:
+        UsageError: if the images of the data set do not fit the network.
+    """
+    shape = tuple(model.network.input_shape[1:])
+    num_classes = model.network.output_shape[-1]
+    if name is None and model.run is not None:
+        name = model.run.dataset
+    if name is None and shape == challenge_for("mnist").image_shape:
+        name = choose_dataset(None, data_dir)
+    if name is None and shape == challenge_for("cifar10").image_shape:
+        name = "cifar100" if num_classes == 100 else "cifar10"
+    if name is None:
+        raise UsageError(
+            f"the network takes images of shape {shape}; name your own data with --data=images.npz "
+            f"or choose --dataset from {', '.join(NAMES)}."
+        )
+    challenge = challenge_for(name)
+    if (challenge.image_shape, challenge.num_classes) != (shape, num_classes):
+        raise UsageError(
+            f"the network takes {shape} images and has {num_classes} classes; {name} has "
+            f"{challenge.image_shape} and {challenge.num_classes}. Choose another --dataset."
+        )
+    return name
+
+
+def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """A user's own test set.
+
+    Args:
+        path: `.npz` with `images` (N, H, W, C), float in pixel units or uint8, and `labels` (N,).
+        bounds: lowest and highest pixel value.
+
+    Returns:
+        images float32 and labels int64.
+
+    Raises:
+        UsageError: if the file is something else, or an image is outside the bounds.
+    """
+    if path.stat().st_size > _MAX_NPZ_BYTES:
+        raise UsageError(f"{path}: larger than {_MAX_NPZ_BYTES >> 30} GiB.")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            images, labels = saved["images"], saved["labels"]
+    except KeyError as error:
+        raise UsageError(f"{path}: expected arrays `images` and `labels`; {error}.") from error
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: not an .npz file of plain arrays ({error}).") from error
+    if images.ndim != 4 or images.dtype.kind not in "fu" or not len(images):
+        raise UsageError(
+            f"{path}: images are {images.dtype} {images.shape}, expected float or uint8 (N, H, W, "
+            f"C) in pixel units."
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise UsageError(
+            f"{path}: labels are {labels.dtype} {labels.shape}, expected {images.shape[:1]} "
+            f"integers."
+        )
+    images = images.astype(np.float32)
+    if not (np.isfinite(images).all() and bounds[0] <= images.min() <= images.max() <= bounds[1]):
+        raise UsageError(
+            f"{path}: images span [{images.min():g}, {images.max():g}], outside --bounds="
+            f"{bounds[0]:g},{bounds[1]:g}; give the bounds in the images' own pixel units."
+        )
+    return images, labels.astype(np.int64)

@@ -1,0 +1,193 @@
+"""The objectives against closed forms and hand-computed values."""
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from logit_reg.objectives import (
+    REGULARIZERS,
+    Objective,
+    batch_logit_norm,
+    collapse_threshold,
+    example_logit_norm,
+    paired_logit_distance,
+    smooth_labels,
+)
+
+LOGITS = np.array([[3.0, 0.0, 4.0], [0.0, -12.0, 5.0]], np.float32)  # l2 norms 5 and 13
+LABELS = np.array([2, 0])
+
+
+def valid_objective(reg, **changes):
+    """An objective of each kind with the settings it needs."""
+    needs = {
+        "none": {},
+        "similarity": {"beta": 2.0, "gamma": 1.0},
+        "clip_xent": {"omega": 1.5},
+        "clip_xent_batch": {"omega": 1.5},
+    }.get(reg, {"beta": 2.0})
+    return Objective(reg=reg, **(needs | changes))
+
+
+def cross_entropy(logits, targets):
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -(targets * log_p).sum(-1)
+
+
+def test_batch_norm_is_the_frobenius_norm_over_the_batch_size():
+    assert float(batch_logit_norm(LOGITS)) == pytest.approx(math.sqrt(25 + 169) / 2, rel=1e-6)
+    shifted = np.linalg.norm(LOGITS - 1.0) / 2
+    assert float(batch_logit_norm(LOGITS, gamma=1.0)) == pytest.approx(shifted, rel=1e-6)
+
+
+def test_example_norm_is_the_mean_of_the_row_norms():
+    assert float(example_logit_norm(LOGITS)) == pytest.approx((5 + 13) / 2, rel=1e-6)
+
+
+def test_the_two_norms_differ_by_the_root_of_the_batch_size_for_equal_rows():
+    rows = np.tile(LOGITS[:1], (128, 1))
+    ratio = float(example_logit_norm(rows)) / float(batch_logit_norm(rows))
+    assert float(ratio) == pytest.approx(math.sqrt(128), rel=1e-5)
+
+
+def test_pairing_compares_the_two_halves_of_the_batch():
+    logits = np.array([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], np.float32)
+    assert float(paired_logit_distance(logits[:2])) == pytest.approx((4 + 4) / 2)
+    # The last of an odd batch is left out.
+    assert float(paired_logit_distance(logits)) == pytest.approx((4 + 4) / 2)
+
+
+@pytest.mark.parametrize(("smoothing", "true", "false"), [(0.95, 0.145, 0.095), (0.0, 1.0, 0.0)])
+def test_smoothed_labels(smoothing, true, false):
+    row = np.asarray(smooth_labels(np.array([3]), 10, smoothing))[0]
+    np.testing.assert_allclose(row, [false] * 3 + [true] + [false] * 6, atol=1e-6)
+
+
+def test_total_is_cross_entropy_plus_beta_times_penalty():
+    hard = cross_entropy(LOGITS, np.eye(3)[LABELS])
+    terms = Objective("squeeze", beta=2.0)(LOGITS, LABELS)
+    assert float(terms.cross_entropy) == pytest.approx(hard.mean(), rel=1e-6)
+    assert float(terms.penalty) == pytest.approx(math.sqrt(194) / 2, rel=1e-6)
+    assert float(terms.total) == pytest.approx(hard.mean() + math.sqrt(194), rel=1e-6)
+
+
+def test_smoothing_changes_the_total_but_not_the_reported_cross_entropy():
+    targets = np.asarray(smooth_labels(LABELS, 3, 0.5))
+    terms = Objective(smoothing=0.5)(LOGITS, LABELS)
+    assert float(terms.total) == pytest.approx(cross_entropy(LOGITS, targets).mean(), rel=1e-6)
+    assert float(terms.cross_entropy) == pytest.approx(
+        cross_entropy(LOGITS, np.eye(3)[LABELS]).mean(), rel=1e-6
+    )
+
+
+def test_clipping_per_example_and_per_batch():
+    hard = cross_entropy(LOGITS, np.eye(3)[LABELS])  # one below, one above omega
+    per_example = Objective("clip_xent", omega=1.5)(LOGITS, LABELS).total
+    assert float(per_example) == pytest.approx(np.maximum(hard, 1.5).mean(), rel=1e-6)
+    per_batch = Objective("clip_xent_batch", omega=9.0)(LOGITS, LABELS).total
+    assert float(per_batch) == pytest.approx(9.0)
+
+
+def test_sum_reduction_sums_the_cross_entropy_and_leaves_the_penalty():
+    hard = cross_entropy(LOGITS, np.eye(3)[LABELS])
+    terms = Objective("squeeze", beta=2.0, reduction="sum")(LOGITS, LABELS)
+    assert float(terms.total) == pytest.approx(hard.sum() + math.sqrt(194), rel=1e-6)
+    assert float(terms.cross_entropy) == pytest.approx(hard.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("reg", REGULARIZERS)
+@pytest.mark.parametrize("constant", [0.0, 1.0])
+def test_gradients_are_finite_where_the_norm_is_zero(reg, constant):
+    logits = tf.Variable(tf.fill((4, 10), constant))
+    with tf.GradientTape() as tape:
+        total = valid_objective(reg)(logits, np.arange(4)).total
+    assert np.isfinite(tape.gradient(total, logits).numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    logits = tf.cast(LOGITS, dtype)
+    terms = Objective("squeeze", beta=2.0)(logits, LABELS)
+    assert terms.total.dtype == (tf.float64 if dtype == "float64" else tf.float32)
+    assert float(terms.penalty) == pytest.approx(math.sqrt(194) / 2, rel=1e-2)
+
+
+def descend(objective, batch_size=128, num_classes=10):
+    """Minimise over free logits by gradient descent; the logits that it ends with."""
+    labels = tf.constant(np.arange(batch_size) % num_classes)
+    logits = tf.Variable(0.1 * tf.one_hot(labels, num_classes))
+
+    @tf.function
+    def step(rate):
+        with tf.GradientTape() as tape:
+            total = objective(logits, labels).total
+        logits.assign_sub(rate * tape.gradient(total, logits))
+
+    for number in range(6000):
+        step(tf.constant(20.0 if number < 5000 else 1.0))
+    return logits.numpy(), labels.numpy()
+
+
+@pytest.mark.parametrize(
+    ("beta", "probability", "xent", "scale"),
+    [(5.0, 0.5807, 0.5435, 2.52), (10.0, 0.1615, 1.8234, 0.550)],
+)
+def test_free_logits_reach_the_closed_form_below_the_threshold(beta, probability, xent, scale):
+    """z_i = s (e_y - 1/K) with 1 - p_y = beta sqrt((1 - 1/K) / b)."""
+    logits, labels = descend(Objective("squeeze", beta=beta))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    true = log_p[np.arange(len(labels)), labels]
+    others = np.sort(logits, axis=-1)[:, :-1].mean(-1)
+    assert float(np.exp(true).mean()) == pytest.approx(probability, abs=2e-4)
+    assert float(-true.mean()) == pytest.approx(xent, abs=2e-3)
+    assert float((logits.max(-1) - others).mean()) == pytest.approx(scale, abs=5e-3)
+
+
+def test_free_logits_collapse_above_the_threshold():
+    logits, _ = descend(Objective("squeeze", beta=11.0))
+    assert np.abs(logits).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"batch_size": 128, "num_classes": 10}, 10.733),
+        ({"batch_size": 50, "num_classes": 10}, 6.708),
+        ({"batch_size": 128, "num_classes": 100}, 11.257),
+        ({"batch_size": 128, "num_classes": 10, "reg": "squeeze_example"}, math.sqrt(0.9)),
+        ({"batch_size": 128, "num_classes": 10, "smoothing": 0.9}, 1.0733),
+        ({"batch_size": 128, "num_classes": 10, "reduction": "sum"}, 128 * 10.733),
+        ({"batch_size": 128, "num_classes": 10, "reg": "pairing"}, math.inf),
+    ],
+)
+def test_collapse_threshold(arguments, expected):
+    assert float(collapse_threshold(**arguments)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reg": "squash"}, "reg must be one of none, squeeze"),
+        ({"reg": "squeeze", "beta": -1.0}, "beta must be at least 0; got -1"),
+        ({"reg": "squeeze", "beta": math.nan}, "beta must be a finite number"),
+        ({"beta": 2.0}, "reg 'none' has none"),
+        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
+        ({"reg": "similarity", "beta": 1.0}, "gamma must be non-zero"),
+        ({"reg": "squeeze", "gamma": 1.0}, "gamma must be non-zero with reg 'similarity'"),
+        ({"reg": "clip_xent"}, "omega must be above 0"),
+        ({"omega": 1.0}, "omega must be above 0 with reg 'clip_xent'"),
+        ({"reduction": "max"}, "reduction must be one of mean, sum"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**settings)
+
+
+@pytest.mark.parametrize("reg", REGULARIZERS)
+def test_valid_settings_are_accepted(reg):
+    terms = valid_objective(reg, smoothing=0.2)(LOGITS, LABELS)
+    assert all(math.isfinite(float(term)) for term in terms)

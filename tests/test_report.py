@@ -1,0 +1,629 @@
+"""The report: tables counted from ledgers, figures that can be read, one page, one section."""
+
+import csv
+import html.parser
+import itertools
+import re
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from logit_reg import figures
+from logit_reg.evaluation import AttackRecord, Evaluation
+from logit_reg.files import read_json, write_json
+from logit_reg.ledger import build_result, write_ledger
+from logit_reg.page import write_page
+from logit_reg.protocols import protocol_attacks
+from logit_reg.report import Table, load_run, replace_marked_section, results_table
+
+PROTOCOLS = ("paper-fgsm", "paper-mnist")
+ATTACKS = ("fgsm-xent", "fgsm-cw", "pgd40-xent", "pgd40-cw")
+
+
+def first(count, total):
+    """(total,) bool: right on the first `count` examples."""
+    return np.arange(total) < count
+
+
+def save_evaluation(directory, clean, correct, *, dataset="mnist_5k", protocols=None, indices=None):
+    """Write made-up verdicts through the project's own writer.
+
+    Args:
+        clean: (N,) bool.
+        correct: name of each attack -> (N,) bool.
+    """
+    num = len(clean)
+    correct = {name: clean & right for name, right in correct.items()}
+    robust = np.all([clean, *correct.values()], axis=0)
+    labels = np.arange(num) % 10
+    evaluation = Evaluation(
+        labels=labels,
+        clean_prediction=np.where(clean, labels, (labels + 1) % 10),
+        clean=clean,
+        robust=robust,
+        correct=correct,
+        adversarial=np.zeros((num, 28, 28, 1), np.float32),
+        broken_by=[
+            "clean" if not clean[i] else next((a for a, c in correct.items() if not c[i]), "")
+            for i in range(num)
+        ],
+        distance=np.where(clean & ~robust, 0.3, 0.0),
+        records={
+            name: AttackRecord(right, right, clean, 40 * num, 40 * num, 1.5, 0)
+            for name, right in correct.items()
+        },
+    )
+    if protocols is None:
+        protocols = {name: protocol_attacks(name, "mnist") for name in PROTOCOLS}
+    result = build_result(evaluation, protocols, dataset=dataset, settings={}, seed=0)
+    write_ledger(directory, evaluation, result, np.arange(num) if indices is None else indices)
+
+
+def save_strong(directory, num_correct, num_examples, *, clean=None, name="l2-pgd100-cw-x10"):
+    attack = protocol_attacks("paper-l2", "mnist")["l2-pgd100-cw-x10"]
+    clean = np.ones(num_examples, bool) if clean is None else clean
+    save_evaluation(
+        directory,
+        clean,
+        {name: first(num_correct, num_examples)},
+        protocols={"strong": {name: attack}},
+    )
+
+
+def save_examples(directory, num=6, seed=0):
+    """Blocks with a little noise, and with more of it."""
+    images = np.zeros((num, 28, 28, 1), np.float32)
+    for i in range(num):
+        images[i, 6 : 10 + 2 * i, 8 : 12 + i] = 1
+    noise = np.random.default_rng(seed).uniform(-0.3, 0.3, images.shape).astype(np.float32)
+    np.savez(
+        directory / "examples.npz",
+        images=images,
+        adversarial=np.clip(images + noise, 0, 1),
+        labels=np.arange(num),
+        predictions=(np.arange(num) + seed % 2) % 10,
+        bounds=np.array([0.0, 1.0]),
+    )
+
+
+def save_training(folder, name, *, xent=0.3, norm=20.0, dataset="mnist_5k", minutes=1.5, seed=3):
+    folder.mkdir(parents=True)
+    settings = {"dataset": dataset, "reg": "squeeze", "beta": 2.0, "training_batch_size": 128}
+    versions = {"tensorflow": "2.21.0", "keras": "3.15.0"}
+    record = {"name": name, "settings": settings, "seed": seed, "versions": versions}
+    write_json(folder / "run.json", record | {"commit": "0123abc"})
+    steps = [1, *range(100, 1001, 100)]
+    rng = np.random.default_rng(len(name))
+    with (folder / "log.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "lr", "xent", "penalty", "total", "accuracy", "mean_logit_norm"])
+        for step in steps:
+            decay = np.exp(-step / 250)
+            loss = xent + (4 - xent) * decay + 0.02 * rng.random()
+            writer.writerow([step, 1e-4, loss, 0.1, loss, 0.9, norm * (1.05 - decay)])
+    with (folder / "timing.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "seconds", "examples_per_second"])
+        for step in steps:
+            writer.writerow([step, 60 * minutes * step / 1000, 2000])
+    return folder
+
+
+def save_run(folder, name, counts=(490, 400, 300, 250), clean=495, strong=5, **training):
+    """A run with everything: 500 examples under four attacks, 100 under a strong one."""
+    save_training(folder, name, **training)
+    correct = {a: first(count, 500) for a, count in zip(ATTACKS, counts, strict=True)}
+    save_evaluation(folder / "evaluation", first(clean, 500), correct)
+    save_strong(folder / "strong", strong, 100)
+    save_examples(folder / "strong", seed=strong)
+    return folder
+
+
+def demo_runs(folder):
+    """Six runs with the names and about the numbers of the demo."""
+    rows = (
+        ("natural", (60, 40, 0, 0), 494, 0, 0.02, 30.0),
+        ("noise only", (210, 190, 30, 25), 492, 0, 0.06, 22.0),
+        ("squeeze beta=2", (430, 425, 330, 300), 489, 1, 0.4, 3.0),
+        ("similarity beta=2 gamma=1", (428, 420, 320, 290), 488, 1, 0.42, 4.0),
+        ("label smoothing 0.75", (420, 400, 250, 240), 487, 0, 0.9, 1.5),
+        ("7-step adversarial training", (400, 398, 330, 328), 480, 60, 0.5, 9.0),
+    )
+    return [
+        load_run(
+            save_run(
+                folder / str(i), name, counts, clean, strong, xent=xent, norm=norm, minutes=1 + i
+            )
+        )
+        for i, (name, counts, clean, strong, xent, norm) in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return demo_runs(tmp_path_factory.mktemp("demo"))
+
+
+# Loading
+
+
+def test_a_run_is_read_back_whole(tmp_path):
+    run = load_run(save_run(tmp_path / "a", "squeeze beta=2", minutes=2.5))
+
+    assert (run.name, run.seed, run.commit) == ("squeeze beta=2", 3, "0123abc")
+    assert run.settings["beta"] == 2.0
+    assert run.steps == 1000
+    assert run.minutes == pytest.approx(2.5)
+    assert set(run.evaluations) == {"evaluation", "strong"}
+    assert run.evaluations["evaluation"].examples is None
+    assert run.evaluations["strong"].examples.images.shape == (6, 28, 28, 1)
+
+
+def test_absent_parts_are_none_or_empty(tmp_path):
+    write_json(tmp_path / "mine" / "run.json", {"settings": {}})
+
+    run = load_run(tmp_path / "mine")
+
+    assert run.name == "mine"
+    assert (run.log, run.minutes, run.steps, run.evaluations) == ({}, None, None, {})
+
+
+def test_a_half_written_last_row_of_a_log_does_not_count(tmp_path):
+    folder = save_training(tmp_path / "a", "a")
+    with (folder / "log.csv").open("a") as file:
+        file.write("1100,0.0001,0.5,0.1,0.5,0.9,1")
+
+    assert load_run(folder).steps == 1000
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run\.json; give the model_dir"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", "[]", "expected a JSON object"),
+        ("run.json", '{"settings": 3}', "settings is 3, expected a dict"),
+        ("log.csv", "step,loss\n1,2\n", "not a log with columns step, lr"),
+        ("timing.csv", "step,seconds,examples_per_second\n1,long,3\n", "could not convert"),
+        ("timing.csv", "step,seconds,examples_per_second\n1,nan,3\n", "not finite"),
+        ("strong/ledger.csv", "index\n1\n", "not a ledger"),
+        ("strong/examples.npz", "no zip", "not the examples of an evaluation"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, file, content, message):
+    folder = save_run(tmp_path / "a", "a")
+    (folder / file).write_text(content)
+
+    with pytest.raises(ValueError, match=rf"{Path(file).name}.*{message}"):
+        load_run(folder)
+
+
+def test_a_ledger_whose_verdicts_contradict_its_attacks_is_refused(tmp_path):
+    folder = save_run(tmp_path / "a", "a", counts=(490, 400, 300, 250))
+    path = folder / "evaluation" / "ledger.csv"
+    path.write_text(re.sub(r"(\n0,0,0,1,,0,1,1,1),1\n", r"\1,0\n", path.read_text()))
+
+    with pytest.raises(ValueError, match="robust is not what clean and the correct_ columns give"):
+        load_run(folder)
+
+
+def test_examples_with_a_header_that_lies_about_its_size_are_refused(tmp_path):
+    folder = save_run(tmp_path / "a", "a")
+    path = folder / "strong" / "examples.npz"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    images = members["images.npy"].replace(b"(6, 28, 28, 1), }", b"(6**9, 28,28,1)}")
+    members["images.npy"] = images.replace(b"(6**9, 28,28,1)}", b"(9999,99,28,1)}  ")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+    with pytest.raises(ValueError, match="images is no array of numbers of its stated size"):
+        load_run(folder)
+
+
+# The table
+
+
+def test_every_number_of_the_table_is_counted_from_the_ledgers(tmp_path):
+    """Ten examples whose verdicts are written out, so that each cell can be checked by eye."""
+    folder = save_training(tmp_path / "a", "squeeze beta=2", minutes=2.0)
+    flags = lambda text: np.array([mark == "1" for mark in text])  # noqa: E731
+    correct = {
+        "fgsm-xent": flags("1111110100"),
+        "fgsm-cw": flags("1111101110"),
+        "pgd40-xent": flags("1111000000"),
+        "pgd40-cw": flags("0111100000"),
+    }
+    save_evaluation(folder / "evaluation", flags("1111111110"), correct)
+    save_strong(folder / "strong", 1, 4, name="autoattack")
+
+    table = results_table([load_run(folder)])
+
+    assert dict(zip(table.columns, table.rows[0], strict=True)) == {
+        "run": "squeeze beta=2",
+        "clean\nn = 10": "90.0",
+        # Both right on 0-4 and 7.
+        "FGSM\nn = 10": "60.0",
+        "PGD-40\nxent\nn = 10": "40.0",
+        "PGD-40\nCW\nn = 10": "40.0",
+        # 3 of 10 and 1 of 4, Wilson's formula by hand.
+        "worst case\n[95 %]\nn = 10": "30.0 [10.8, 60.3]",
+        "strong attack\n[95 %]\nautoattack\nn = 4": "25.0 [4.6, 69.9]",
+        "training\nsteps": "1000",
+        "training\nminutes": "2.0",
+    }
+
+
+def test_the_table_does_not_take_its_numbers_from_result_json(tmp_path):
+    folder = save_run(tmp_path / "a", "a")
+    before = results_table([load_run(folder)])
+    path = folder / "evaluation" / "result.json"
+    result = read_json(path)
+    for protocol in result["protocols"].values():
+        protocol["robust_accuracy"] = 1.0
+        for attack in protocol["attacks"].values():
+            attack["accuracy"] = 1.0
+    write_json(path, result)
+
+    assert results_table([load_run(folder)]) == before
+
+
+def test_what_was_not_measured_is_an_en_dash(tmp_path):
+    bare = load_run(save_training(tmp_path / "bare", "bare"))
+    whole = load_run(save_run(tmp_path / "whole", "whole"))
+    (tmp_path / "bare" / "log.csv").unlink()
+    (tmp_path / "bare" / "timing.csv").unlink()
+    nothing = load_run(tmp_path / "bare")
+
+    rows = results_table([bare, whole, nothing]).rows
+
+    assert rows[0] == ("bare", *"––––––", "1000", "1.5")
+    assert "–" not in rows[1]
+    assert rows[2] == ("bare", *"––––––––")
+
+
+def test_attacks_that_shared_an_active_set_have_no_accuracy_of_their_own(tmp_path):
+    folder = save_run(tmp_path / "a", "a")
+    path = folder / "evaluation" / "result.json"
+    result = read_json(path)
+    write_json(path, result | {"settings": {"worst_case_only": True}})
+
+    row = results_table([load_run(folder)]).rows[0]
+
+    assert row[1:6] == ("99.0", "–", "–", "–", "50.0 [45.6, 54.4]")
+
+
+def test_numbers_of_examples_that_differ_stand_in_the_cells(tmp_path):
+    small = save_training(tmp_path / "small", "small")
+    save_evaluation(small / "evaluation", first(9, 10), dict.fromkeys(ATTACKS, first(5, 10)))
+
+    table = results_table([load_run(save_run(tmp_path / "a", "a")), load_run(small)])
+
+    assert table.columns[1] == "clean"
+    assert [row[1] for row in table.rows] == ["99.0 (n = 500)", "90.0 (n = 10)"]
+    assert "The images differ between runs." in table.caption
+
+
+def test_other_pgd_lengths_get_their_own_columns(tmp_path):
+    folder = save_training(tmp_path / "a", "a", dataset="cifar10")
+    protocols = {"paper-20": protocol_attacks("paper-20", "cifar")}
+    correct = {"pgd20-xent": first(4, 10), "pgd20-cw": first(3, 10)}
+    save_evaluation(
+        folder / "evaluation", first(9, 10), correct, dataset="cifar10", protocols=protocols
+    )
+
+    columns = results_table([load_run(folder)]).columns
+
+    assert columns[3:5] == ("PGD-20\nxent\nn = 10", "PGD-20\nCW\nn = 10")
+
+
+def test_a_run_measured_on_its_own_training_images_never_enters(tmp_path):
+    clean = load_run(save_run(tmp_path / "a", "honest"))
+    contaminated = load_run(save_run(tmp_path / "b", "full mnist", dataset="mnist"))
+
+    table = results_table([contaminated, clean])
+
+    assert [row[0] for row in table.rows] == ["honest"]
+    assert "Left out: full mnist (trained on mnist" in table.caption
+    texts = [
+        text.get_text() for text in visible_texts(figures.accuracy_bars([contaminated, clean]))
+    ]
+    assert "honest" in texts
+    assert "full mnist" not in texts
+
+
+def test_runs_on_different_data_sets_are_not_put_side_by_side(tmp_path):
+    here = load_run(save_run(tmp_path / "a", "a"))
+    folder = save_training(tmp_path / "b", "b")
+    correct = dict.fromkeys(ATTACKS, first(1, 2))
+    save_evaluation(folder / "evaluation", first(2, 2), correct, dataset="fashion_mnist")
+
+    with pytest.raises(ValueError, match=r"fashion_mnist \(b\), mnist_5k \(a\)"):
+        results_table([here, load_run(folder)])
+
+
+def test_no_runs_are_refused():
+    with pytest.raises(ValueError, match="at least one run"):
+        results_table([])
+
+
+# Its three forms
+
+SMALL = Table(("run", "clean\nn = 5"), (("a|<b>", "90.0"), ("longer", "7.5")), "Caption & more.")
+
+
+def test_text_is_aligned():
+    assert SMALL.to_text().splitlines() == [
+        "        clean",
+        "run     n = 5",
+        "-" * 13,
+        "a|<b>    90.0",
+        "longer    7.5",
+        "-" * 13,
+        "Caption &",
+        "more.",
+    ]
+
+
+def test_markdown_escapes_what_would_break_the_table():
+    assert SMALL.to_markdown().splitlines() == [
+        "| run | clean<br>n = 5 |",
+        "|---|---:|",
+        r"| a\|&lt;b&gt; | 90.0 |",
+        "| longer | 7.5 |",
+        "",
+        "Caption &amp; more.",
+    ]
+
+
+def test_html_is_escaped():
+    page = SMALL.to_html()
+
+    assert '<th scope="row">a|&lt;b&gt;</th><td data-label="clean n = 5">90.0</td>' in page
+    assert "<caption>Caption &amp; more.</caption>" in page
+
+
+# Figures
+
+
+def visible_texts(figure):
+    """The texts that are drawn, tick labels outside the limits left out."""
+    FigureCanvasAgg(figure)
+    figure.canvas.draw()
+    texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title]
+        if not axes.axison:
+            continue
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            texts += [axis.label, *(t.label1 for t in ticks if low <= t.get_loc() <= high)]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
+
+
+def draw_all(runs):
+    return {
+        "bars": figures.accuracy_bars(runs),
+        "curves": figures.training_curves(runs),
+        "grid": figures.adversarial_grid(runs),
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(demo):
+    return draw_all(demo)
+
+
+def assert_readable(figure):
+    texts = visible_texts(figure)
+    boxes = [text.get_window_extent() for text in texts]
+    for (text, box), (other, other_box) in itertools.combinations(
+        zip(texts, boxes, strict=True), 2
+    ):
+        assert not box.overlaps(other_box), f"{text.get_text()!r} over {other.get_text()!r}"
+    for text, box in zip(texts, boxes, strict=True):
+        inside = figure.bbox.padded(1)
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1, f"{text.get_text()!r} is cut off"
+        assert inside.y0 <= box.y0 and box.y1 <= inside.y1, f"{text.get_text()!r} is cut off"
+
+
+@pytest.mark.parametrize("name", ["bars", "curves", "grid"])
+def test_no_text_overlaps_or_is_cut_off(drawn, name):
+    assert_readable(drawn[name])
+
+
+def test_hostile_names_are_drawn_as_they_are(tmp_path):
+    names = [r"$\frac{1}$ and <b>", "a very long name of a run that nobody would want to read " * 4]
+    runs = [load_run(save_run(tmp_path / str(i), name)) for i, name in enumerate(names)]
+
+    for figure in draw_all(runs).values():
+        assert_readable(figure)
+        assert any(r"\frac{1}" in text.get_text() for text in visible_texts(figure))
+
+
+def test_all_axes_are_labelled(drawn):
+    assert [a.get_xlabel() for a in drawn["bars"].axes] == ["images classified right (%)"]
+    assert [a.get_ylabel() for a in drawn["bars"].axes] == ["run"]
+    assert [a.get_ylabel() for a in drawn["curves"].axes] == [
+        "cross-entropy (nats)",
+        "mean l2 norm of the logits",
+    ]
+    # The panels share their x axis.
+    assert drawn["curves"].axes[-1].get_xlabel() == "training step"
+    assert all(axes.get_xlabel() for axes in drawn["grid"].axes)
+
+
+def test_bars_and_whiskers_are_those_of_the_ledgers(tmp_path):
+    run = load_run(save_run(tmp_path / "a", "a", counts=(490, 400, 300, 250), clean=495, strong=5))
+
+    (axes,) = figures.accuracy_bars([run]).axes
+
+    # Clean, FGSM worst of 490 and 400, PGD worst of 300 and 250, 5 of 100.
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([99.0, 80.0, 50.0, 5.0])
+    whisker = axes.collections[-1].get_segments()[0]
+    assert whisker[:, 0] == pytest.approx([2.15, 11.18], abs=0.01)
+
+
+def test_curves_are_those_of_the_log_and_the_reference_is_ln_k(demo):
+    upper, lower = figures.training_curves(demo, num_classes=100).axes
+
+    for line, run in zip(upper.lines, demo, strict=False):
+        np.testing.assert_array_equal(line.get_xydata()[:, 1], run.log["xent"])
+    assert upper.lines[-1].get_ydata() == pytest.approx([4.60517, 4.60517])
+    np.testing.assert_array_equal(lower.lines[0].get_ydata(), demo[0].log["mean_logit_norm"])
+
+
+def test_a_run_keeps_its_colour_in_every_figure(demo, drawn):
+    outlines = [bar.get_edgecolor()[:3] for bar in drawn["bars"].axes[0].patches][::4]
+    lines = [line.get_color() for line in drawn["curves"].axes[0].lines[: len(demo)]]
+
+    assert outlines == [matplotlib.colors.to_rgb(color) for color in lines]
+    assert len(set(lines)) == len(demo)
+
+
+def test_the_grid_names_true_and_predicted_class(demo):
+    figure = figures.adversarial_grid(demo[2:4], num_images=3)
+
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    # Both runs were shown the same originals: one row of them is enough.
+    assert labels == ["0", "1", "2", "0 → 1", "1 → 2", "2 → 3", "0 → 1", "1 → 2", "2 → 3"]
+    drawn = figure.axes[3].images[0].get_array()
+    expected = demo[2].evaluations["strong"].examples.adversarial[0, ..., 0]
+    np.testing.assert_allclose(drawn, expected, atol=1e-6)
+
+
+def test_figures_leave_no_trace_and_are_the_same_each_time(demo):
+    before = dict(matplotlib.rcParams)
+
+    drawings = [figures.to_svg(figures.accuracy_bars(demo[:2])) for _ in range(2)]
+
+    assert drawings[0] == drawings[1]
+    assert b"<svg" in drawings[0]
+    assert dict(matplotlib.rcParams) == before
+
+
+# The page
+
+
+class Checker(html.parser.HTMLParser):
+    """Every tag is closed in order; collects what the page refers to."""
+
+    VOID = frozenset({"meta", "img", "br", "source", "link", "hr", "input"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.references = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "action")]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+
+def check(path):
+    checker = Checker()
+    checker.feed(path.read_text())
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+@pytest.fixture(scope="module")
+def page(demo, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(path, "Demo", demo)
+    return path
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page):
+    checker = check(page)
+
+    assert all(r.startswith("data:image/svg+xml;base64,") for r in checker.references)
+    assert checker.tags.count("img") == 3
+    assert "script" not in checker.tags and "link" not in checker.tags
+    without_data = re.sub(r"data:[^\"]*", "", page.read_text())
+    assert not re.search(r"https?:|@import|url\(", without_data)
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+
+
+def test_the_page_says_where_each_number_comes_from(demo, page):
+    text = page.read_text()
+
+    assert results_table(demo).to_html() in text
+    assert "squeeze beta=2: seed 3, commit 0123abc" in text
+    assert "evaluation: mnist_5k, n = 500, fgsm-xent + fgsm-cw + pgd40-xent + pgd40-cw" in text
+    assert "&quot;step_size&quot;: 0.01" in text
+
+
+def test_what_comes_from_files_is_escaped(tmp_path):
+    run = load_run(save_training(tmp_path / "a", "<script>alert(1)</script>"))
+
+    write_page(tmp_path / "report.html", "<b>", [run])
+
+    assert "script" not in check(tmp_path / "report.html").tags
+
+
+def test_a_page_of_a_run_with_nothing_yet(tmp_path):
+    write_json(tmp_path / "a" / "run.json", {"name": "a", "settings": {}})
+
+    write_page(tmp_path / "report.html", "Nothing yet", [load_run(tmp_path / "a")])
+
+    assert check(tmp_path / "report.html").tags.count("img") == 1
+
+
+def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
+    folder = save_training(tmp_path / "a", "full mnist", dataset="mnist")
+    save_strong(folder / "strong", 1, 2)
+
+    write_page(tmp_path / "report.html", "Left out", [load_run(folder)])
+
+    # The training curves.
+    assert check(tmp_path / "report.html").tags.count("img") == 1
+
+
+# The README's section
+
+
+def test_a_marked_section_is_replaced_and_stays_the_same_the_second_time():
+    text = "# Top\n<!-- begin results -->\nold\n<!-- end results -->\nBottom\n"
+
+    once = replace_marked_section(text, "results", "| a |\n")
+
+    assert once == ("# Top\n<!-- begin results -->\n\n| a |\n\n<!-- end results -->\nBottom\n")
+    assert replace_marked_section(once, "results", "| a |\n") == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no markers",
+        "<!-- begin results -->",
+        "<!-- end results --> <!-- begin results -->",
+        "<!-- begin results --><!-- end results -->" * 2,
+        "<!-- begin other --><!-- end other -->",
+    ],
+)
+def test_missing_or_doubled_markers_are_an_error(text):
+    with pytest.raises(ValueError, match="expected <!-- begin results --> and, after it,"):
+        replace_marked_section(text, "results", "content")
+
+
+def test_content_with_the_markers_themselves_is_refused():
+    text = "<!-- begin results --><!-- end results -->"
+
+    with pytest.raises(ValueError, match="the section's own markers"):
+        replace_marked_section(text, "results", text)
