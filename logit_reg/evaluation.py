@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from logit_reg.attacks.attack import Attack, AttackResult, Classifier, attack_inputs
 from logit_reg.attacks.pgd import PGD
-from logit_reg.files import atomic_path
+from logit_reg.files import write_arrays
 from logit_reg.threat import ThreatModel
 
 # Relative slack of an attack's own output: float32 cannot keep a ball to the last bit.
@@ -113,8 +113,7 @@ class EvaluationState:
 
     def save(self, description: str, arrays: dict[str, np.ndarray]) -> None:
         """Keep arrays under a description."""
-        with atomic_path(self._path(description)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+        write_arrays(self._path(description), arrays)
 
     def clear(self) -> None:
         """Remove what was kept, once the results are written."""

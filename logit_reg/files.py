@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 _MAX_JSON_BYTES = 64 * 2**20
 
@@ -52,6 +54,18 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an `.npz` of plain arrays, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def write_array(path: Path | str, array: np.ndarray) -> None:
+    """Write an `.npy` of a plain array, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def read_json(path: Path | str) -> dict:

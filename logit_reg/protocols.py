@@ -1,6 +1,7 @@
 """The named protocols: frozen attacks under the names that numbers are quoted with."""
 
 import functools
+from collections.abc import Callable
 
 from logit_reg.attacks import FGSM, PGD, Attack, Restarts
 from logit_reg.threat import ThreatModel
@@ -109,7 +110,7 @@ def _both_losses(prefix, family, num_steps, step_size, confidence):
     }
 
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
     "madry-mnist": functools.partial(_madry_mnist, num_steps=40),
     "madry-mnist-100": functools.partial(_madry_mnist, num_steps=100),
     "madry-cifar10": _madry_cifar10,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logit_reg.files import atomic_path
+from logit_reg.files import write_arrays
 
 _LOGGER = logging.getLogger(__name__)
 _META = "meta"
@@ -19,14 +19,14 @@ def save_state(model_dir: Path, step: int, variables, meta: dict) -> None:
     Args:
         model_dir: folder of the run.
         step: number of finished training steps.
-        variables: Keras variables; their order and paths identify them.
+        variables: Keras variables; their order and names identify them (a path contains the
+            optimizer's name, which Keras numbers anew in every process).
         meta: further JSON values to keep.
     """
     arrays = {_META: np.array(json.dumps({"step": step, **meta}))}
     for number, variable in enumerate(variables):
-        arrays[f"{number:04d}/{variable.path}"] = variable.numpy()
-    with atomic_path(state_path(model_dir, step)) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        arrays[f"{number:04d}/{variable.name}"] = variable.numpy()
+    write_arrays(state_path(model_dir, step), arrays)
 
 
 def restore_newest_state(model_dir: Path, variables) -> dict | None:
@@ -39,7 +39,10 @@ def restore_newest_state(model_dir: Path, variables) -> dict | None:
         variables: Keras variables, as they were saved.
 
     Returns:
-        The saved meta values with "step", or None if there is no readable state.
+        The saved meta values with "step", or None if there is no state.
+
+    Raises:
+        ValueError: if there are states and none can be read: starting anew would overwrite them.
     """
     for step in sorted(saved_steps(model_dir), reverse=True):
         path = state_path(model_dir, step)
@@ -51,6 +54,11 @@ def restore_newest_state(model_dir: Path, variables) -> dict | None:
         for variable, array in zip(variables, arrays, strict=True):
             variable.assign(array)
         return meta
+    if saved_steps(model_dir):
+        raise ValueError(
+            f"{model_dir}: none of its state-*.npz can be read; remove them to start anew, or "
+            f"choose another --model_dir."
+        )
     return None
 
 
@@ -78,7 +86,7 @@ def _read(path, variables):
         meta = json.loads(str(saved[_META]))
         arrays = []
         for number, variable in enumerate(variables):
-            array = saved[f"{number:04d}/{variable.path}"]
+            array = saved[f"{number:04d}/{variable.name}"]
             if array.shape != tuple(variable.shape):
                 raise ValueError(
                     f"{variable.path} has shape {array.shape}, expected {tuple(variable.shape)}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -126,7 +127,7 @@ class RegularizedModel(keras.Model):
         self.augment = augment
         self.weight_decay = weight_decay
         self.seed = seed
-        self.perturbation = None
+        self.perturbation: Any = None
         if isinstance(adversary, FreeAdversary):
             shape = (adversary.batch_size, *network.input_shape[1:])
             # State of training, not a weight of the network: it is saved with the checkpoint only.
@@ -183,36 +184,36 @@ class RegularizedModel(keras.Model):
         labels = tf.cast(labels, tf.int64)
         if self.augment:
             images = random_crop_and_flip(images, self._random_seed(step, _CROP))
-        images = self._add_noise(self._attack(images, labels, step), step)
+        if isinstance(self.adversary, PGDAdversary):
+            images = self._attack(self.adversary, images, labels, step)
+        if isinstance(self.adversary, FreeAdversary):
+            perturbation = self.perturbation.value[: tf.shape(images)[0]]
+            images = tf.clip_by_value(images + perturbation, *self.bounds)
+        images = self._add_noise(images, step)
 
         variables = self.network.trainable_variables
-        is_free = self.perturbation is not None
+        sources = [variable.value for variable in variables]
         with tf.GradientTape() as tape:
-            if is_free:
+            if isinstance(self.adversary, FreeAdversary):
                 tape.watch(images)
+                sources.append(images)
             logits = self.network(images, training=True)
             terms = self.objective(logits, labels)
             total = terms.total
             if self.weight_decay:
                 total += self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)
-        sources = [*(variable.value for variable in variables), *([images] if is_free else [])]
         gradients = tape.gradient(total, sources)
-        if is_free:
-            self._move_perturbation(gradients.pop())
+        if isinstance(self.adversary, FreeAdversary):
+            self._move_perturbation(gradients.pop(), self.adversary.threat.epsilon)
         self.optimizer.apply(gradients, variables)
         return _measures(terms._replace(total=total), logits, labels)
 
-    def _attack(self, images, labels, step):
-        if self.perturbation is not None:
-            perturbation = self.perturbation.value[: tf.shape(images)[0]]
-            return tf.clip_by_value(images + perturbation, *self.bounds)
-        if self.adversary is None:
-            return images
-        attack, ramp_steps = self.adversary.attack, self.adversary.ramp_steps
+    def _attack(self, adversary: PGDAdversary, images, labels, step):
+        attack = adversary.attack
         scale = tf.constant(1.0)
-        if ramp_steps:
-            scale = tf.minimum(1.0, tf.cast(step + 1, tf.float32) / ramp_steps)
-        is_training = self.adversary.batch_norm == "training"
+        if adversary.ramp_steps:
+            scale = tf.minimum(1.0, tf.cast(step + 1, tf.float32) / adversary.ramp_steps)
+        is_training = adversary.batch_norm == "training"
         shape, seed = tf.shape(images), self._random_seed(step, _START)
         if attack.threat.norm == "linf":
             noise = tf.random.stateless_uniform(shape, seed, -1.0, 1.0)
@@ -237,8 +238,7 @@ class RegularizedModel(keras.Model):
         images += self.noise_stddev * tf.random.stateless_normal(tf.shape(images), seed)
         return tf.clip_by_value(images, *self.bounds) if self.clip_noise else images
 
-    def _move_perturbation(self, gradient):
-        epsilon = self.adversary.threat.epsilon
+    def _move_perturbation(self, gradient, epsilon):
         size = tf.shape(gradient)[0]
         moved = self.perturbation.value[:size] + epsilon * tf.sign(gradient)
         moved = tf.clip_by_value(moved, -epsilon, epsilon)

@@ -5,15 +5,15 @@ order. It comes from strangers, so its header is checked before a byte of it is 
 """
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from madry_compat.files import write_atomically
 
 # Slack of the challenges' run_attack.py, on pixel values and on the perturbation, in pixel units.
 TOLERANCE = 1e-4
@@ -495,29 +495,6 @@ def write_predictions(path: str | os.PathLike[str], predictions: np.ndarray) -> 
         )
     classes = predictions.astype(np.int64)
     write_atomically(path, lambda file: np.save(file, classes, allow_pickle=False))
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file under a temporary name in its folder, fsync it and rename it.
-
-    Args:
-        path: the file to write; what was there stays untouched if writing fails.
-        write: called once with the open binary file.
-    """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # mkstemp makes files private; these are ordinary outputs.
-            os.fchmod(file.fileno(), 0o644)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
 
 
 def _read_floats(file: IO[bytes], name: str, challenge: Challenge) -> np.ndarray:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from madry_compat.challenges import Challenge, write_atomically
+from madry_compat.challenges import Challenge
+from madry_compat.files import write_atomically
 
 _MAX_BYTES = 1_000_000
 _LARGEST_INT = 2**63 - 1

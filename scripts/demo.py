@@ -5,6 +5,7 @@ Needs nothing but the installation: the digits are embedded. Interrupted, it goe
 
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from logit_reg_scripts import command_line
@@ -18,14 +19,14 @@ _DATASET = "mnist_5k"
 # in a minute.
 _STEPS = 600
 _RATE = ((0, 5e-4),)
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "dataset": _DATASET,
     "max_num_training_steps": _STEPS,
     "step_size_schedule": _RATE,
     "num_output_steps": 20,
     "num_checkpoint_steps": 200,
 }
-_RUNS = {
+_RUNS: dict[str, dict[str, Any]] = {
     "natural": {},
     "noise-only": {"sigma": 0.5},
     "squeeze": {"reg": "squeeze", "beta": 2.0},

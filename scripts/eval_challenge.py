@@ -139,6 +139,7 @@ def _evaluate_own() -> None:
     from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
     from logit_reg_scripts.sources import load_keras, load_own_images
 
+    from logit_reg.files import write_array
     from logit_reg.threat import ThreatModel
 
     missing = [
@@ -188,12 +189,7 @@ def _evaluate_own() -> None:
     print_result(result)
     print(f"ledger: {output_dir / 'ledger.csv'}")
     if FLAGS.store_adv_path:
-        import numpy as np
-
-        from logit_reg.files import atomic_path
-
-        with atomic_path(FLAGS.store_adv_path) as temporary, temporary.open("wb") as file:
-            np.save(file, evaluation.adversarial, allow_pickle=False)
+        write_array(FLAGS.store_adv_path, evaluation.adversarial)
 
 
 def _protocols(model, challenge):

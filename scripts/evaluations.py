@@ -17,7 +17,7 @@ from logit_reg.evaluation import (
     network_hash,
     predict,
 )
-from logit_reg.files import atomic_path
+from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
 
 # Images kept with the ledger, for people to look at.
@@ -149,15 +149,14 @@ def _write_examples(output_dir, network, evaluation, test, batch_size):
         rank[mine] = np.arange(mine.sum())
     order = np.lexsort((test.labels, rank, ~evaluation.clean))[:_EXAMPLES]
     adversarial = evaluation.adversarial[order]
-    with atomic_path(output_dir / "examples.npz") as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            images=test.images[order],
-            adversarial=adversarial,
-            labels=test.labels[order],
-            predictions=predict(network, adversarial, batch_size=batch_size),
-            bounds=np.array(test.bounds, np.float32),
-        )
+    examples = {
+        "images": test.images[order],
+        "adversarial": adversarial,
+        "labels": test.labels[order],
+        "predictions": predict(network, adversarial, batch_size=batch_size),
+        "bounds": np.array(test.bounds, np.float32),
+    }
+    write_arrays(output_dir / "examples.npz", examples)
 
 
 def _duration(seconds: float) -> str:

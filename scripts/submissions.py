@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from logit_reg.evaluation import predict
+from logit_reg.files import write_array
 from madry_compat.challenges import (
     Challenge,
     check_submission,
@@ -87,9 +88,6 @@ def write_adversarial(path: Path, adversarial, test: Dataset, challenge: Challen
         write_submission(path, adversarial, challenge)
         print(f"submission: {path}, accepted by the {challenge.name} challenge's checks")
         return
-    from logit_reg.files import atomic_path
-
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, adversarial, allow_pickle=False)
+    write_array(path, adversarial)
     reason = test.note if not test.canonical else f"{len(adversarial)} images, not the whole set"
     print(f"adversarial images: {path} (not a submission: {reason})")

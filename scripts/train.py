@@ -8,6 +8,7 @@ units: [0, 1] for MNIST, [0, 255] for CIFAR.
 Stop it with Ctrl-C or kill it; the same command goes on where it was.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -82,42 +83,13 @@ flags.DEFINE_list("keep_checkpoint_steps", None, "steps whose checkpoints are ke
 flags.DEFINE_bool("extend", False, "go on with a run to a larger --max_num_training_steps")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
 
-_SETTING_FLAGS = [
-    "reg",
-    "beta",
-    "gamma",
-    "smoothing",
-    "omega",
-    "loss_reduction",
-    "sigma",
-    "clip_noise",
-    "adversary",
-    "epsilon",
-    "num_steps",
-    "step_size",
-    "loss_func",
-    "random_start",
-    "ramp_steps",
-    "attack_batch_norm",
-    "replays",
-    "width",
-    "max_num_training_steps",
-    "training_batch_size",
-    "weight_decay",
-    "momentum",
-    "random_seed",
-    "num_output_steps",
-    "num_summary_steps",
-    "num_checkpoint_steps",
-]
-
 # A newcomer's first run ends within minutes.
 _BARE_STEPS = 1000
 
 
 def main() -> None:
     """Train as the flags say."""
-    from logit_reg_scripts.runs import resolve_settings, train_run
+    from logit_reg_scripts.runs import RunSettings, resolve_settings, train_run
     from logit_reg_scripts.sources import RUNS, choose_dataset, load_split
 
     config = _apply_config()
@@ -127,7 +99,8 @@ def main() -> None:
         dataset = "cifar10"
     name = choose_dataset(dataset, data_dir)
 
-    given = {flag: FLAGS[flag].value for flag in _SETTING_FLAGS}
+    names = {field.name for field in dataclasses.fields(RunSettings)} - {"dataset"}
+    given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
     if dataset is None and config is None and given["max_num_training_steps"] is None:
         given["max_num_training_steps"] = _BARE_STEPS
     given["step_size_schedule"] = _schedule(FLAGS.step_size_schedule)

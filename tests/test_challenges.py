@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from madry_compat import challenges
 from madry_compat.challenges import CIFAR10, CIFAR100, MNIST, SubmissionError
+from madry_compat.files import write_atomically
 
 N = 10_000
 
@@ -332,7 +333,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        challenges.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 

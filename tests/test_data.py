@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madry_compat import data
+from madry_compat import data, tfds_files
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -424,7 +424,7 @@ def test_tfds_cifar_is_ordered_by_id_and_canonical_when_complete(prepared, monke
     np.testing.assert_array_equal(loaded.labels, labels)
     assert not loaded.canonical
     assert "test_00000 to test_09999" in loaded.note
-    monkeypatch.setitem(data._CIFAR_SIZES, "test", 120)
+    monkeypatch.setitem(tfds_files._CIFAR_SIZES, "test", 120)
     assert data.load("cifar100", "test", folder, cache_dir=tmp_path).canonical
 
 
@@ -559,7 +559,7 @@ def test_only_download_downloads(tmp_path, monkeypatch):
         assert name == "mnist"
         write_idx(folder, "test", *digits(30))
 
-    monkeypatch.setattr(data, "_download", fetch)
+    monkeypatch.setattr(data, "download_tfds", fetch)
     one_line_error("mnist", "test", tmp_path)
     assert len(data.load("mnist", "test", tmp_path, download=True).images) == 30
 

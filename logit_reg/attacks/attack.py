@@ -44,7 +44,10 @@ class Attack(Protocol):
     index in the data set only: never on the batch, its size or a shard.
     """
 
-    threat: ThreatModel
+    @property
+    def threat(self) -> ThreatModel:
+        """Norm, budget and pixel range."""
+        ...
 
     def run(
         self,

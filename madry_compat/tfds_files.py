@@ -1,0 +1,207 @@
+"""Prepared TFDS folders, put back into the order in which the data sets were published."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from madry_compat.idx_files import idx_note
+from madry_compat.image_sets import IMAGE_SETS, Arrays, DataError, Source, one_line, read_bounded
+
+_MAX_JSON_BYTES = 2**20
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_CIFAR = ("cifar10", "cifar100")
+_CIFAR_SIZES = {"train": 50_000, "test": 10_000}
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """A split in stored order, which is TFDS's shuffle.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        labels: (N,) int64.
+        ids: (N,) bytes; empty where there are none.
+        signatures: (N,) bytes: the first 8 of each coded image.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    signatures: np.ndarray
+
+
+def find_tfds(name: str, split: str, root: Path) -> Source | None:
+    """Finds the newest version in root/name that TFDS finished writing."""
+    folders = [
+        folder
+        for folder in (root / name).glob("*.*.*")
+        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and (folder / "dataset_info.json").is_file()
+    ]
+    if not folders:
+        return None
+    newest = max(folders, key=lambda folder: [int(part) for part in folder.name.split(".")])
+    shards = [path for path in newest.iterdir() if path.name.startswith(f"{name}-{split}.")]
+    files = (newest / "dataset_info.json", newest / "features.json", *sorted(shards))
+    return Source("tfds", name, split, newest, files, f"TFDS folder {newest}")
+
+
+def download_tfds(name: str, folder: Path) -> None:
+    """Lets TFDS download and prepare a data set.
+
+    Raises:
+        DataError: if it cannot.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        tfds.builder(name, data_dir=str(folder)).download_and_prepare()
+    except Exception as error:  # whatever the network, the disk or TFDS may raise
+        raise DataError(
+            f"TFDS could not download {name} into {folder} ({one_line(error)}): try again, or "
+            "give a folder that has it with --data_dir."
+        ) from error
+
+
+def read_tfds(source: Source) -> Arrays:
+    """Reads a split: the MNIST family in the order of its IDX files, CIFAR ordered by id.
+
+    Args:
+        source: what `find_tfds` found.
+
+    Raises:
+        DataError: if the folder is incomplete, damaged, unsafe or of another data set.
+
+    Source:
+        TFDS shuffles by a hash of the key; sorting by that hash restores the order of the IDX
+        files, and their md5 proves it. CIFAR's pixels have no known checksum: PNG-coded images
+        whose ids count from 0 are taken on trust.
+    """
+    _check_features(source.folder / "features.json")
+    try:
+        records = _read_records(source)
+    except DataError:
+        raise
+    except Exception as error:  # TFDS and TensorFlow raise whatever a broken file leads to
+        raise DataError(
+            f"TFDS folder {source.folder} is truncated or corrupt ({one_line(error)}): delete it "
+            "and copy or download it again."
+        ) from error
+    return _order_cifar(source, records) if source.name in _CIFAR else _order_mnist(source, records)
+
+
+def _order_mnist(source: Source, records: _Records) -> Arrays:
+    order = _key_order(source.split, len(records.labels))
+    images, labels = records.images[order], records.labels[order]
+    return Arrays(images, labels, idx_note(source, images[..., 0], labels.astype(np.uint8)))
+
+
+def _order_cifar(source: Source, records: _Records) -> Arrays:
+    if np.any(records.ids == b""):
+        order = _key_order(source.split, len(records.labels))
+        note = "a TFDS copy without ids: nothing proves the order"
+    else:
+        order = np.argsort(records.ids, kind="stable")
+        note = _cifar_note(source.split, records.ids[order], records.signatures)
+    return Arrays(records.images[order], records.labels[order], note)
+
+
+def _cifar_note(split: str, ids: np.ndarray, signatures: np.ndarray) -> str:
+    """Why images with these ascending ids are not the published ones; "" if they are."""
+    published = [f"{split}_{index:05d}".encode() for index in range(_CIFAR_SIZES[split])]
+    if np.any(np.char.startswith(signatures, _JPEG)):
+        return (
+            "lossy JPEG copy, not the challenge's test set: good for training and evaluation, "
+            "refused for submissions"
+        )
+    if np.any(signatures != _PNG):
+        return "not PNG-coded as TFDS writes it: nothing proves the pixels"
+    if ids.tolist() != published:
+        return f"its ids are not {published[0].decode()} to {published[-1].decode()}"
+    return ""
+
+
+def _key_order(split: str, count: int) -> np.ndarray:
+    """(count,) stored positions in the order of the keys 0, 1, 2, ...: undoes TFDS's shuffle."""
+    from tensorflow_datasets.core import hashing
+
+    hasher = hashing.Hasher(split)
+    keys = sorted(range(count), key=hasher.hash_key)
+    return np.argsort(keys)
+
+
+def _check_features(path: Path) -> None:
+    """TFDS imports the modules that features.json names, so only its own may stand there."""
+    try:
+        features = json.loads(read_bounded(path, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is truncated or corrupt ({one_line(error)}): delete its folder and copy or "
+            "download it again."
+        ) from error
+    pending = [features]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            for key in ("pythonClassName", "python_class_name", "type"):
+                class_name = value.get(key)
+                if isinstance(class_name, str) and not class_name.startswith(
+                    "tensorflow_datasets.core.features."
+                ):
+                    raise DataError(f"{path} names {class_name!r}, which is not a feature of TFDS.")
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+
+
+def _read_records(source: Source) -> _Records:
+    """Reads all records of a split.
+
+    TFDS says which files there are and how many examples they hold; the records are parsed and
+    decoded in batches, several times faster than its example-by-example pipeline.
+    """
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    shape = IMAGE_SETS[source.name].shape
+    builder = tfds.builder_from_directory(str(source.folder))
+    info = builder.info.splits[source.split]
+    if builder.info.file_format.value != "tfrecord":
+        raise DataError(
+            f"{source.folder} is stored as {builder.info.file_format.value}; prepare it with "
+            "TFDS's default, tfrecord."
+        )
+    features = {
+        "image": tf.io.FixedLenFeature((), tf.string),
+        "label": tf.io.FixedLenFeature((), tf.int64),
+        "id": tf.io.FixedLenFeature((), tf.string, default_value=""),
+    }
+
+    def decode_image(code):
+        image = tf.io.decode_image(code, channels=shape[-1], expand_animations=False)
+        return tf.ensure_shape(image, shape)
+
+    def parse(records):
+        examples = tf.io.parse_example(records, features)
+        images = tf.map_fn(
+            decode_image, examples["image"], fn_output_signature=tf.TensorSpec(shape, tf.uint8)
+        )
+        signatures = tf.strings.substr(examples["image"], 0, len(_PNG))
+        return images, examples["label"], examples["id"], signatures
+
+    records = tf.data.TFRecordDataset([str(path) for path in info.filepaths])
+    batches = records.batch(1_000).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+    parts = list(batches.as_numpy_iterator())
+    count = sum(len(part[1]) for part in parts)
+    if count != info.num_examples or not parts:
+        raise DataError(
+            f"TFDS folder {source.folder} is incomplete: {count} {source.split} examples, expected "
+            f"{info.num_examples}: delete it and copy or download it again."
+        )
+    images, labels, ids, signatures = (
+        np.concatenate(columns) for columns in zip(*parts, strict=True)
+    )
+    return _Records(images, labels, ids.astype(np.bytes_), signatures.astype(np.bytes_))

@@ -1,0 +1,230 @@
+"""The training step: noise, augmentation, weight decay, adversaries, one trace."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from logit_reg.attacks import PGD
+from logit_reg.loop import traced_train_step
+from logit_reg.objectives import Objective
+from logit_reg.threat import ThreatModel
+from logit_reg.training import (
+    FreeAdversary,
+    PGDAdversary,
+    RegularizedModel,
+    random_crop_and_flip,
+)
+
+THREAT = ThreatModel("linf", 0.3, 0.0, 1.0)
+
+
+def small_network(dropout=False):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 6, 1))
+    x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = keras.layers.Flatten()(keras.layers.ReLU()(x))
+    if dropout:
+        x = keras.layers.Dropout(0.5, seed=0)(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
+
+
+def small_model(optimizer=None, **settings):
+    settings = {"objective": Objective(), "bounds": (0.0, 1.0)} | settings
+    model = RegularizedModel(small_network(), **settings)
+    model.compile(optimizer=optimizer or keras.optimizers.SGD(0.1))
+    return model
+
+
+def some_data(count=32):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, count)
+    images = rng.random((count, 6, 6, 1)).astype(np.float32) * 0.3
+    images[np.arange(count), labels] += 0.6
+    return images, labels
+
+
+class Seen(keras.layers.Layer):
+    """Keeps the last images that it was shown in training mode."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.images = self.add_weight(shape=shape, trainable=False)
+
+    def call(self, images, training=None):
+        if training:
+            self.images.assign(images)
+        return images
+
+
+def model_that_remembers(batch_size=32, **settings):
+    inputs = keras.Input((6, 6, 1))
+    seen = Seen((batch_size, 6, 6, 1))
+    network = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(seen(inputs))))
+    settings = {"objective": Objective(), "bounds": (0.0, 1.0)} | settings
+    model = RegularizedModel(network, **settings)
+    model.compile(optimizer=keras.optimizers.SGD(0.0))
+    return model, seen
+
+
+@pytest.mark.parametrize("reg", ["squeeze", "squeeze_example"])
+def test_fit_learns_and_reports_its_terms(reg):
+    model = small_model(keras.optimizers.Adam(0.01), objective=Objective(reg, beta=0.1))
+    history = model.fit(*some_data(96), batch_size=32, epochs=12, verbose=0).history
+    assert history["accuracy"][-1] > 0.9 > history["accuracy"][0]
+    total = np.array(history["xent"]) + 0.1 * np.array(history["penalty"])
+    np.testing.assert_allclose(history["total"], total, rtol=1e-5)
+
+
+def test_evaluate_uses_neither_noise_nor_adversary():
+    adversary = PGDAdversary(PGD(THREAT, num_steps=2, step_size=0.1))
+    images, labels = some_data()
+    results = [
+        small_model(**settings).evaluate(images, labels, verbose=0, return_dict=True)
+        for settings in ({}, {"noise_stddev": 5.0, "adversary": adversary})
+    ]
+    assert results[0] == results[1]
+
+
+def test_noise_has_its_deviation_and_is_new_at_every_step():
+    model, seen = model_that_remembers(512, noise_stddev=0.5, clip_noise=False)
+    images = np.full((512, 6, 6, 1), 0.5, np.float32)
+    noises = []
+    for _ in range(2):
+        model.update(images, np.zeros(512, int))
+        noises.append(seen.images.numpy() - images)
+    assert noises[0].std() == pytest.approx(0.5, rel=0.02)
+    assert abs(noises[0].mean()) < 0.01
+    assert abs(np.corrcoef(noises[0].ravel(), noises[1].ravel())[0, 1]) < 0.03
+
+
+def test_clipped_noise_stays_in_the_pixel_range():
+    model, seen = model_that_remembers(noise_stddev=0.5)
+    model.update(*some_data())
+    assert seen.images.numpy().min() == 0.0 and seen.images.numpy().max() == 1.0
+
+
+def test_weight_decay_is_half_the_squared_norm_of_kernels_only():
+    images, labels = some_data()
+    plain, decayed = small_model(), small_model(weight_decay=0.5)
+    kernels = [v for v in plain.network.trainable_variables if v.name == "kernel"]
+    expected = 0.5 * sum(np.square(kernel.numpy()).sum() / 2 for kernel in kernels)
+    difference = float(decayed.update(images, labels)["total"]) - float(
+        plain.update(images, labels)["total"]
+    )
+    assert len(kernels) == 2
+    assert difference == pytest.approx(expected, rel=1e-4)
+
+
+def test_augmentation_shifts_by_at_most_two_and_flips_half():
+    image = np.arange(36, dtype=np.float32).reshape(1, 6, 6, 1) + 1
+    images = np.repeat(image, 400, axis=0)
+    augmented = random_crop_and_flip(tf.constant(images), (1, 2)).numpy()
+    padded = np.pad(image, [(0, 0), (2, 2), (2, 2), (0, 0)])[0]
+    crops = {}
+    for y in range(5):
+        for x in range(5):
+            crop = padded[y : y + 6, x : x + 6]
+            crops[crop.tobytes()] = (y, x, False)
+            crops[crop[:, ::-1].tobytes()] = (y, x, True)
+    found = [crops[one.tobytes()] for one in augmented]
+    assert len({(y, x) for y, x, _ in found}) == 25
+    assert 150 < sum(flipped for _, _, flipped in found) < 250
+
+
+def test_pgd_adversary_trains_on_images_inside_the_ball_that_raise_the_loss():
+    model, seen = model_that_remembers(adversary=PGDAdversary(PGD(THREAT, "xent", 5, 0.1)))
+    images, labels = some_data()
+    clean = model.objective(model.network(images), labels).total
+    adversarial = model.update(images, labels)["total"]
+    distance = np.abs(seen.images.numpy() - images).max(axis=(1, 2, 3))
+    assert float(adversarial) > float(clean) + 0.1
+    assert 0.29 < distance.max() <= 0.3 * (1 + 1e-6)
+
+
+def test_the_ramp_raises_epsilon_linearly():
+    adversary = PGDAdversary(PGD(THREAT, "xent", 5, 0.1), ramp_steps=3)
+    model, seen = model_that_remembers(adversary=adversary)
+    images, labels = some_data()
+    reached = []
+    for _ in range(4):
+        model.update(images, labels)
+        reached.append(np.abs(seen.images.numpy() - images).max())
+    np.testing.assert_allclose(reached, [0.1, 0.2, 0.3, 0.3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "updates"), [("evaluation", 1), ("training", 4)])
+def test_batch_norm_averages_move_with_attack_passes_only_in_training_mode(mode, updates):
+    attack = PGD(THREAT, "xent", 3, 1e-9, random_start=False)
+    model = small_model(keras.optimizers.SGD(0.0), adversary=PGDAdversary(attack, batch_norm=mode))
+    images, labels = some_data()
+    norm = model.network.get_layer("norm")
+    batch_mean = model.network.get_layer("conv")(images).numpy().mean(axis=(0, 1, 2))
+    model.update(images, labels)
+    expected = batch_mean * (1 - 0.99**updates)
+    np.testing.assert_allclose(norm.moving_mean.numpy(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_free_adversary_moves_one_persistent_perturbation_by_epsilon():
+    model, seen = model_that_remembers(8, adversary=FreeAdversary(THREAT, 8))
+    images, labels = some_data(8)
+    assert not model.perturbation.numpy().any()
+    model.update(images, labels)
+    first = model.perturbation.numpy()
+    np.testing.assert_allclose(np.abs(first), 0.3, rtol=1e-6)
+    model.update(images, labels)
+    # The second step trains on what the first left behind.
+    np.testing.assert_allclose(seen.images.numpy(), np.clip(images + first, 0, 1), atol=1e-6)
+    assert np.abs(model.perturbation.numpy()).max() <= 0.3 * (1 + 1e-6)
+
+
+def test_free_adversary_takes_a_smaller_last_batch():
+    model = small_model(adversary=FreeAdversary(THREAT, 8))
+    model.fit(*some_data(20), batch_size=8, epochs=1, verbose=0)
+
+
+def test_one_trace_after_fifty_steps():
+    adversary = PGDAdversary(PGD(THREAT, num_steps=2, step_size=0.1), ramp_steps=5)
+    model = small_model(
+        objective=Objective("squeeze", beta=2.0), noise_stddev=0.5, adversary=adversary
+    )
+    images, labels = some_data(40)
+    model.optimizer.build(model.network.trainable_variables)
+    step = traced_train_step(model, (images * 255).astype(np.uint8), labels, 16)
+    for number in range(50):
+        step(np.arange(16) + number % 8)
+    assert step.experimental_get_tracing_count() == 1
+
+
+def test_dropout_is_on_in_training_and_off_in_attacks():
+    model = RegularizedModel(
+        small_network(dropout=True),
+        Objective(),
+        bounds=(0.0, 1.0),
+        adversary=PGDAdversary(PGD(THREAT, num_steps=2, step_size=0.1)),
+    )
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    images, labels = some_data()
+    attack = PGD(THREAT, num_steps=2, step_size=0.1)
+    found = [attack.run(model.network, images, labels, seed=0).adversarial for _ in range(2)]
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(float(model.update(images, labels)["total"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_stddev": -1.0}, "noise_stddev must be at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0"),
+        ({"bounds": (1.0, 0.0)}, "bounds must be increasing"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**settings)
+
+
+def test_free_training_in_l2_is_refused():
+    with pytest.raises(ValueError, match="defined in linf"):
+        FreeAdversary(ThreatModel("l2", 1.0), 8)
