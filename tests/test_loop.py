@@ -27,19 +27,22 @@ SETTINGS = LoopSettings(
 )
 
 
-def fresh_model(adversary=None, rate=0.01):
+def fresh_model(adversary=None, noise_stddev=0.1):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4, 4, 1))
-    network = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(inputs)))
+    network = keras.Model(
+        inputs, keras.layers.Dense(3, name="logits")(keras.layers.Flatten()(inputs))
+    )
     model = RegularizedModel(
         network,
         Objective("squeeze", beta=0.5),
-        noise_stddev=0.1,
+        noise_stddev=noise_stddev,
+        clip_noise=False,
         bounds=(0.0, 1.0),
         adversary=adversary,
         seed=3,
     )
-    model.compile(optimizer=keras.optimizers.Adam(rate))
+    model.compile(optimizer=keras.optimizers.Adam(0.01))
     return model
 
 
@@ -136,7 +139,7 @@ def test_old_states_are_removed_except_those_to_keep(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path):
     run(tmp_path, steps=5)
     with pytest.raises(TrainingError, match="no longer finite at step 6"):
-        run(tmp_path, model=fresh_model(rate=float("inf")))
+        run(tmp_path, model=fresh_model(noise_stddev=1e38))
     assert sorted(saved_steps(tmp_path)) == [5]
 
 

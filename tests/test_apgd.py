@@ -1,0 +1,164 @@
+"""APGD-CE, APGD-DLR and APGD-T."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from exact_margins import (
+    SHAPE,
+    LinearClassifier,
+    check_closed_form,
+    check_is_traced_once,
+    curved,
+    curved_examples,
+)
+
+from logit_reg.attacks.apgd import APGD, APGDTargeted, _rank_loss, periods
+from logit_reg.evaluation import check_threat
+from logit_reg.threat import ThreatModel
+
+LINF = ThreatModel("linf", 0.05)
+
+
+def test_step_size_is_looked_at_where_the_paper_says():
+    assert np.cumsum(list(periods(100))).tolist() == [22, 41, 57, 70, 80, 87, 93, 99, 100]
+    for num_steps in (1, 2, 10, 37, 1000):
+        assert sum(periods(num_steps)) == num_steps
+        assert min(periods(num_steps)) >= 1
+
+
+def test_losses_are_the_published_formulas():
+    logits = np.array([[2.0, -1.0, 0.5, 1.0, 0.0]])
+    labels, targets = np.array([0]), np.array([2])
+    dlr = float(_rank_loss("dlr", tf.constant(logits), labels, targets)[0])
+    assert dlr == pytest.approx(-(2.0 - 1.0) / (2.0 - 0.5))
+    targeted = float(_rank_loss("dlr-targeted", tf.constant(logits), labels, targets)[0])
+    assert targeted == pytest.approx(-(2.0 - 0.5) / (2.0 - 0.5 * (0.5 + 0.0)))
+    rank = float(_rank_loss("ce", tf.constant(logits), labels, targets)[0])
+    cross_entropy = -np.log(np.exp(2.0) / np.exp(logits).sum())
+    assert np.log1p(np.exp(rank)) == pytest.approx(cross_entropy)
+
+
+def test_changes_below_the_spacing_of_cross_entropy_are_seen():
+    labels = np.array([0, 0])
+    logits = np.zeros((2, 10), np.float32)
+    logits[1, 0] = -1e-8
+    cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits).numpy()
+    assert cross_entropy[0] == cross_entropy[1]
+    rank = _rank_loss("ce", tf.constant(logits), labels, labels).numpy()
+    assert rank[1] > rank[0]
+
+
+# With more classes than two, cross-entropy does not head for the nearest boundary.
+@pytest.mark.parametrize(("loss", "num_classes"), [("ce", 2), ("dlr", 10)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_finds_what_lies_just_within_the_budget(norm, loss, num_classes):
+    classifier = LinearClassifier(num_classes)
+    check_closed_form(
+        lambda threat: APGD(threat, loss, num_steps=50), classifier, norm, box_is_active=False
+    )
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_finds_what_lies_just_within_the_budget_at_the_edge_of_the_pixel_range(norm):
+    check_closed_form(APGD, LinearClassifier(2), norm, box_is_active=True)
+
+
+@pytest.mark.parametrize("box_is_active", [False, True])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_targets_find_what_lies_just_within_the_budget(norm, box_is_active):
+    check_closed_form(APGDTargeted, LinearClassifier(10), norm, box_is_active=box_is_active)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("make", [APGD, APGDTargeted])
+def test_stays_within_ball_and_pixel_range(make, norm):
+    threat = ThreatModel(norm, 8.0 if norm == "linf" else 30.0, 0.0, 255.0)
+    images, labels = curved_examples(20)
+    images = np.round(255 * images).astype(np.float32)
+    model = _in_255
+    labels = np.argmax(model(images).numpy(), axis=-1)
+    result = make(threat, num_steps=12).run(model, images, labels, seed=0)
+    check_threat("apgd", result.adversarial, images, np.arange(20), threat)
+    assert result.adversarial.dtype == np.float32
+    fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
+    np.testing.assert_array_equal(fools, result.fooled)
+    assert 0 < result.fooled.mean() < 1
+
+
+def test_a_seed_gives_one_result_and_batches_do_not_matter():
+    images, labels = curved_examples(30)
+    attack = APGDTargeted(LINF, num_targets=2, num_steps=10)
+    whole = attack.run(curved, images, labels, seed=5)
+    again = attack.run(curved, images, labels, seed=5)
+    np.testing.assert_array_equal(whole.adversarial, again.adversarial)
+    other = attack.run(curved, images, labels, seed=6)
+    assert not np.array_equal(whole.adversarial, other.adversarial)
+    order = np.random.default_rng(0).permutation(30)
+    parts = [
+        attack.run(curved, images[part], labels[part], seed=5, indices=part)
+        for part in (order[:11], order[11:])
+    ]
+    fooled = np.concatenate([part.fooled for part in parts])
+    np.testing.assert_array_equal(fooled, whole.fooled[order])
+
+
+def test_network_is_traced_once():
+    check_is_traced_once(APGD(LINF, num_steps=10))
+    check_is_traced_once(APGDTargeted(LINF, num_steps=10))
+
+
+def test_counts_passes_of_images_that_still_stand():
+    images, labels = curved_examples(6)
+    labels[:2] = (labels[:2] + 1) % 5
+    threat = ThreatModel("linf", 1e-6)
+    result = APGD(threat, num_steps=10).run(curved, images, labels, seed=0)
+    assert result.fooled.tolist() == [True, True, False, False, False, False]
+    np.testing.assert_array_equal(result.adversarial[:2], images[:2])
+    assert (result.forwards, result.backwards) == (6 + 4 * 11, 4 * 11)
+    averaged = APGD(threat, num_steps=10, num_samples=3).run(curved, images, labels, seed=0)
+    assert (averaged.forwards, averaged.backwards) == (6 + 4 * 33, 4 * 33)
+    assert APGD(threat, num_steps=10, num_samples=3).cost() == (34, 33)
+
+
+def test_directions_may_come_from_another_network():
+    images, labels = curved_examples(10)
+    result = APGD(LINF, "dlr", 10).run(
+        curved, images, labels, seed=0, gradient_logits_fn=lambda x: 2.0 * curved(x)
+    )
+    assert result.fooled.any()
+    fools = np.argmax(curved(result.adversarial).numpy(), axis=-1) != labels
+    np.testing.assert_array_equal(fools, result.fooled)
+    with_itself = APGD(LINF, "dlr", 10).run(curved, images, labels, seed=0)
+    assert result.forwards > with_itself.forwards
+
+
+def test_too_few_classes_are_refused():
+    classifier = LinearClassifier(2)
+    images, labels = classifier.examples(3, box_is_active=False)
+    with pytest.raises(ValueError, match="DLR needs at least 3 classes; got 2"):
+        APGD(LINF, "dlr").run(classifier, images, labels, seed=0)
+    with pytest.raises(ValueError, match="targeted DLR needs at least 4 classes; got 2"):
+        APGDTargeted(LINF).run(classifier, images, labels, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "xent"}, "loss must be one of ce, dlr; got 'xent'"),
+        ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1; got 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        APGD(LINF, **settings)
+
+
+def test_called_like_a_function_it_returns_images():
+    images, labels = curved_examples(3)
+    adversarial = APGD(LINF, num_steps=2)(curved, images, labels, seed=0)
+    assert adversarial.shape == (3, *SHAPE)
+
+
+def _in_255(images):
+    return curved(images / 255.0)

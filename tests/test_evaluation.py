@@ -1,0 +1,320 @@
+"""Evaluation: worst case per example, the gate, the books, resume."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from linear import SHAPE, Linear
+
+from logit_reg.attacks import PGD, AttackResult, Restarts
+from logit_reg.evaluation import (
+    EvaluationState,
+    GateError,
+    check_threat,
+    content_hash,
+    estimate_seconds,
+    evaluate,
+    wilson_interval,
+)
+from logit_reg.ledger import build_result, read_ledger, write_ledger
+from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.threat import ThreatModel
+
+THREAT = ThreatModel("linf", 0.1, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """Returns fixed images for chosen indices; counts how often each index is attacked."""
+
+    threat: ThreatModel
+    name: str
+    targets: tuple = ()
+    shift: float = 0.0
+    claims: tuple = ()
+    log: list = dataclasses.field(default_factory=list, compare=False, repr=False)
+
+    def run(self, logits_fn, images, labels, *, seed, indices=None, **options):
+        self.log.append(list(indices))
+        hit = np.isin(indices, self.targets)
+        adversarial = images.copy()
+        adversarial[hit, 0, 0, 0] = np.where(labels[hit] == 0, 1.0, 0.0)
+        adversarial += np.float32(self.shift)
+        claimed = hit | np.isin(indices, self.claims)
+        return AttackResult(adversarial, claimed, claimed, len(images), 0)
+
+    def cost(self):
+        return 1, 0
+
+
+def first_pixel_classifier(images):
+    """Class 1 where the first pixel is bright."""
+    bright = 10.0 * (images[:, 0, 0, 0] - 0.5)
+    return tf.stack([-bright, bright], axis=-1)
+
+
+def digits(count=10):
+    """First pixel 0.35 or 0.65, so that 0.2 of linf decides; example 9 is misclassified."""
+    labels = np.arange(count) % 2
+    images = np.full((count, *SHAPE), 0.5, np.float32)
+    images[:, 0, 0, 0] = np.where(labels == 1, 0.65, 0.35)
+    labels = labels.copy()
+    labels[9] = 0
+    return images, labels
+
+
+WIDE = ThreatModel("linf", 1.0, 0.0, 1.0)
+
+
+def test_worst_case_is_per_example_and_credits_the_first_attack():
+    images, labels = digits()
+    attacks = {"one": Scripted(WIDE, "one", (1, 2)), "two": Scripted(WIDE, "two", (2, 3))}
+    found = evaluate(first_pixel_classifier, attacks, images, labels, batch_size=4)
+    assert list(np.flatnonzero(~found.clean)) == [9]
+    assert list(np.flatnonzero(~found.robust)) == [1, 2, 3, 9]
+    assert found.broken_by == ["", "one", "one", "two", "", "", "", "", "", "clean"]
+    assert list(np.flatnonzero(~found.correct["two"])) == [2, 3, 9]
+    wrong = np.argmax(first_pixel_classifier(found.adversarial).numpy(), -1) != labels
+    np.testing.assert_array_equal(wrong, ~found.robust)
+    np.testing.assert_allclose(found.distance[[1, 2, 3]], 0.65, atol=1e-6)
+
+
+def test_separate_attacks_see_all_correct_examples_and_the_shared_set_only_the_standing():
+    images, labels = digits()
+    for shared, expected in ((False, [0, 1, 2, 3, 4, 5, 6, 7, 8]), (True, [0, 3, 4, 5, 6, 7, 8])):
+        two = Scripted(WIDE, "two", (3,))
+        attacks = {"one": Scripted(WIDE, "one", (1, 2)), "two": two}
+        evaluate(first_pixel_classifier, attacks, images, labels, worst_case_only=shared)
+        assert sum(two.log, []) == expected
+
+
+def test_equal_attacks_of_two_protocols_run_once():
+    images, labels = digits()
+    attack = Scripted(WIDE, "same", (1,))
+    found = evaluate(first_pixel_classifier, {"a": attack, "b": attack}, images, labels)
+    assert len(attack.log) == 1
+    np.testing.assert_array_equal(found.correct["a"], found.correct["b"])
+
+
+def test_a_claim_that_the_returned_image_does_not_bear_out_is_not_counted():
+    images, labels = digits()
+    attack = Scripted(WIDE, "liar", (1,), claims=(4, 5))
+    found = evaluate(first_pixel_classifier, {"liar": attack}, images, labels)
+    assert list(np.flatnonzero(~found.robust)) == [1, 9]
+    assert found.records["liar"].unconfirmed == 2
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (Scripted(THREAT, "far", (1,)), r"far left its threat model: image 1 is at distance 0.65"),
+        (Scripted(WIDE, "out", (), shift=0.7), "out left its threat model: .* the pixel range"),
+        (Scripted(WIDE, "nan", (), shift=math.nan), "nan left its threat model: .* not finite"),
+    ],
+)
+def test_the_gate_refuses_what_leaves_the_threat_model(attack, message):
+    images, labels = digits()
+    with pytest.raises(GateError, match=message):
+        evaluate(first_pixel_classifier, {attack.name: attack}, images, labels)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 8.0), ("l2", 100.0)])
+def test_the_gate_allows_rounding_and_no_more(norm, epsilon):
+    threat = ThreatModel(norm, epsilon, 0.0, 255.0)
+    images = np.full((1, 4, 4, 1), 100.0, np.float32)
+    step = epsilon if norm == "linf" else epsilon / 4
+    check_threat("a", images + np.float32(step * (1 + 5e-7)), images, [0], threat)
+    with pytest.raises(GateError):
+        check_threat("a", images + np.float32(step * (1 + 2e-5)), images, [0], threat)
+
+
+def linear_case(count=40):
+    model = Linear(3)
+    images, labels = model.images(count)
+    # About half of the images can be broken.
+    threat = ThreatModel("linf", float(np.median(model.distance(images, labels, "linf"))))
+    step_size = threat.epsilon / 3
+    attacks = {
+        "xent": PGD(threat, "xent", 4, step_size),
+        "cw": PGD(threat, "cw", 4, step_size),
+        "more": Restarts(PGD(threat, "cw", 8, step_size, early_stop=True), 2),
+    }
+    return model, attacks, images, labels
+
+
+def test_robust_is_at_most_each_attack_is_at_most_clean():
+    model, attacks, images, labels = linear_case()
+    labels = labels.copy()
+    labels[:3] = (labels[:3] + 1) % 3
+    found = evaluate(model, attacks, images, labels, batch_size=16)
+    for name in attacks:
+        assert not (found.robust & ~found.correct[name]).any()
+        assert not (found.correct[name] & ~found.clean).any()
+    np.testing.assert_array_equal(
+        found.robust, np.logical_and.reduce([found.correct[name] for name in attacks])
+    )
+    assert 0 < found.robust.sum() < found.clean.sum() == 37
+
+
+def test_batch_size_and_order_do_not_change_the_verdict():
+    model, attacks, images, labels = linear_case()
+    one = evaluate(model, attacks, images, labels, batch_size=40)
+    order = np.random.default_rng(0).permutation(40)
+    other = evaluate(model, attacks, images[order], labels[order], batch_size=7, indices=order)
+    np.testing.assert_array_equal(one.robust[order], other.robust)
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_alike(tmp_path):
+    model, attacks, images, labels = linear_case()
+    whole = evaluate(model, attacks, images, labels, batch_size=16)
+
+    class Killed(Exception):
+        pass
+
+    class Fragile(EvaluationState):
+        saves = 0
+
+        def save(self, description, arrays):
+            super().save(description, arrays)
+            Fragile.saves += 1
+            if Fragile.saves in (2, 4):
+                raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            evaluate(model, attacks, images, labels, batch_size=16, state=Fragile(tmp_path, "key"))
+    state = Fragile(tmp_path, "key")
+    again = evaluate(model, attacks, images, labels, batch_size=16, state=state)
+    # Three attacks of three batches, none done twice.
+    assert Fragile.saves == 9
+    np.testing.assert_array_equal(whole.adversarial, again.adversarial)
+    np.testing.assert_array_equal(whole.robust, again.robust)
+    assert (whole.forwards, whole.backwards) == (again.forwards, again.backwards)
+    state.clear()
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_kept_batches_of_other_data_seed_or_network_are_not_taken(tmp_path):
+    images, labels = digits()
+    attack = Scripted(WIDE, "one", (1,))
+    state = EvaluationState(tmp_path, "network")
+    evaluate(first_pixel_classifier, {"one": attack}, images, labels, state=state)
+    evaluate(first_pixel_classifier, {"one": attack}, images, labels, state=state)
+    assert len(attack.log) == 1
+    evaluate(first_pixel_classifier, {"one": attack}, images, labels, state=state, seed=1)
+    evaluate(first_pixel_classifier, {"one": attack}, images * 0.999, labels, state=state)
+    other = EvaluationState(tmp_path, "another network")
+    evaluate(first_pixel_classifier, {"one": attack}, images, labels, state=other)
+    assert len(attack.log) == 4
+
+
+def test_a_damaged_kept_batch_is_done_again(tmp_path):
+    images, labels = digits()
+    attack = Scripted(WIDE, "one", (1,))
+    state = EvaluationState(tmp_path, "network")
+    evaluate(first_pixel_classifier, {"one": attack}, images, labels, state=state)
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(path.read_bytes()[:50])
+    found = evaluate(first_pixel_classifier, {"one": attack}, images, labels, state=state)
+    assert len(attack.log) == 2 and not found.robust[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": {}}, "at least one attack"),
+        ({"images": np.zeros((0, *SHAPE), np.float32), "labels": np.zeros(0, int)}, "one image"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"images": np.full((10, *SHAPE), 200.0, np.float32)}, r"span \[200, 200\].*pixel units"),
+    ],
+)
+def test_wrong_input_is_refused(changes, message):
+    images, labels = digits()
+    attacks = {"one": PGD(THREAT)}
+    arguments = {"attacks": attacks, "images": images, "labels": labels} | changes
+    with pytest.raises(ValueError, match=message):
+        evaluate(first_pixel_classifier, **arguments)
+
+
+def test_wilson_interval_against_published_values():
+    """Newcombe 1998, Table I: 81 of 263 and 0 of 20."""
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_content_hash_sees_values_types_and_shapes():
+    a = np.arange(4, dtype=np.float32)
+    hashes = {content_hash(x) for x in (a, a + 1, a.astype(np.float64), a.reshape(2, 2))}
+    assert len(hashes) == 4
+
+
+def test_an_estimate_grows_with_the_work():
+    model, attacks, images, labels = linear_case()
+    little = estimate_seconds(model, {"cw": attacks["cw"]}, images[:10], labels[:10])
+    much = estimate_seconds(model, {"x": PGD(THREAT, num_steps=4000)}, images, labels)
+    assert 0 < little < much
+
+
+def test_a_ledger_reads_back_as_it_was_written(tmp_path):
+    model, attacks, images, labels = linear_case()
+    found = evaluate(model, attacks, images, labels, batch_size=16)
+    result = build_result(found, {"flags": attacks}, dataset="made-up", settings={}, seed=0)
+    write_ledger(tmp_path, found, result, np.arange(40) + 100)
+    ledger, again = read_ledger(tmp_path)
+    assert again == result
+    np.testing.assert_array_equal(ledger.index, np.arange(40) + 100)
+    np.testing.assert_array_equal(ledger.robust, found.robust)
+    np.testing.assert_array_equal(ledger.clean, found.clean)
+    np.testing.assert_allclose(ledger.distance, found.distance, rtol=1e-8)
+    for name in attacks:
+        np.testing.assert_array_equal(ledger.correct[name], found.correct[name])
+        stated = result["protocols"]["flags"]["attacks"][name]
+        assert stated["accuracy"] == found.correct[name].mean()
+        assert stated["accuracy_last_iterate"] >= stated["accuracy"]
+        settings = stated["settings"]["attack"]
+        assert settings == type(attacks[name]).__name__ or isinstance(settings, dict)
+
+
+def test_a_ledger_edited_by_hand_is_noticed(tmp_path):
+    model, attacks, images, labels = linear_case()
+    found = evaluate(model, attacks, images, labels)
+    result = build_result(found, {"flags": attacks}, dataset="made-up", settings={}, seed=0)
+    write_ledger(tmp_path, found, result, np.arange(40))
+    path = tmp_path / "ledger.csv"
+    lines = path.read_text().splitlines()
+    broken = next(i for i, line in enumerate(lines) if ",xent," in line)
+    lines[broken] = lines[broken].replace(",0,xent,", ",1,,")
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="one of the two was changed by hand"):
+        read_ledger(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_protocol_is_frozen_named_once_and_within_its_family(family):
+    names = {}
+    for protocol in PROTOCOLS:
+        try:
+            attacks = protocol_attacks(protocol, family)
+        except ValueError as error:
+            assert f"use {'paper' if 'paper' in protocol else 'madry'}" in str(error)
+            continue
+        for name, attack in attacks.items():
+            assert names.setdefault(name, attack) == attack
+            assert attack.threat.upper == {"mnist": 1.0, "cifar": 255.0}[family]
+    assert len(names) >= 7
+
+
+def test_the_protocols_of_the_reference_table():
+    madry = protocol_attacks("madry-cifar10", "cifar")["madry-pgd20-cw"]
+    assert madry == PGD(ThreatModel("linf", 8, 0, 255), "cw", 20, 1.0, confidence=50.0)
+    paper = protocol_attacks("paper-mnist", "mnist")["pgd40-cw"]
+    assert paper == PGD(ThreatModel("linf", 0.3, 0, 1), "cw", 40, 0.01)
+    restarts = protocol_attacks("paper-l2", "cifar")["l2-pgd100-cw-x10"]
+    assert (restarts.num_restarts, restarts.threat.epsilon) == (10, 382.5)
+    assert restarts.attack.step_size == pytest.approx(9.5625)
+    with pytest.raises(ValueError, match="paper-20 is defined on cifar only; use paper-mnist"):
+        protocol_attacks("paper-20", "mnist")
+    with pytest.raises(ValueError, match="protocol must be one of madry-mnist"):
+        protocol_attacks("paper-99", "mnist")
