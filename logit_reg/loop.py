@@ -180,7 +180,9 @@ def train(
     variables = [*model.network.variables, *optimizer.variables]
     if model.perturbation is not None:
         variables.append(model.perturbation)
-    meta = restore_newest_state(model_dir, variables) or {"step": 0, "seconds": 0.0}
+    # A run that goes on from another one's checkpoint starts at that one's step.
+    beginning = {"step": int(optimizer.iterations.numpy()), "seconds": 0.0}
+    meta = restore_newest_state(model_dir, variables) or beginning
     first_step, seconds_before = meta["step"], meta["seconds"]
     log = _Table(model_dir / "log.csv", LOG_COLUMNS, last_step=first_step)
     timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from logit_reg.attacks import FGSM, PGD, Attack, Restarts
+from logit_reg.attacks import FGSM, PGD, Attack, AutoAttack, Restarts
 from logit_reg.threat import ThreatModel
 
 FAMILIES = ("mnist", "cifar")
@@ -17,6 +17,8 @@ _L2 = {
     "mnist": ThreatModel("l2", 2.0, 0.0, 1.0),
     "cifar": ThreatModel("l2", 1.5 * 255, 0.0, 255.0),
 }
+# The budgets that the field evaluates in l2: .5 on [0, 1] for CIFAR.
+_AUTOATTACK_L2 = {"mnist": _L2["mnist"], "cifar": ThreatModel("l2", 127.5, 0.0, 255.0)}
 _STEP_SIZE = {"mnist": 0.01, "cifar": 2.0}
 
 # The challenges' own code; the paper's Eq. 4 has no such constant.
@@ -39,7 +41,7 @@ def protocol_attacks(name: str, family: str) -> dict[str, Attack]:
 
     Source:
         `eval.py` of the challenges and their leaderboards (madry-*); Shafahi et al., section 5
-        (paper-*). "paper-20" to "paper-200" use step size 2: the published text, "2^4", is 2 with
+        (paper-*); Croce and Hein 2020 (autoattack*). "paper-20" to "paper-200" use step size 2: the published text, "2^4", is 2 with
         a footnote mark.
     """
     if family not in FAMILIES:
@@ -100,6 +102,14 @@ def _paper_l2(family):
     return {"l2-pgd100-cw-x10": Restarts(attack, 10)}
 
 
+def _autoattack(family):
+    return {"autoattack": AutoAttack(_LINF[family])}
+
+
+def _autoattack_l2(family):
+    return {"autoattack-l2": AutoAttack(_AUTOATTACK_L2[family])}
+
+
 def _both_losses(prefix, family, num_steps, step_size, confidence):
     threat = _LINF[family]
     return {
@@ -121,4 +131,6 @@ PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
     "paper-mnist": _paper_mnist,
     "paper-restarts": _paper_restarts,
     "paper-l2": _paper_l2,
+    "autoattack": _autoattack,
+    "autoattack-l2": _autoattack_l2,
 }

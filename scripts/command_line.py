@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -42,6 +43,7 @@ def run(main: Callable[[], None], description: str) -> NoReturn:
     except (flags.Error, UsageError) as error:
         message = " ".join(str(error).split())
         _fail(f"{message} (--help lists the {len(names)} flags)", USAGE_ERROR)
+    warnings.showwarning = _show_warning
     try:
         _import_tensorflow_quietly()
         main()
@@ -81,6 +83,12 @@ def existing_path(name: str, value: str) -> Path:
     if not path.exists():
         raise UsageError(f"--{name}={value}: no such file or folder.")
     return path
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """One line for what concerns the user; a library's own deprecations do not."""
+    if not issubclass(category, DeprecationWarning | FutureWarning):
+        notice(f"warning: {message}")
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -17,13 +17,19 @@ from logit_reg.attacks import PGD
 from logit_reg.files import atomic_path, read_json
 from logit_reg.loop import LoopSettings, run_folder, train
 from logit_reg.objectives import Objective
+from logit_reg.state import saved_steps
 from logit_reg.threat import ThreatModel
 from logit_reg.training import FreeAdversary, PGDAdversary, RegularizedModel
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.config import write_config
 from madry_compat.networks import mnist_cnn, wide_resnet
-from madry_compat.optimizers import TF1Momentum, piecewise_constant, tf1_adam
-from madry_compat.tf1_checkpoints import save_network
+from madry_compat.optimizers import ADAM_EPSILON, TF1Momentum, piecewise_constant, tf1_adam
+from madry_compat.tf1_checkpoints import (
+    has_training_state,
+    load_network,
+    load_training_state,
+    save_network,
+)
 
 ADVERSARIES = ("none", "pgd", "free")
 
@@ -70,6 +76,7 @@ class RunSettings:
     momentum: float = 0.0
     augment: bool = False
     first_example: int = 0
+    init_checkpoint: str = ""
     random_seed: int = 0
     num_output_steps: int = 100
     num_summary_steps: int = 100
@@ -261,7 +268,10 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
     )
     rate = piecewise_constant(settings.step_size_schedule)
     if challenge.training.optimizer == "adam":
-        optimizer = tf1_adam(rate)
+        # A mean loss has gradients 1/b as large: with epsilon / b Adam takes the same steps.
+        is_mean = settings.loss_reduction == "mean"
+        divisor = settings.training_batch_size if is_mean else 1
+        optimizer = tf1_adam(rate, epsilon=ADAM_EPSILON / divisor)
     else:
         optimizer = TF1Momentum(rate, settings.momentum)
     model.compile(optimizer=optimizer)
@@ -317,10 +327,17 @@ def train_run(
             },
         )
 
+        reduction = {
+            "loss_reduction": settings.loss_reduction,
+            "batch_size": settings.training_batch_size,
+        }
+        if settings.init_checkpoint and not saved_steps(folder):
+            start_from_checkpoint(model, Path(settings.init_checkpoint), reduction)
+
         def export(step):
             with atomic_path(folder / "model.keras") as temporary:
                 network.save(temporary)
-            save_network(network, folder, step, optimizer=model.optimizer)
+            save_network(network, folder, step, optimizer=model.optimizer, **reduction)
 
         return train(
             model,
@@ -331,6 +348,31 @@ def train_run(
             on_checkpoint=export,
             show_progress=show_progress,
         )
+
+
+def start_from_checkpoint(model: RegularizedModel, path: Path, reduction: dict) -> int:
+    """Fill a model from a challenge's checkpoint.
+
+    Args:
+        model: compiled; its network must be the checkpoint's.
+        path: prefix or folder of a TF1 bundle.
+        reduction: loss_reduction and batch_size of the training that goes on.
+
+    Returns:
+        The step that training goes on from; 0 for a checkpoint of weights alone.
+
+    Raises:
+        ValueError: if the checkpoint is broken or of another network.
+    """
+    source = load_network(path)
+    ours, theirs = model.network.variables, source.variables
+    if [v.shape for v in ours] != [v.shape for v in theirs]:
+        raise ValueError(f"{path} holds another network than this run's; check --dataset, --width.")
+    for variable, value in zip(ours, theirs, strict=True):
+        variable.assign(value)
+    if not has_training_state(path):
+        return 0
+    return load_training_state(path, model.network, model.optimizer, **reduction)
 
 
 def run_record(settings: RunSettings, data_dir: str | None) -> dict:

@@ -80,6 +80,9 @@ flags.DEFINE_integer("num_output_steps", None, "steps between rows of log.csv (1
 flags.DEFINE_integer("num_summary_steps", None, "steps between points of TensorBoard (100)")
 flags.DEFINE_integer("num_checkpoint_steps", None, "steps between checkpoints (300 or 1000)")
 flags.DEFINE_list("keep_checkpoint_steps", None, "steps whose checkpoints are kept, as 100,200")
+flags.DEFINE_string(
+    "init_checkpoint", None, "challenge checkpoint (folder or prefix) to go on from"
+)
 flags.DEFINE_bool("extend", False, "go on with a run to a larger --max_num_training_steps")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
 
