@@ -183,7 +183,7 @@ def train(
     # A run that goes on from another one's checkpoint starts at that one's step.
     beginning = {"step": int(optimizer.iterations.numpy()), "seconds": 0.0}
     meta = restore_newest_state(model_dir, variables) or beginning
-    first_step, seconds_before = meta["step"], meta["seconds"]
+    first_step, seconds_before = int(meta["step"]), float(meta["seconds"])
     log = _Table(model_dir / "log.csv", LOG_COLUMNS, last_step=first_step)
     timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
 

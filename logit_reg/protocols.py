@@ -41,8 +41,8 @@ def protocol_attacks(name: str, family: str) -> dict[str, Attack]:
 
     Source:
         `eval.py` of the challenges and their leaderboards (madry-*); Shafahi et al., section 5
-        (paper-*); Croce and Hein 2020 (autoattack*). "paper-20" to "paper-200" use step size 2: the published text, "2^4", is 2 with
-        a footnote mark.
+        (paper-*); Croce and Hein 2020 (autoattack*). "paper-20" to "paper-200" use step size 2:
+        the published text, "2^4", is 2 with a footnote mark.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}.")

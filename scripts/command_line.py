@@ -85,6 +85,21 @@ def existing_path(name: str, value: str) -> Path:
     return path
 
 
+def num_examples(wanted: int | None, available: int) -> int:
+    """How many of the available images --num_eval_examples asks for.
+
+    Raises:
+        UsageError: if it is not positive.
+    """
+    if wanted is None:
+        return available
+    if wanted < 1:
+        raise UsageError(f"--num_eval_examples must be at least 1; got {wanted}.")
+    if wanted > available:
+        notice(f"--num_eval_examples={wanted}: there are {available} images, all are taken.")
+    return min(wanted, available)
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """One line for what concerns the user; a library's own deprecations do not."""
     if not issubclass(category, DeprecationWarning | FutureWarning):

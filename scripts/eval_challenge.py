@@ -66,8 +66,13 @@ _ATTACK_FLAGS = [
 
 def main() -> None:
     """Evaluate as the flags say."""
-    _apply_config()
-    _check_flags()
+    from logit_reg_scripts.attack_flags import ATTACK_FLAGS, apply_config
+
+    # A protocol and a submission have their own attack; the file's would contradict it.
+    has_attack = FLAGS.protocol or FLAGS.attack_file
+    apply_config(without=ATTACK_FLAGS if has_attack else ())
+    if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
+        raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
     if FLAGS.model or FLAGS.data:
         _evaluate_own()
     else:
@@ -83,9 +88,7 @@ def _evaluate_challenge() -> None:
     from madry_compat.data import to_pixels
 
     model = load_model(FLAGS.model_dir)
-    data_dir = FLAGS.data_dir or FLAGS.data_path
-    if data_dir is None and model.data_dir is not None and Path(model.data_dir).is_dir():
-        data_dir = model.data_dir
+    data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
     name = dataset_for(model, FLAGS.dataset, data_dir)
     challenge = challenge_for(name)
     batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
@@ -104,7 +107,7 @@ def _evaluate_challenge() -> None:
         return
 
     protocols = _protocols(model, challenge)
-    count = _num_examples(len(dataset.images))
+    count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
     pixels = to_pixels(dataset.images[:count], name)
     test = TestImages(
         name, pixels, dataset.labels[:count], bounds=(challenge.lower, challenge.upper)
@@ -136,6 +139,7 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
+    from logit_reg_scripts.attack_flags import attack_from_flags
     from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
     from logit_reg_scripts.sources import load_keras, load_own_images
 
@@ -172,8 +176,8 @@ def _evaluate_own() -> None:
             f"{num_classes} classes."
         )
     test = TestImages(path.stem, images, labels, (lower, upper))
-    test = test.first(_num_examples(len(images)))
-    protocols = {"flags": _attack_from_flags(threat, 40, FLAGS.epsilon / 10)}
+    test = test.first(command_line.num_examples(FLAGS.num_eval_examples, len(images)))
+    protocols = {"flags": attack_from_flags(threat, None)}
     output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{Path(FLAGS.model).stem}-{path.stem}")
     evaluation, result = evaluate_protocols(
         network,
@@ -194,15 +198,16 @@ def _evaluate_own() -> None:
 
 def _protocols(model, challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
+    from logit_reg_scripts.attack_flags import ATTACK_FLAGS, attack_from_flags, challenge_threat
+
     from logit_reg.protocols import protocol_attacks
-    from logit_reg.threat import ThreatModel
 
     family = "mnist" if challenge.name == "mnist" else "cifar"
-    given = [name for name in _ATTACK_FLAGS if FLAGS[name].value is not None]
+    given = [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]
     if FLAGS.protocol:
         if given:
             raise UsageError(
-                f"a protocol is frozen; leave out --{given[0]} or --protocol "
+                f"a protocol is frozen; leave out --{given[0]} or --protocol="
                 f"{','.join(FLAGS.protocol)}."
             )
         names = [name.strip() for name in FLAGS.protocol]
@@ -211,81 +216,7 @@ def _protocols(model, challenge):
         name = "madry-mnist" if family == "mnist" else "madry-cifar10"
         print(f"protocol: {name}, the challenge's own (choose with --protocol)")
         return {name: protocol_attacks(name, family)}
-    norm = FLAGS.norm or "linf"
-    default = challenge.epsilon if norm == "linf" else challenge.epsilon_l2
-    threat = ThreatModel(
-        norm,
-        default if FLAGS.epsilon is None else FLAGS.epsilon,
-        challenge.lower,
-        challenge.upper,
-    )
-    num_steps = challenge.attack.num_steps
-    step_size = challenge.attack.step_size
-    if norm == "l2":
-        step_size = 2.5 * threat.epsilon / (FLAGS.num_steps or num_steps)
-    return {"flags": _attack_from_flags(threat, num_steps, step_size)}
-
-
-def _attack_from_flags(threat, num_steps, step_size):
-    from logit_reg.attacks import PGD, Restarts
-
-    def flag(name, default):
-        value = FLAGS[name].value
-        return default if value is None else value
-
-    num_steps = flag("num_steps", num_steps)
-    loss = flag("loss_func", "xent")
-    restarts = flag("restarts", 1)
-    attack = PGD(
-        threat,
-        loss,
-        num_steps,
-        flag("step_size", step_size),
-        random_start=flag("random_start", True),
-        # The challenges' own constant; the paper's Eq. 4 has 0.
-        confidence=flag("confidence", 50.0) if loss == "cw" else 0.0,
-        early_stop=restarts > 1,
-    )
-    name = f"pgd{num_steps}-{loss}"
-    if restarts == 1:
-        return {name: attack}
-    return {f"{name}-x{restarts}": Restarts(attack, restarts)}
-
-
-def _apply_config() -> None:
-    if not FLAGS.config:
-        return
-    from madry_compat.config import load_config
-
-    config = load_config(command_line.existing_path("config", FLAGS.config))
-    if config.unknown:
-        command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
-    values = dict(config.settings)
-    data_path = values.pop("data_path", None)
-    if data_path and Path(data_path).exists():
-        values["data_path"] = data_path
-    if FLAGS.protocol or FLAGS.attack_file:
-        # A protocol has its own attack; the file's would contradict it.
-        values = {name: value for name, value in values.items() if name not in _ATTACK_FLAGS}
-    # Only a command line decides what is written where.
-    values.pop("store_adv_path", None)
-    command_line.apply_config(values)
-
-
-def _check_flags() -> None:
-    if FLAGS.num_eval_examples is not None and FLAGS.num_eval_examples < 1:
-        raise UsageError(f"--num_eval_examples must be at least 1; got {FLAGS.num_eval_examples}.")
-    if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
-        raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
-
-
-def _num_examples(available: int) -> int:
-    wanted = FLAGS.num_eval_examples or available
-    if wanted > available:
-        command_line.notice(
-            f"--num_eval_examples={wanted}: there are {available} images, all are taken."
-        )
-    return min(wanted, available)
+    return {"flags": attack_from_flags(challenge_threat(challenge), challenge)}
 
 
 def _bounds() -> tuple[float, float]:

@@ -327,7 +327,7 @@ def train_run(
             },
         )
 
-        reduction = {
+        reduction: dict[str, Any] = {
             "loss_reduction": settings.loss_reduction,
             "batch_size": settings.training_batch_size,
         }

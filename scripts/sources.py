@@ -34,6 +34,11 @@ class Model:
     """Where the run had its data from."""
 
     @property
+    def usable_data_dir(self) -> str | None:
+        """Where the run had its data from, if that folder is still there."""
+        return self.data_dir if self.data_dir and Path(self.data_dir).is_dir() else None
+
+    @property
     def is_squeezed(self) -> bool:
         """Whether it was trained in the family that PGD flatters."""
         return self.run is not None and (self.run.reg != "none" or self.run.smoothing > 0)

@@ -92,10 +92,11 @@ _BARE_STEPS = 1000
 
 def main() -> None:
     """Train as the flags say."""
+    from logit_reg_scripts.attack_flags import apply_config
     from logit_reg_scripts.runs import RunSettings, resolve_settings, train_run
     from logit_reg_scripts.sources import RUNS, choose_dataset, load_split
 
-    config = _apply_config()
+    config = apply_config()
     data_dir = FLAGS.data_dir or FLAGS.data_path
     dataset = FLAGS.dataset
     if dataset is None and config is not None and config.challenge_name == "cifar10":
@@ -127,22 +128,6 @@ def main() -> None:
         raise KeyboardInterrupt
     print(f"done: {model_dir / 'model.keras'}; next: python scripts/eval_challenge.py", end="")
     print(f" --model_dir={model_dir}" if FLAGS.model_dir else "")
-
-
-def _apply_config():
-    if not FLAGS.config:
-        return None
-    from madry_compat.config import load_config
-
-    config = load_config(command_line.existing_path("config", FLAGS.config))
-    if config.unknown:
-        command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
-    values = dict(config.settings)
-    data_path = values.pop("data_path", None)
-    if data_path and Path(data_path).exists():
-        values["data_path"] = data_path
-    command_line.apply_config(values)
-    return config
 
 
 def _warn_of_collapse(settings) -> None:

@@ -1,0 +1,33 @@
+# `make demo` and `make test` each make the virtual environment that they need.
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: demo test quick-test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python scripts/demo.py
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+quick-test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+# setup.py and pyproject.toml decide what is installed; a change of either installs again.
+$(VENV)/.installed: pyproject.toml setup.py
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml setup.py
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -e ".[test]"
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,98 @@
+"""Write adversarial images for a network, as the challenges' pgd_attack.py does.
+
+On the whole canonical test set the file is a valid submission (`attack.npy`). With
+--target_model_dir the images made on one network are scored on another: a transfer, or black
+box, attack. All values are in pixel units: [0, 1] for MNIST, [0, 255] for CIFAR.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from logit_reg_scripts import command_line
+from logit_reg_scripts.command_line import FLAGS, UsageError
+
+flags.DEFINE_string(
+    "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
+)
+flags.DEFINE_string("target_model_dir", None, "another network to score the images on")
+flags.DEFINE_enum(
+    "dataset",
+    None,
+    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
+    "data set; the run's own if not given",
+)
+flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
+flags.DEFINE_string("data_path", None, "the challenges' name for --data_dir")
+flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
+flags.DEFINE_string("config", None, "a challenge's config.json")
+flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
+flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
+flags.DEFINE_integer("random_seed", 0, "seed of the attack")
+flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm (linf)")
+flags.DEFINE_float("epsilon", None, "budget, pixel units")
+flags.DEFINE_integer("num_steps", None, "steps of PGD (40 or 20)")
+flags.DEFINE_float("step_size", None, "step size, pixel units (.01 or 1)")
+flags.DEFINE_bool("random_start", None, "random start (on)")
+flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "loss (xent)")
+flags.DEFINE_float("confidence", None, "confidence of --loss_func=cw (50)")
+flags.DEFINE_integer("restarts", None, "number of random starts (1)")
+flags.DEFINE_string("store_adv_path", "attack.npy", "where the images go")
+flags.DEFINE_bool("progress", True, "draw a progress bar")
+
+
+def main() -> None:
+    """Attack as the flags say."""
+    from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
+    from logit_reg_scripts.sources import dataset_for, load_model, load_split
+    from logit_reg_scripts.submissions import write_adversarial
+
+    from logit_reg.evaluation import evaluate, predict
+    from madry_compat.challenges import challenge_for
+    from madry_compat.data import to_pixels
+
+    apply_config()
+    path = Path(FLAGS.store_adv_path)
+    if path.suffix != ".npy":
+        raise UsageError(f"--store_adv_path={path}: expected the name of a .npy file.")
+    model = load_model(FLAGS.model_dir)
+    data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
+    name = dataset_for(model, FLAGS.dataset, data_dir)
+    target = FLAGS.target_model_dir and load_model(FLAGS.target_model_dir)
+    if target:
+        dataset_for(target, name, data_dir)
+    challenge = challenge_for(name)
+    batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
+    dataset = load_split(name, "test", data_dir, download=FLAGS.download)
+    count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
+    images = to_pixels(dataset.images[:count], name)
+    labels = dataset.labels[:count]
+
+    attacks = attack_from_flags(challenge_threat(challenge), challenge)
+    found = evaluate(
+        model.network,
+        attacks,
+        images,
+        labels,
+        batch_size=batch_size,
+        seed=FLAGS.random_seed,
+        show_progress=FLAGS.progress,
+    )
+    write_adversarial(path, found.adversarial, dataset, challenge)
+    scored = {"attacked": model} | ({"target": target} if target else {})
+    for role, scored_model in scored.items():
+        clean = predict(scored_model.network, images, batch_size=batch_size) == labels
+        wrong = predict(scored_model.network, found.adversarial, batch_size=batch_size) != labels
+        print(
+            f"{role} {scored_model.path}: clean {100 * clean.mean():.2f}%, on these images "
+            f"{100 * (~wrong).mean():.2f}% ({count} of {name}, {next(iter(attacks))}, seed "
+            f"{FLAGS.random_seed})"
+        )
+
+
+def run() -> None:
+    """Entry point."""
+    command_line.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    run()
