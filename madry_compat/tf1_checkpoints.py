@@ -35,28 +35,6 @@ _GLOBAL_STEP = "global_step"
 # The perturbation that free adversarial training keeps as a variable; no part of the network.
 _HARMLESS = ("input/instance_perturbation", "input/instance_perturbation/Momentum")
 
-_STATE_FILE = "checkpoint"
-_BUNDLE_FILE = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
-_RELEASE_DEPTH = 3
-
-# Bounds on untrusted files, far above w32-10 with its slots (253 entries, 367 MB).
-_MAX_STATE_BYTES = 1 << 20
-_MAX_INDEX_BYTES = 1 << 20
-_MAX_INDEX_RECORDS = 10_000
-_MAX_KEY_BYTES = 4096
-_MAX_RANK = 8
-_MAX_DATA_BYTES = 8 << 30
-_TABLE_MAGIC = 0xDB4775248B80FB57
-_TABLE_FOOTER_BYTES = 48
-
-Shape = tuple[int, ...]
-_PathLike = str | os.PathLike[str]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file and what is wrong with it."""
-
-
 class _Row(NamedTuple):
     """One variable: its name in the challenge's graph, `layer/variable` in ours, and its shape."""
 
@@ -147,7 +125,7 @@ def _slot_names(tf1_name: str, slots: Iterable[str] = ("Momentum", "Adam", "Adam
     return [f"{tf1_name}/{slot}" for slot in slots]
 
 
-def load_network(path: _PathLike) -> keras.Model:
+def load_network(path: PathLike) -> keras.Model:
     """Loads a challenge's checkpoint into the network it belongs to.
 
     The network, its width and its number of classes are read from names and shapes. Moving
@@ -166,7 +144,7 @@ def load_network(path: _PathLike) -> keras.Model:
         CheckpointError: if there is no such checkpoint, it is damaged or incomplete, or it does
             not fit; then all missing, unexpected and wrongly shaped names are listed.
     """
-    bundle = _open_bundle(path)
+    bundle = open_bundle(path)
     rows, width, num_classes = _rows_for(bundle)
     _check_entries(bundle, rows)
     values = _read_tensors(bundle, [row.tf1_name for row in rows])
@@ -176,7 +154,7 @@ def load_network(path: _PathLike) -> keras.Model:
     return network
 
 
-def read_step(path: _PathLike) -> int:
+def read_step(path: PathLike) -> int:
     """Reads the `global_step` of a checkpoint: the number of updates the challenge had made.
 
     Args:
@@ -185,10 +163,10 @@ def read_step(path: _PathLike) -> int:
     Raises:
         CheckpointError: if there is no such checkpoint, it is damaged, or it has no valid step.
     """
-    return _read_step(_open_bundle(path))
+    return _read_step(open_bundle(path))
 
 
-def has_training_state(path: _PathLike) -> bool:
+def has_training_state(path: PathLike) -> bool:
     """Whether a checkpoint has all that `load_training_state` needs.
 
     Args:
@@ -197,7 +175,7 @@ def has_training_state(path: _PathLike) -> bool:
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
     """
-    bundle = _open_bundle(path)
+    bundle = open_bundle(path)
     rows, width, _ = _rows_for(bundle)
     kinds = ("Momentum",) if width else ("Adam", "Adam_1")
     slots = [slot for row in rows if row.trainable for slot in _slot_names(row.tf1_name, kinds)]
@@ -205,7 +183,7 @@ def has_training_state(path: _PathLike) -> bool:
 
 
 def load_training_state(
-    path: _PathLike,
+    path: PathLike,
     network: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     *,
@@ -245,7 +223,7 @@ def load_training_state(
                 f"Adam's epsilon is {optimizer.epsilon:g}; the challenge's, for this reduction of "
                 f"the loss, is {epsilon:g}: build the optimizer with tf1_adam(epsilon={epsilon:g})."
             )
-    bundle = _open_bundle(path)
+    bundle = open_bundle(path)
     _check_entries(bundle, _rows_of(network), needed=[*slots, _GLOBAL_STEP])
     step = _read_step(bundle)
     values = _read_tensors(bundle, slots)
@@ -255,7 +233,7 @@ def load_training_state(
     return step
 
 
-def _rows_for(bundle: "_Bundle") -> tuple[list[_Row], int, int]:
+def _rows_for(bundle: "Bundle") -> tuple[list[_Row], int, int]:
     """The rows, width (0 for MNIST) and class count of the network a bundle belongs to."""
     names = bundle.entries.keys()
     mnist_rows = _mnist_cnn_rows()
@@ -288,7 +266,7 @@ def _rows_of(network: keras.Model) -> list[_Row]:
     return [_Row(name, "", tuple(variable.shape)) for name, variable in names.items()]
 
 
-def _check_entries(bundle: "_Bundle", rows: list[_Row], needed: Iterable[str] = ()) -> None:
+def _check_entries(bundle: "Bundle", rows: list[_Row], needed: Iterable[str] = ()) -> None:
     """Raises one error that lists every name by which the bundle and the rows differ."""
     required = {row.tf1_name: row.shape for row in rows}
     known = required | {_GLOBAL_STEP: ()} | dict.fromkeys(_BETA_POWERS, ())
@@ -317,7 +295,7 @@ def _check_entries(bundle: "_Bundle", rows: list[_Row], needed: Iterable[str] = 
         _logger.warning("%s: %s is no part of the network; left out.", bundle.prefix, name)
 
 
-def _read_step(bundle: "_Bundle") -> int:
+def _read_step(bundle: "Bundle") -> int:
     entry = bundle.entries.get(_GLOBAL_STEP)
     integers = (tf.int64.as_datatype_enum, tf.int32.as_datatype_enum)
     if entry is None or entry.shape != () or entry.dtype not in integers:
@@ -399,7 +377,7 @@ def _loss_divisor(
 
 def save_network(
     network: keras.Model,
-    directory: _PathLike,
+    directory: PathLike,
     step: int,
     *,
     optimizer: keras.optimizers.Optimizer | None = None,
@@ -501,14 +479,14 @@ def _write_state(prefix: Path) -> None:
     """Names the prefix as the newest checkpoint, by relative paths: the folder can move."""
     names = [
         name
-        for name in _bundle_names(prefix.parent)
+        for name in bundle_names(prefix.parent)
         if re.fullmatch(r"checkpoint-\d+", name) and name != prefix.name
     ]
     lines = [f'model_checkpoint_path: "{prefix.name}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in [*names, prefix.name]]
-    partial = prefix.with_name(f".{_STATE_FILE}.partial")
+    partial = prefix.with_name(f".{STATE_FILE}.partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _publish(partial, prefix.with_name(_STATE_FILE))
+    _publish(partial, prefix.with_name(STATE_FILE))
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -520,57 +498,7 @@ def _publish(partial: Path, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-class _Entry(NamedTuple):
-    shape: Shape
-    dtype: int
-    """TensorFlow's number of the type."""
-    shard: int
-    end: int
-    """Bytes of the shard's file up to and with this tensor."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bundle:
-    prefix: Path
-    entries: Mapping[str, _Entry]
-
-
-def _open_bundle(path: _PathLike) -> _Bundle:
-    """Finds a bundle and checks its index against the size of its data files."""
-    prefix = _find_prefix(Path(path))
-    index = Path(f"{prefix}.index")
-    try:
-        entries, num_shards = _read_index(index)
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror}.") from None
-    except (ValueError, IndexError, struct.error, DecodeError) as error:
-        raise CheckpointError(
-            f"{index}: not the index of a TF1 checkpoint, or damaged ({error}); copy it again."
-        ) from None
-
-    ends: dict[int, int] = {}
-    for entry in entries.values():
-        ends[entry.shard] = max(entry.end, ends.get(entry.shard, 0))
-    for shard, end in ends.items():
-        data = Path(f"{prefix}.data-{shard:05d}-of-{num_shards:05d}")
-        if not data.is_file():
-            raise CheckpointError(
-                f"{prefix}: data file missing; expected {data.name} beside {index.name}, which "
-                "holds no values itself."
-            )
-        size = data.stat().st_size
-        if end > size:
-            raise CheckpointError(
-                f"{data}: {size:,} bytes, but its index declares {end:,}; the file is truncated "
-                "or the index is not its own. Copy both again."
-            )
-    total = sum(ends.values())
-    if total > _MAX_DATA_BYTES:
-        raise CheckpointError(f"{prefix}: {total:,} bytes; at most {_MAX_DATA_BYTES:,} are read.")
-    return _Bundle(prefix, entries)
-
-
-def _read_tensors(bundle: _Bundle, names: Iterable[str]) -> dict[str, np.ndarray]:
+def _read_tensors(bundle: Bundle, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Reads values through TensorFlow, which verifies their checksums."""
     values = {}
     name = "its index"
@@ -588,178 +516,3 @@ def _read_tensors(bundle: _Bundle, names: Iterable[str]) -> dict[str, np.ndarray
 def _first_line(error: Exception) -> str:
     message = error.message if isinstance(error, tf.errors.OpError) else str(error)
     return message.strip().partition("\n")[0]
-
-
-def _find_prefix(path: Path) -> Path:
-    """The bundle that a prefix, a folder or an unpacked release stands for."""
-    if path.is_dir():
-        return _find_in_folder(path)
-    prefix = path.with_name(_BUNDLE_FILE.sub("", path.name))
-    if Path(f"{prefix}.index").is_file():
-        return prefix
-    if path.is_file():
-        raise CheckpointError(
-            f"{path}: not a TF1 checkpoint; expected a folder, or a prefix such as "
-            "checkpoint-100 of checkpoint-100.index."
-        )
-    raise CheckpointError(
-        f"{path}: no such checkpoint; expected a folder, or a prefix with {path.name}.index."
-    )
-
-
-def _find_in_folder(folder: Path) -> Path:
-    names = _bundle_names(folder)
-    if (folder / _STATE_FILE).is_file():
-        name = _newest_by_state(folder / _STATE_FILE)
-        if name not in names:
-            raise CheckpointError(
-                f"{folder / _STATE_FILE} names {name}, but {name}.index is not beside it; "
-                f"found: {', '.join(names) or 'no checkpoint'}. Pass the prefix to use."
-            )
-        return folder / name
-    if names:
-        if len(names) > 1 and _step_of(names[-1]) < 0:
-            raise CheckpointError(
-                f"{folder}: several checkpoints without a step: {', '.join(names)}. Pass the "
-                "prefix to use."
-            )
-        return folder / names[-1]
-
-    candidates = sorted(
-        {
-            found.parent
-            for depth in range(1, _RELEASE_DEPTH + 1)
-            for pattern in ("*.index", _STATE_FILE)
-            for found in folder.glob("*/" * depth + pattern)
-            if found.is_file() and not found.name.startswith(".")
-        }
-    )
-    if len(candidates) != 1:
-        found = ", ".join(str(candidate.relative_to(folder)) for candidate in candidates)
-        raise CheckpointError(
-            f"{folder}: several checkpoints inside: {found}. Pass the folder of one."
-            if candidates
-            else f"{folder}: no checkpoint inside; expected checkpoint-N.index and its data file."
-        )
-    return _find_in_folder(candidates[0])
-
-
-def _bundle_names(folder: Path) -> list[str]:
-    """Names of the bundles in a folder, the newest step last."""
-    names = (path.stem for path in folder.glob("*.index") if not path.name.startswith("."))
-    return sorted(names, key=lambda name: (_step_of(name), name))
-
-
-def _step_of(name: str) -> int:
-    step = re.search(r"-(\d{1,18})$", name, re.ASCII)
-    return int(step[1]) if step else -1
-
-
-def _newest_by_state(state_file: Path) -> str:
-    """The name a `checkpoint` file gives, without the folder: that may be another machine's."""
-    state = None
-    try:
-        if state_file.stat().st_size <= _MAX_STATE_BYTES:
-            state = tf.train.get_checkpoint_state(str(state_file.parent))
-    except (ValueError, tf.errors.OpError):
-        pass
-    if state is None:
-        raise CheckpointError(
-            f"{state_file}: no model_checkpoint_path in it; expected TensorFlow's text file, or "
-            "pass the prefix to use."
-        )
-    return PureWindowsPath(state.model_checkpoint_path).name
-
-
-def _read_index(path: Path) -> tuple[dict[str, _Entry], int]:
-    """Reads names, shapes and extents; returns them with the number of data files.
-
-    Raises:
-        ValueError, IndexError, struct.error, DecodeError: if the file is not a sound index.
-
-    Source:
-        `tensor_bundle.proto`, and LevelDB's `table_format.md`. A bundle's table is never
-        compressed. Checksums of the table are left to TensorFlow.
-    """
-    with path.open("rb") as file:
-        table = file.read(_MAX_INDEX_BYTES + 1)
-    if len(table) > _MAX_INDEX_BYTES:
-        raise ValueError(f"larger than {_MAX_INDEX_BYTES:,} bytes")
-    if len(table) < _TABLE_FOOTER_BYTES:
-        raise ValueError(f"only {len(table)} bytes")
-    footer = table[-_TABLE_FOOTER_BYTES:]
-    if struct.unpack("<Q", footer[-8:])[0] != _TABLE_MAGIC:
-        raise ValueError("no table's magic number at its end")
-
-    handles = _varints(footer, 0, 4)[0]  # the unused metaindex block, then the index block
-    records: dict[bytes, bytes] = {}
-    for _, handle in _block_records(table, *handles[2:]):
-        for key, value in _block_records(table, *_varints(handle, 0, 2)[0]):
-            records[key] = value
-            if len(records) > _MAX_INDEX_RECORDS:
-                raise ValueError(f"more than {_MAX_INDEX_RECORDS:,} entries")
-
-    header = tensor_bundle_pb2.BundleHeaderProto.FromString(records.pop(b"", b""))
-    if header.num_shards < 1:
-        raise ValueError("no header")
-    entries = {key.decode("utf-8"): _entry(key, value) for key, value in records.items()}
-    return entries, header.num_shards
-
-
-def _entry(key: bytes, record: bytes) -> _Entry:
-    """Reads one entry; refuses what TensorFlow's reader could not represent."""
-    proto = tensor_bundle_pb2.BundleEntryProto.FromString(record)
-    shape = tuple(dim.size for dim in proto.shape.dim)
-    if (
-        proto.shape.unknown_rank
-        or len(shape) > _MAX_RANK
-        or any(size < 0 for size in shape)
-        or math.prod(max(size, 1) for size in shape) >= 1 << 62
-    ):
-        raise ValueError(f"{key!r} has the shape {shape[: _MAX_RANK + 1]}")
-    if proto.slices:
-        raise ValueError(f"{key!r} is stored in slices, which no challenge does")
-    for dtype in (tf.float32, tf.int32, tf.int64):
-        num_bytes = math.prod(shape) * dtype.size
-        if proto.dtype == dtype.as_datatype_enum and proto.size != num_bytes:
-            raise ValueError(f"{key!r} has {proto.size:,} bytes for the shape {shape}")
-    if proto.offset < 0 or proto.size < 0 or proto.shard_id < 0:
-        raise ValueError(f"{key!r} lies at a negative place")
-    return _Entry(shape, proto.dtype, proto.shard_id, proto.offset + proto.size)
-
-
-def _block_records(table: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the keys and values of one block; a key repeats a part of the one before it."""
-    if table[offset + size] != 0:
-        raise ValueError("a compressed block")
-    (num_restarts,) = struct.unpack_from("<I", table, offset + size - 4)
-    position, end = offset, offset + size - 4 * (num_restarts + 1)
-    key = b""
-    while position < end:
-        (shared, unshared, length), position = _varints(table, position, 3)
-        if shared > len(key) or shared + unshared > _MAX_KEY_BYTES:
-            raise ValueError("a malformed key")
-        value_at = position + unshared
-        if value_at + length > end:
-            raise ValueError("an entry beyond its block")
-        key = key[:shared] + table[position:value_at]
-        yield key, table[value_at : value_at + length]
-        position = value_at + length
-
-
-def _varints(buffer: bytes, position: int, count: int) -> tuple[list[int], int]:
-    """Reads little-endian base-128 numbers; returns them and the position after them."""
-    numbers = []
-    for _ in range(count):
-        number = shift = 0
-        while True:
-            byte = buffer[position]
-            position += 1
-            number |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-            if shift > 63:
-                raise ValueError("a malformed number")
-        numbers.append(number)
-    return numbers, position

@@ -48,8 +48,8 @@ def test_changes_below_the_spacing_of_cross_entropy_are_seen():
     assert rank[1] > rank[0]
 
 
-# With more classes than two, cross-entropy does not head for the nearest boundary.
-@pytest.mark.parametrize(("loss", "num_classes"), [("ce", 2), ("dlr", 10)])
+# Neither loss is sure to head for the nearest of many boundaries: that takes targets.
+@pytest.mark.parametrize(("loss", "num_classes"), [("ce", 2), ("dlr", 3)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_finds_what_lies_just_within_the_budget(norm, loss, num_classes):
     classifier = LinearClassifier(num_classes)
@@ -73,7 +73,7 @@ def test_targets_find_what_lies_just_within_the_budget(norm, box_is_active):
 @pytest.mark.parametrize("make", [APGD, APGDTargeted])
 def test_stays_within_ball_and_pixel_range(make, norm):
     threat = ThreatModel(norm, 8.0 if norm == "linf" else 30.0, 0.0, 255.0)
-    images, labels = curved_examples(20)
+    images, _ = curved_examples(20)
     images = np.round(255 * images).astype(np.float32)
     model = _in_255
     labels = np.argmax(model(images).numpy(), axis=-1)

@@ -1,0 +1,201 @@
+"""The commands as a user types them: the bare ones, mistakes, kill and resume."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TFDS_DATA_DIR": "", "HOME": "/none"}
+
+
+def command(script, *flags, cwd):
+    """Run a script; its finished process with text output."""
+    code = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *flags]
+    cache = {"LOGIT_REG_CACHE": str(Path(cwd) / "cache")}
+    return subprocess.run(
+        code, cwd=cwd, env=ENVIRONMENT | cache, capture_output=True, text=True, timeout=300
+    )
+
+
+def assert_one_line_error(process, *words, status=2):
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == status, process.stderr
+    assert "Traceback" not in process.stderr
+    assert lines[-1].startswith("error: "), process.stderr
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A folder in which the bare training command ran, cut to a few steps."""
+    folder = tmp_path_factory.mktemp("bare")
+    process = command(
+        "train", "--reg=squeeze", "--beta=11", "--max_num_training_steps=6", cwd=folder
+    )
+    assert process.returncode == 0, process.stderr
+    return folder, process
+
+
+def the_run(folder):
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def test_the_bare_training_command_says_what_it_does(bare):
+    folder, process = bare
+    assert "mnist_5k train, 4000 images" in process.stdout
+    assert "--download" in process.stdout
+    assert f"-> runs/{the_run(folder).name}" in process.stdout
+    assert "beta 11 is at or above 10.73" in process.stderr
+
+
+def test_a_run_holds_what_the_contract_lists(bare):
+    run = the_run(bare[0])
+    names = {path.name for path in run.iterdir()}
+    assert {"run.json", "log.csv", "timing.csv", "tensorboard", "model.keras"} <= names
+    assert {"checkpoint", "checkpoint-6.index", "config.json"} <= names
+    record = json.loads((run / "run.json").read_text())
+    assert record["settings"]["beta"] == 11.0
+    assert record["settings"]["sigma"] == 0.5
+    assert {"seed", "versions", "commit"} <= record.keys()
+
+
+def test_the_bare_evaluation_command_takes_the_newest_run(bare):
+    folder, _ = bare
+    process = command("eval_challenge", "--num_eval_examples=20", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert "the newest run" in process.stderr
+    assert "protocol: madry-mnist" in process.stdout
+    assert "PGD flatters this family, run --protocol=autoattack" in process.stdout
+    output = the_run(folder) / "evaluations" / "madry-mnist"
+    result = json.loads((output / "result.json").read_text())
+    with (output / "ledger.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert result["num_examples"] == len(rows) == 20
+    robust = np.array([row["robust"] == "1" for row in rows])
+    assert result["robust_accuracy"] == robust.mean()
+    for name in result["protocols"]["madry-mnist"]["attacks"]:
+        correct = np.array([row[f"correct_{name}"] == "1" for row in rows])
+        clean = np.array([row["broken_by"] != "clean" for row in rows])
+        assert not (robust & ~correct).any() and not (correct & ~clean).any()
+    assert not (output / ".state").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("train", ["--reg=squash"], ["--reg=squash", "none|squeeze"]),
+        ("train", ["--beta=much"], ["--beta=much"]),
+        ("train", ["--betta=2"], ["betta"]),
+        ("train", ["squeeze"], ["unexpected argument 'squeeze'"]),
+        ("eval_challenge", ["--norm=l1"], ["--norm=l1", "linf|l2"]),
+    ],
+)
+def test_wrong_flags_are_refused_at_once(script, flags, words, tmp_path):
+    assert_one_line_error(command(script, *flags, cwd=tmp_path), *words)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("train", ["--reg=squeeze", "--beta=-1"], ["beta must be at least 0; got -1"]),
+        ("train", ["--reg=squeeze"], ["--reg=squeeze needs --beta"]),
+        ("train", ["--dataset=mnist", "--data_dir=nowhere"], ["--data_dir=nowhere: no such"]),
+        ("train", ["--dataset=cifar10"], ["--data_dir", "--download", "mnist_5k"]),
+        ("eval_challenge", ["--model_dir=nowhere"], ["--model_dir=nowhere: no such file"]),
+        ("eval_challenge", ["--model_dir=."], ["no model there; expected model.keras"]),
+        ("eval_challenge", [], ["no trained run in runs"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(script, flags, words, tmp_path):
+    assert_one_line_error(command(script, *flags, cwd=tmp_path), *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_eval_examples=0"], ["--num_eval_examples must be at least 1; got 0"]),
+        (["--protocol=paper-mnist,paper-99"], ["protocol must be one of", "got 'paper-99'"]),
+        (["--protocol=paper-20"], ["paper-20 is defined on cifar only; use paper-mnist"]),
+        (["--protocol=paper-fgsm", "--epsilon=0.1"], ["a protocol is frozen", "--epsilon"]),
+        (["--dataset=cifar10"], ["(28, 28, 1)", "(32, 32, 3)"]),
+        (["--epsilon=-1"], ["epsilon must be above 0"]),
+    ],
+)
+def test_mistakes_in_an_evaluation(flags, words, bare):
+    assert_one_line_error(command("eval_challenge", *flags, cwd=bare[0]), *words)
+
+
+@pytest.mark.shared
+def test_a_truncated_tfds_file_is_a_clear_error(tfds_dir, tmp_path):
+    shutil.copytree(tfds_dir / "mnist", tmp_path / "tfds" / "mnist", copy_function=shutil.copy)
+    (shard,) = (tmp_path / "tfds").rglob("mnist-train.tfrecord*")
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:
+        file.truncate(1_000_000)
+    process = command("train", "--dataset=mnist", "--data_dir=tfds", cwd=tmp_path)
+    assert_one_line_error(process, "mnist-train.tfrecord")
+
+
+def test_help_is_for_newcomers_and_exits_with_0(tmp_path):
+    for script in ("train", "eval_challenge", "attack", "demo", "report"):
+        process = command(script, "--help", cwd=tmp_path)
+        assert process.returncode == 0
+        assert process.stdout.splitlines()[0].endswith(".")
+        assert "Flags:" in process.stdout
+
+
+@pytest.mark.slow
+def test_your_own_model_and_data(bare, tmp_path):
+    folder, _ = bare
+    rng = np.random.default_rng(0)
+    images = (2 * rng.random((6, 28, 28, 1)) - 1).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images, labels=rng.integers(0, 10, 6))
+    own = [f"--model={the_run(folder) / 'model.keras'}", "--data=images.npz", "--epsilon=0.1"]
+    process = command(
+        "eval_challenge", *own, "--bounds=-1,1", "--num_steps=2", "--output_dir=out", cwd=tmp_path
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["num_examples"] == 6
+    outside = command("eval_challenge", *own, "--bounds=0,1", cwd=tmp_path)
+    assert_one_line_error(outside, "outside --bounds=0,1")
+    missing = command("eval_challenge", *own[:2], cwd=tmp_path)
+    assert_one_line_error(missing, "missing --bounds, --epsilon")
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_ends_with_the_identical_ledger(bare, tmp_path):
+    folder, _ = bare
+    flags = [
+        f"--model_dir={the_run(folder)}",
+        "--dataset=mnist_5k",
+        "--protocol=paper-fgsm,paper-mnist",
+        "--num_eval_examples=60",
+        "--eval_batch_size=10",
+    ]
+    whole = command("eval_challenge", *flags, "--output_dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    code = [sys.executable, str(ROOT / "scripts" / "eval_challenge.py"), *flags]
+    for kept in (1, 3):
+        process = subprocess.Popen(
+            [*code, "--output_dir=killed"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE
+        )
+        while process.poll() is None:
+            if len(list((tmp_path / "killed").glob(".state/*.npz"))) >= kept:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert command("eval_challenge", *flags, "--output_dir=killed", cwd=tmp_path).returncode == 0
+    ledgers = [(tmp_path / name / "ledger.csv").read_text() for name in ("whole", "killed")]
+    assert ledgers[0] == ledgers[1]
