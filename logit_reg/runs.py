@@ -4,16 +4,18 @@ import csv
 import dataclasses
 import io
 import math
+import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from logit_reg.files import read_json
+from logit_reg.files import atomic_path, read_json, write_json
 from logit_reg.ledger import Ledger, read_ledger
 from logit_reg.loop import LOG_COLUMNS, TIMING_COLUMNS
 
 _MAX_BYTES = 256 * 2**20
+_EVALUATION_FILES = ("ledger.csv", "result.json", "examples.npz")
 _EXAMPLE_ARRAYS = ("images", "adversarial", "labels", "predictions", "bounds")
 
 
@@ -129,6 +131,32 @@ def load_run(folder: Path | str) -> Run:
             for path in sorted(folder.glob("*/result.json"))
         },
     )
+
+
+def export_run(folder: Path | str, destination: Path | str) -> None:
+    """Copy what tables and figures derive from: settings, logs, ledgers, example images.
+
+    Weights, states and the place that the data came from stay behind.
+
+    Args:
+        folder: a run.
+        destination: folder to make; what is there is replaced file by file.
+
+    Raises:
+        ValueError: if the run cannot be read.
+    """
+    folder, destination = Path(folder), Path(destination)
+    run = load_run(folder)
+    record = read_json(folder / "run.json")
+    record.pop("data_dir", None)
+    write_json(destination / "run.json", record)
+    names = ["log.csv", "timing.csv"]
+    for evaluation in run.evaluations:
+        names += [f"{evaluation}/{name}" for name in _EVALUATION_FILES]
+    for name in names:
+        if (folder / name).exists():
+            with atomic_path(destination / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
 
 
 def _load_evaluation(directory):

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from madry_compat.checksums import MD5, content_hash
-from madry_compat.files import write_atomically
+from madry_compat.files import default_cache_dir, write_atomically
 from madry_compat.image_sets import Arrays, DataError, Source, one_line
 
 # Part of every entry's name: raise it when a reader's result changes.
@@ -21,7 +20,7 @@ def cache_entry(cache_dir: str | Path | None, source: Source) -> Path:
     The name changes with the source's files and with the checksums that the proof rests on.
 
     Args:
-        cache_dir: None: $LOGIT_REG_CACHE, then logit_reg in $XDG_CACHE_HOME or ~/.cache.
+        cache_dir: `default_cache_dir()` if None.
         source: what will be read.
 
     Raises:
@@ -37,10 +36,11 @@ def cache_entry(cache_dir: str | Path | None, source: Source) -> Path:
             ) from error
         files.append([path.name, status.st_size, status.st_mtime_ns])
     checksums = {key: value for key, value in MD5.items() if key.startswith(f"{source.name}/")}
-    folder = str(source.folder.resolve())
-    key = json.dumps([_FORMAT, source.name, source.split, folder, files, checksums])
+    place = str(source.folder.resolve())
+    key = json.dumps([_FORMAT, source.name, source.split, place, files, checksums])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return _folder(cache_dir) / f"{source.name}-{source.split}-{fingerprint}"
+    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    return folder / f"{source.name}-{source.split}-{fingerprint}"
 
 
 def read_cache(entry: Path) -> Arrays | None:
@@ -72,13 +72,6 @@ def write_cache(entry: Path, arrays: Arrays) -> None:
         write_atomically(record_file, lambda file: file.write(text))
     except OSError:
         return
-
-
-def _folder(cache_dir: str | Path | None) -> Path:
-    chosen = cache_dir or os.environ.get("LOGIT_REG_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "logit_reg"
 
 
 def _files(entry: Path) -> tuple[Path, Path, Path]:

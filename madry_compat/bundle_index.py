@@ -40,23 +40,38 @@ class CheckpointError(ValueError):
 
 
 class Entry(NamedTuple):
+    """What an index says of one tensor."""
+
     shape: Shape
     dtype: int
     """TensorFlow's number of the type."""
     shard: int
+    """Number of the data file that holds it."""
     end: int
     """Bytes of the shard's file up to and with this tensor."""
 
 
 @dataclass(frozen=True)
 class Bundle:
+    """A bundle whose data files are as long as its index says."""
+
     prefix: Path
+    """Path of its files without their suffixes."""
     entries: Mapping[str, Entry]
+    """Its tensors by name."""
 
 
 def open_bundle(path: PathLike) -> Bundle:
-    """Finds a bundle and checks its index against the size of its data files."""
-    prefix = find_prefix(Path(path))
+    """Finds a bundle and checks its index against the size of its data files.
+
+    Args:
+        path: prefix (`.../checkpoint-N`), folder of a checkpoint, or unpacked release
+            (`models/NAME/checkpoint-N.*` inside).
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or incomplete.
+    """
+    prefix = find_prefix(path)
     index = Path(f"{prefix}.index")
     try:
         entries, num_shards = _read_index(index)
@@ -89,8 +104,13 @@ def open_bundle(path: PathLike) -> Bundle:
     return Bundle(prefix, entries)
 
 
-def find_prefix(path: Path) -> Path:
-    """The bundle that a prefix, a folder or an unpacked release stands for."""
+def find_prefix(path: PathLike) -> Path:
+    """The prefix of the bundle that a prefix, a folder or an unpacked release stands for.
+
+    Raises:
+        CheckpointError: if there is none, or several and none is named as the newest.
+    """
+    path = Path(path)
     if path.is_dir():
         return _find_in_folder(path)
     prefix = path.with_name(_BUNDLE_FILE.sub("", path.name))

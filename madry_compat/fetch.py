@@ -18,12 +18,14 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
+
+from madry_compat.files import default_cache_dir
 
 MAX_ARCHIVE_BYTES = 2 * 2**30
 MAX_UNPACKED_BYTES = 4 * 2**30
@@ -92,15 +94,6 @@ RELEASES: dict[str, Release] = {
 }
 
 
-def default_cache_dir() -> Path:
-    """$LOGIT_REG_CACHE, else $XDG_CACHE_HOME/logit_reg, else ~/.cache/logit_reg."""
-    if own := os.environ.get("LOGIT_REG_CACHE"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "logit_reg"
-    return Path.home() / ".cache" / "logit_reg"
-
-
 def fetch(
     name: str,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -132,7 +125,7 @@ def fetch(
         options = ", ".join(repr(known) for known in releases)
         raise ValueError(f"model must be one of {options}; got {name!r}.")
     release = releases[name]
-    cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     archive = cache / f"{name}.zip"
     directory = cache / name
 
@@ -304,21 +297,51 @@ def _safe_parts(entry: zipfile.ZipInfo) -> tuple[str, ...] | None:
     return parts
 
 
+def matches_archive(
+    archive: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    paths: Iterable[str | os.PathLike[str]],
+) -> bool:
+    """Whether files are those of an archive unpacked into a folder, by their size and CRC.
+
+    Args:
+        archive: a zip archive.
+        directory: the folder that it was unpacked into.
+        paths: files below the folder.
+
+    Raises:
+        FetchError: if the archive cannot be read or is not safe.
+    """
+    entries = _unpacked_entries(Path(archive), Path(directory))
+    return all(path in entries and _is_entry(path, entries[path]) for path in map(Path, paths))
+
+
 def _is_unpacked(archive: Path, directory: Path) -> bool:
-    """Whether every file of the archive lies below the folder, byte for byte by its CRC."""
+    """Whether every file of the archive lies below the folder, by its size and CRC."""
+    entries = _unpacked_entries(archive, directory)
+    return all(_is_entry(path, entry) for path, entry in entries.items())
+
+
+def _unpacked_entries(archive: Path, directory: Path) -> dict[Path, zipfile.ZipInfo]:
+    """The files that an archive makes below the folder that it is unpacked into."""
     try:
         with _BoundedFile(archive) as file, zipfile.ZipFile(file) as opened:
-            for parts, entry in _safe_entries(opened, archive):
-                path = directory.joinpath(*parts)
-                if entry.is_dir():
-                    continue
-                if not path.is_file() or path.stat().st_size != entry.file_size:
-                    return False
-                if _crc_of(path) != entry.CRC:
-                    return False
+            return {
+                directory.joinpath(*parts): entry
+                for parts, entry in _safe_entries(opened, archive)
+                if not entry.is_dir()
+            }
     except _UNREADABLE as error:
         raise _unreadable(archive, error) from error
-    return True
+
+
+def _is_entry(path: Path, entry: zipfile.ZipInfo) -> bool:
+    """Whether a file has the size and CRC of an entry; an unreadable one has neither."""
+    try:
+        is_as_long = path.is_file() and path.stat().st_size == entry.file_size
+        return is_as_long and _crc_of(path) == entry.CRC
+    except OSError:
+        return False
 
 
 def _crc_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder for those that can be made again."""
 
 import os
 import secrets
@@ -28,3 +28,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def default_cache_dir() -> Path:
+    """$LOGIT_REG_CACHE, else $XDG_CACHE_HOME/logit_reg, else ~/.cache/logit_reg."""
+    if own := os.environ.get("LOGIT_REG_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "logit_reg"

@@ -2,28 +2,33 @@
 
 A V2 bundle is `checkpoint-N.index` (names, shapes, offsets, checksums) and
 `checkpoint-N.data-00000-of-00001` (the values); a text file `checkpoint` names the newest one.
-TensorFlow reads and writes the values. The index alone is first read here, because
-TensorFlow's reader ends the whole process on a shape it cannot represent.
+TensorFlow reads and writes the values; `bundle_index` finds the files and judges the index first.
 """
 
-import dataclasses
 import logging
 import math
 import operator
 import os
 import re
-import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PureWindowsPath
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf import tensor_bundle_pb2
 
+from madry_compat.bundle_index import (
+    STATE_FILE,
+    Bundle,
+    CheckpointError,
+    PathLike,
+    Shape,
+    bundle_names,
+    open_bundle,
+)
+from madry_compat.files import write_atomically
 from madry_compat.networks import mnist_cnn, wide_resnet
 from madry_compat.optimizers import ADAM_EPSILON, TF1Momentum
 
@@ -34,6 +39,7 @@ _BETA_POWERS = ("beta1_power", "beta2_power")
 _GLOBAL_STEP = "global_step"
 # The perturbation that free adversarial training keeps as a variable; no part of the network.
 _HARMLESS = ("input/instance_perturbation", "input/instance_perturbation/Momentum")
+
 
 class _Row(NamedTuple):
     """One variable: its name in the challenge's graph, `layer/variable` in ours, and its shape."""
@@ -233,7 +239,7 @@ def load_training_state(
     return step
 
 
-def _rows_for(bundle: "Bundle") -> tuple[list[_Row], int, int]:
+def _rows_for(bundle: Bundle) -> tuple[list[_Row], int, int]:
     """The rows, width (0 for MNIST) and class count of the network a bundle belongs to."""
     names = bundle.entries.keys()
     mnist_rows = _mnist_cnn_rows()
@@ -266,7 +272,7 @@ def _rows_of(network: keras.Model) -> list[_Row]:
     return [_Row(name, "", tuple(variable.shape)) for name, variable in names.items()]
 
 
-def _check_entries(bundle: "Bundle", rows: list[_Row], needed: Iterable[str] = ()) -> None:
+def _check_entries(bundle: Bundle, rows: list[_Row], needed: Iterable[str] = ()) -> None:
     """Raises one error that lists every name by which the bundle and the rows differ."""
     required = {row.tf1_name: row.shape for row in rows}
     known = required | {_GLOBAL_STEP: ()} | dict.fromkeys(_BETA_POWERS, ())
@@ -295,7 +301,7 @@ def _check_entries(bundle: "Bundle", rows: list[_Row], needed: Iterable[str] = (
         _logger.warning("%s: %s is no part of the network; left out.", bundle.prefix, name)
 
 
-def _read_step(bundle: "Bundle") -> int:
+def _read_step(bundle: Bundle) -> int:
     entry = bundle.entries.get(_GLOBAL_STEP)
     integers = (tf.int64.as_datatype_enum, tf.int32.as_datatype_enum)
     if entry is None or entry.shape != () or entry.dtype not in integers:
@@ -484,9 +490,8 @@ def _write_state(prefix: Path) -> None:
     ]
     lines = [f'model_checkpoint_path: "{prefix.name}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in [*names, prefix.name]]
-    partial = prefix.with_name(f".{STATE_FILE}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _publish(partial, prefix.with_name(STATE_FILE))
+    content = ("\n".join(lines) + "\n").encode()
+    write_atomically(prefix.with_name(STATE_FILE), lambda file: file.write(content))
 
 
 def _publish(partial: Path, path: Path) -> None:

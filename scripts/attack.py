@@ -8,6 +8,7 @@ box, attack. All values are in pixel units: [0, 1] for MNIST, [0, 255] for CIFAR
 from pathlib import Path
 
 from absl import flags
+
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
@@ -42,11 +43,10 @@ flags.DEFINE_bool("progress", True, "draw a progress bar")
 
 def main() -> None:
     """Attack as the flags say."""
+    from logit_reg.evaluation import evaluate, predict
     from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import write_adversarial
-
-    from logit_reg.evaluation import evaluate, predict
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
 

@@ -5,11 +5,10 @@ Both commands define the same flags; this reads them, so that a flag means one t
 
 from pathlib import Path
 
-from logit_reg_scripts import command_line
-from logit_reg_scripts.command_line import FLAGS
-
 from logit_reg.attacks import PGD, Attack, Restarts
 from logit_reg.threat import ThreatModel
+from logit_reg_scripts import command_line
+from logit_reg_scripts.command_line import FLAGS
 from madry_compat.challenges import Challenge
 from madry_compat.config import ChallengeConfig, load_config
 

@@ -3,11 +3,11 @@
 Needs nothing but the installation: the digits are embedded. Interrupted, it goes on where it was.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
 
@@ -15,16 +15,14 @@ flags.DEFINE_string("demo_dir", "demo", "folder of the runs and the page")
 flags.DEFINE_bool("progress", True, "draw progress bars")
 
 _DATASET = "mnist_5k"
-# Enough on 4,000 digits to be near 97 % clean; a higher rate than the challenge's 1e-4 gets there
-# in a minute.
-_STEPS = 600
-_RATE = ((0, 5e-4),)
+# A higher rate than the challenge's 1e-4: near 97 % clean on 4,000 digits within half a minute.
 _COMMON: dict[str, Any] = {
     "dataset": _DATASET,
-    "max_num_training_steps": _STEPS,
-    "step_size_schedule": _RATE,
+    "max_num_training_steps": 300,
+    "training_batch_size": 64,
+    "step_size_schedule": ((0, 1e-3),),
     "num_output_steps": 20,
-    "num_checkpoint_steps": 200,
+    "num_checkpoint_steps": 100,
 }
 _RUNS: dict[str, dict[str, Any]] = {
     "natural": {},
@@ -32,10 +30,14 @@ _RUNS: dict[str, dict[str, Any]] = {
     "squeeze": {"reg": "squeeze", "beta": 2.0},
     "similarity": {"reg": "similarity", "beta": 2.0},
     "smoothing": {"smoothing": 0.75},
+    # Many small steps, most of them below the full epsilon: otherwise so short a run learns
+    # nothing, and the demo would flatter its rivals.
     "adversarial": {
         "adversary": "pgd",
-        "training_batch_size": 64,
-        "max_num_training_steps": 500,
+        "training_batch_size": 32,
+        "max_num_training_steps": 800,
+        "ramp_steps": 300,
+        "step_size_schedule": ((0, 1e-3), (680, 3e-4)),
     },
 }
 _PROTOCOLS = ("paper-fgsm", "paper-mnist")
@@ -45,14 +47,14 @@ _NUM_STRONG_EXAMPLES = 100
 
 def main() -> None:
     """Train, evaluate, report."""
-    # The demo's last lines are its own table, not six smaller ones.
+    from logit_reg.files import write_text
+    from logit_reg.page import write_page
+    from logit_reg.protocols import protocol_attacks
+    from logit_reg.report import results_table
+    from logit_reg.runs import load_run
     from logit_reg_scripts.evaluations import TestImages, evaluate_protocols
     from logit_reg_scripts.runs import resolve_settings, train_run
     from logit_reg_scripts.sources import load_keras, load_split
-
-    from logit_reg.page import write_page
-    from logit_reg.protocols import protocol_attacks
-    from logit_reg.report import load_run, results_table
     from madry_compat.data import load, to_pixels
 
     demo_dir = Path(FLAGS.demo_dir)
@@ -92,6 +94,7 @@ def main() -> None:
                 show_progress=FLAGS.progress,
             )
 
+    write_text(demo_dir / "order.txt", "\n".join(_RUNS) + "\n")
     runs = [load_run(demo_dir / name) for name in _RUNS]
     page = demo_dir / "index.html"
     write_page(page, "Cheap defences on 5,000 digits", runs)
@@ -101,7 +104,6 @@ def main() -> None:
 
 def run() -> None:
     """Entry point."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     command_line.run(main, __doc__)
 
 

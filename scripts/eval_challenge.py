@@ -12,6 +12,7 @@ An interrupted evaluation goes on when the same command is given again.
 from pathlib import Path
 
 from absl import flags
+
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
@@ -80,10 +81,14 @@ def main() -> None:
 
 
 def _evaluate_challenge() -> None:
-    from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
+    from logit_reg_scripts.evaluations import (
+        TestImages,
+        evaluate_protocols,
+        print_result,
+        published_beside,
+    )
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import score_files, write_adversarial
-
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
 
@@ -117,6 +122,7 @@ def _evaluate_challenge() -> None:
         "canonical": dataset.canonical,
         "note": dataset.note,
         "contaminated": _is_contaminated(model, name),
+        "release": model.release,
     }
     evaluation, result = evaluate_protocols(
         model.network,
@@ -129,7 +135,7 @@ def _evaluate_challenge() -> None:
         worst_case_only=FLAGS.worst_case_only,
         show_progress=FLAGS.progress,
     )
-    print_result(result)
+    print_result(result, published_beside(model.release, dataset))
     print(f"ledger: {_output_dir(model, protocols) / 'ledger.csv'}")
     if FLAGS.store_adv_path:
         path = Path(FLAGS.store_adv_path)
@@ -139,12 +145,11 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
+    from logit_reg.files import write_array
+    from logit_reg.threat import ThreatModel
     from logit_reg_scripts.attack_flags import attack_from_flags
     from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
     from logit_reg_scripts.sources import load_keras, load_own_images
-
-    from logit_reg.files import write_array
-    from logit_reg.threat import ThreatModel
 
     missing = [
         f"--{name}" for name in ("model", "data", "bounds", "epsilon") if not FLAGS[name].value
@@ -198,9 +203,8 @@ def _evaluate_own() -> None:
 
 def _protocols(model, challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
-    from logit_reg_scripts.attack_flags import ATTACK_FLAGS, attack_from_flags, challenge_threat
-
     from logit_reg.protocols import protocol_attacks
+    from logit_reg_scripts.attack_flags import ATTACK_FLAGS, attack_from_flags, challenge_threat
 
     family = "mnist" if challenge.name == "mnist" else "cifar"
     given = [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from logit_reg_scripts.runs import commit, versions
 
 from logit_reg.attacks import Attack
 from logit_reg.evaluation import (
@@ -19,6 +18,9 @@ from logit_reg.evaluation import (
 )
 from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
+from logit_reg_scripts.runs import commit, versions
+from madry_compat.data import Dataset
+from madry_compat.releases import published_accuracies
 
 # Images kept with the ledger, for people to look at.
 _EXAMPLES = 10
@@ -116,21 +118,56 @@ def evaluate_protocols(
     return evaluation, result
 
 
-def print_result(result: dict) -> None:
-    """Print an evaluation as a table, accuracies in per cent."""
+def published_beside(release: str | None, dataset: Dataset) -> Mapping[str, float]:
+    """What was published of a released model on these images; says which model it is.
+
+    Args:
+        release: such as "mnist/secret"; None for any other model.
+        dataset: what it is evaluated on; only the canonical test set compares.
+
+    Returns:
+        What `print_result` takes; empty if nothing compares.
+    """
+    if release is None:
+        return {}
+    print(f"\nmodel: the released {release}, proved by a hash")
+    if dataset.canonical and dataset.name == release.partition("/")[0]:
+        return published_accuracies(release)
+    print("       its published numbers are for the original test set, which this is not")
+    return {}
+
+
+def print_result(result: dict, published: Mapping[str, float] | None = None) -> None:
+    """Print an evaluation as a table, accuracies in per cent.
+
+    Args:
+        result: content of `result.json`.
+        published: accuracies of this released model by "clean", "protocol/loss" or "protocol",
+            see `madry_compat.challenges.published_results`; they get a column of their own.
+    """
+    published = published or {}
     count = result["num_examples"]
-    rows = [("clean", "", result["clean_accuracy"], None)]
+    rows = [("clean", "", result["clean_accuracy"], None, published.get("clean"))]
     for protocol, content in result["protocols"].items():
-        for name, attack in content["attacks"].items():
-            rows.append((name, protocol, attack["accuracy"], attack["accuracy_last_iterate"]))
-        if len(content["attacks"]) > 1:
-            rows.append(("worst case", protocol, content["robust_accuracy"], None))
+        attacks = content["attacks"]
+        for name, attack in attacks.items():
+            # A protocol of one attack is published under its own name.
+            key = protocol if len(attacks) == 1 else f"{protocol}/{name.rpartition('-')[2]}"
+            last, known = attack["accuracy_last_iterate"], published.get(key)
+            rows.append((name, protocol, attack["accuracy"], last, known))
+        if len(attacks) > 1:
+            rows.append(("worst case", protocol, content["robust_accuracy"], None, None))
     names = max(len(row[0]) for row in rows)
-    labels = max(len(row[1]) for row in rows + [("", "protocol", 0, 0)])
-    print(f"\n{'attack':{names}}  {'protocol':{labels}}  accuracy  last iterate")
-    for name, protocol, accuracy, last in rows:
-        shown = "" if last is None else f"{100 * last:11.2f}%"
-        print(f"{name:{names}}  {protocol:{labels}}  {100 * accuracy:7.2f}%  {shown}".rstrip())
+    labels = max(len(row[1]) for row in rows + [("", "protocol", 0, 0, 0)])
+    title = "  published" if published else ""
+    print(f"\n{'attack':{names}}  {'protocol':{labels}}  accuracy  last iterate{title}")
+    for name, protocol, accuracy, last, known in rows:
+        shown = " " * 12 if last is None else f"{100 * last:11.2f}%"
+        beside = "" if known is None else f"  {100 * known:8.2f}%"
+        line = f"{name:{names}}  {protocol:{labels}}  {100 * accuracy:7.2f}%  {shown}{beside}"
+        print(line.rstrip())
+    if published:
+        print("published: on the whole test set; the leaderboard's PGD counts the last iterate")
     interval = result["interval"]
     print(
         f"\nrobust accuracy {100 * result['robust_accuracy']:.2f}% on {count} images of "

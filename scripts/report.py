@@ -7,12 +7,14 @@ page with figures; --readme puts the table between the markers of a Markdown fil
 from pathlib import Path
 
 from absl import flags
+
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
 flags.DEFINE_list("runs", None, "folders of runs, or one folder whose subfolders are runs")
 flags.DEFINE_string("title", "Cheap defences against adversarial examples", "title of the page")
 flags.DEFINE_string("page", None, "write a self-contained HTML page to this file")
+flags.DEFINE_string("export", None, "copy ledgers, logs and settings of the runs to this folder")
 flags.DEFINE_string("readme", None, "replace the table of this Markdown file")
 flags.DEFINE_string("section", "results", "name of the markers in --readme")
 
@@ -22,11 +24,18 @@ def main() -> None:
     from logit_reg.files import write_text
     from logit_reg.page import write_page
     from logit_reg.report import replace_marked_section, results_table
-    from logit_reg.runs import load_run
+    from logit_reg.runs import export_run, load_run
 
-    runs = [load_run(folder) for folder in _folders()]
+    folders = _folders()
+    runs = [load_run(folder) for folder in folders]
     table = results_table(runs)
     print(table.to_text())
+    if FLAGS.export:
+        for folder in folders:
+            export_run(folder, Path(FLAGS.export) / folder.name)
+        names = "\n".join(folder.name for folder in folders) + "\n"
+        write_text(Path(FLAGS.export) / "order.txt", names)
+        print(f"ledgers: {FLAGS.export}")
     if FLAGS.page:
         write_page(Path(FLAGS.page), FLAGS.title, runs)
         print(f"page: {FLAGS.page}")

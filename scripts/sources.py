@@ -6,12 +6,13 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from logit_reg_scripts.command_line import UsageError, existing_path, notice
-from logit_reg_scripts.runs import RunSettings, read_run
 
 from logit_reg.files import read_json
+from logit_reg_scripts.command_line import UsageError, existing_path, notice
+from logit_reg_scripts.runs import RunSettings, read_run
 from madry_compat.challenges import challenge_for
 from madry_compat.data import NAMES, Dataset, is_available, load
+from madry_compat.releases import identify_release
 from madry_compat.tf1_checkpoints import load_network
 
 RUNS = Path("runs")
@@ -32,6 +33,8 @@ class Model:
     """Settings of its training, if it is a run of this project."""
     data_dir: str | None = None
     """Where the run had its data from."""
+    release: str | None = None
+    """Which released model it is, such as "mnist/secret", where a hash proves it."""
 
     @property
     def usable_data_dir(self) -> str | None:
@@ -126,7 +129,7 @@ def load_model(value: str | None) -> Model:
             f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
             f"at its first checkpoint."
         )
-    return Model(load_network(path), path, None)
+    return Model(load_network(path), path, None, release=identify_release(path))
 
 
 def load_keras(path: Path) -> keras.Model:

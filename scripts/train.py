@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from absl import flags
+
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
 

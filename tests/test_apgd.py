@@ -33,7 +33,7 @@ def test_losses_are_the_published_formulas():
     assert dlr == pytest.approx(-(2.0 - 1.0) / (2.0 - 0.5))
     targeted = float(_rank_loss("dlr-targeted", tf.constant(logits), labels, targets)[0])
     assert targeted == pytest.approx(-(2.0 - 0.5) / (2.0 - 0.5 * (0.5 + 0.0)))
-    rank = float(_rank_loss("ce", tf.constant(logits), labels, targets)[0])
+    rank = float(_rank_loss("xent", tf.constant(logits), labels, targets)[0])
     cross_entropy = -np.log(np.exp(2.0) / np.exp(logits).sum())
     assert np.log1p(np.exp(rank)) == pytest.approx(cross_entropy)
 
@@ -44,12 +44,12 @@ def test_changes_below_the_spacing_of_cross_entropy_are_seen():
     logits[1, 0] = -1e-8
     cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits).numpy()
     assert cross_entropy[0] == cross_entropy[1]
-    rank = _rank_loss("ce", tf.constant(logits), labels, labels).numpy()
+    rank = _rank_loss("xent", tf.constant(logits), labels, labels).numpy()
     assert rank[1] > rank[0]
 
 
 # Neither loss is sure to head for the nearest of many boundaries: that takes targets.
-@pytest.mark.parametrize(("loss", "num_classes"), [("ce", 2), ("dlr", 3)])
+@pytest.mark.parametrize(("loss", "num_classes"), [("xent", 2), ("dlr", 3)])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_finds_what_lies_just_within_the_budget(norm, loss, num_classes):
     classifier = LinearClassifier(num_classes)

@@ -68,19 +68,19 @@ def test_finds_what_lies_just_within_the_budget(box_is_active):
 
 # Bumps of three pixels and more cannot follow a boundary of noise: l2 only gets near it.
 def test_l2_finds_what_lies_well_within_the_budget():
-    check_closed_form(Square, LinearClassifier(2), "l2", box_is_active=False, reach=2.0, count=60)
+    check_closed_form(Square, LinearClassifier(2), "l2", box_is_active=False, reach=2.0)
 
 
 @pytest.mark.parametrize("threat", [LINF, L2])
 def test_queries_of_a_smaller_budget_are_the_first_of_a_larger(threat):
-    images, labels = curved_examples(60)
+    images, labels = curved_examples(40)
     fooled = [
         Square(threat, num_queries=number).run(curved, images, labels, seed=0).fooled
-        for number in (5, 40, 130, 300)
+        for number in (5, 40, 130)
     ]
     for fewer, more in zip(fooled, fooled[1:], strict=False):
         assert np.all(more[fewer])
-    assert fooled[0].sum() < fooled[-1].sum() < 60
+    assert fooled[0].sum() < fooled[-1].sum() < 40
 
 
 @pytest.mark.parametrize("threat", [LINF, L2])

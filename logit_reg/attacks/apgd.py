@@ -21,7 +21,7 @@ from logit_reg.attacks.attack import (
 from logit_reg.attacks.standing import Standing, ranked_targets, take
 from logit_reg.threat import ThreatModel
 
-LOSSES = ("ce", "dlr")
+LOSSES = ("xent", "dlr")
 
 # Share of the new step; the rest repeats the last one.
 _STEP_SHARE = 0.75
@@ -29,6 +29,8 @@ _STEP_SHARE = 0.75
 _INCREASING_SHARE = 0.75
 # Keeps 0 / 0 out of DLR, as published.
 _TINY = 1e-12
+# Place of the gradient in the state of `_Ascent`.
+_GRADIENT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ class APGD:
 
     threat: ThreatModel
     """Norm, budget and pixel range."""
-    loss: str = "ce"
-    """"ce" (cross-entropy) or "dlr", which needs at least 3 classes."""
+    loss: str = "xent"
+    """"xent" (cross-entropy) or "dlr", which needs at least 3 classes."""
     num_steps: int = 100
     """Number of updates; the schedule of the step size depends on it."""
     num_samples: int = 1
@@ -208,10 +210,6 @@ def periods(num_steps: int) -> Iterator[int]:
         yield min(length, left)
         left -= length
         length = max(length - decrease, shortest)
-
-
-# Place of the gradient in the state of `_Ascent`.
-_GRADIENT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,7 +414,7 @@ class _Ascent:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(points)
             logits = call_logits(logits_fn, points)
-            if self.loss == "ce":
+            if self.loss == "xent":
                 loss = attack_loss("xent", logits, labels)
             else:
                 loss = _rank_loss(self.loss, logits, labels, targets)
@@ -432,7 +430,7 @@ def _rank_loss(loss, logits, labels, targets):
     near ln K, where float32 cross-entropy loses changes of the logits below 1e-6, nor near 0.
     """
     logits = tf.cast(logits, tf.float64)
-    if loss == "ce":
+    if loss == "xent":
         is_label = tf.one_hot(labels, tf.shape(logits)[1], True, False, dtype=bool)
         differences = logits - tf.gather(logits, labels, batch_dims=1)[:, None]
         return tf.reduce_logsumexp(
@@ -448,7 +446,7 @@ def _rank_loss(loss, logits, labels, targets):
 
 def _zero_loss(loss):
     """What `_rank_loss` is where the loss is 0."""
-    return tf.constant(-np.inf if loss == "ce" else 0.0, tf.float64)
+    return tf.constant(-np.inf if loss == "xent" else 0.0, tf.float64)
 
 
 def _per_image(numbers):

@@ -158,17 +158,17 @@ class AutoAttack:
         findings = self._check_num_classes(num_classes)
         if self.version != "rand":
             findings += check_randomised(passes, labels)
-        probe = APGD(self.threat, "dlr" if num_classes >= 3 else "ce", self.num_steps)
+        probe = APGD(self.threat, "dlr" if num_classes >= 3 else "xent", self.num_steps)
         gradient = probe.start_gradient(logits_fn, images, labels, seed=seed, indices=indices)
         return tuple(findings + check_zero_gradients(gradient))
 
     def _all_attacks(self) -> dict[str, Attack]:
         num_samples = _NUM_SAMPLES if self.version == "rand" else 1
-        ce = APGD(self.threat, "ce", self.num_steps, num_samples)
+        ce = APGD(self.threat, "xent", self.num_steps, num_samples)
         dlr = APGD(self.threat, "dlr", self.num_steps, num_samples)
         if self.version == "rand":
             return {"apgd-ce": ce, "apgd-dlr": dlr}
-        targeted = {
+        targeted: dict[str, Attack] = {
             "apgd-t": APGDTargeted(self.threat, self.num_targets, self.num_steps),
             "fab-t": FABTargeted(self.threat, self.num_targets, self.num_steps, early_stop=True),
         }

@@ -1,0 +1,80 @@
+"""What the documentation says is what the code does."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+COMMANDS = re.findall(r"^python (scripts/\w+\.py.*)$", README, re.MULTILINE)
+COMMANDS += re.findall(r"`python (scripts/\w+\.py[^`]*)`", README)
+
+_PARSE = """
+import importlib, sys
+from absl import flags
+importlib.import_module("logit_reg_scripts." + sys.argv[1])
+for line in sys.argv[2:]:
+    flags.FLAGS.unparse_flags()
+    rest = flags.FLAGS(["command", *line.split()])
+    if rest[1:]:
+        sys.exit(f"unexpected {rest[1:]} in {line}")
+"""
+
+
+def commands_of(script):
+    lines = [shlex.split(command, comments=True) for command in COMMANDS]
+    return [" ".join(words[1:]) for words in lines if words[0] == f"scripts/{script}.py"]
+
+
+@pytest.mark.parametrize("script", sorted({shlex.split(c)[0][8:-3] for c in COMMANDS}))
+def test_every_command_of_the_readme_parses(script):
+    lines = commands_of(script)
+    assert lines
+    subprocess.run([sys.executable, "-c", _PARSE, script, *lines], check=True)
+
+
+def test_every_protocol_of_the_readme_exists_and_the_other_way_round():
+    from logit_reg.protocols import PROTOCOLS
+
+    section = README.split("## Protocols")[1].split("##")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = set()
+    for row in rows:
+        names = re.findall(r"`([\w-]+)`", row)
+        base = names[0].rsplit("-", 1)[0]
+        named |= {base + name if name.startswith("-") else name for name in names}
+    assert named == set(PROTOCOLS)
+
+
+def test_the_python_example_of_the_readme_runs():
+    import numpy as np
+    from linear import Linear
+
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = Linear(4)
+    images, labels = model.images(3)
+    names = {"network": model, "images": images, "labels": np.asarray(labels)}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["found"].robust.shape == (3,)
+
+
+def test_the_results_table_is_what_the_committed_ledgers_give():
+    from logit_reg.report import replace_marked_section, results_table
+    from logit_reg.runs import load_run
+
+    folder = ROOT / "results" / "demo"
+    runs = [load_run(folder / name) for name in (folder / "order.txt").read_text().split()]
+    table = results_table(runs).to_markdown()
+    assert replace_marked_section(README, "results", table) == README
+
+
+def test_the_two_packages_do_not_import_each_other():
+    for package, other in (("madry_compat", "logit_reg"), ("logit_reg", "madry_compat")):
+        for path in (ROOT / package).rglob("*.py"):
+            pattern = rf"^\s*(from|import) {other}\b"
+            assert not re.search(pattern, path.read_text(), re.MULTILINE), path
