@@ -179,12 +179,12 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
 
 
 def _write_examples(output_dir, network, evaluation, test, batch_size):
-    """The first correct images of each class in turn, with what the attacks made of them."""
+    """The first images of each class, the same for every network, and what became of them."""
     rank = np.zeros(len(test.labels), np.int64)
     for label in np.unique(test.labels):
         mine = test.labels == label
         rank[mine] = np.arange(mine.sum())
-    order = np.lexsort((test.labels, rank, ~evaluation.clean))[:_EXAMPLES]
+    order = np.lexsort((test.labels, rank))[:_EXAMPLES]
     adversarial = evaluation.adversarial[order]
     examples = {
         "images": test.images[order],
