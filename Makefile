@@ -8,10 +8,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python scripts/demo.py
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest
 
 quick-test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow and not long"
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,13 @@
 """Fixtures shared by the tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+# Tests leave the user's cache alone.
+os.environ.setdefault("LOGIT_REG_CACHE", tempfile.mkdtemp(prefix="logit-reg-tests-"))
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import pytest

@@ -176,7 +176,7 @@ def test_scale_and_shift_of_the_logits_do_not_matter(attack):
 
 
 @pytest.mark.shared
-@pytest.mark.slow
+@pytest.mark.long
 def test_golden_500(shared, tfds_dir):
     network, images, labels = _golden(shared, tfds_dir, 500)
     found = evaluate(network, {"autoattack": AutoAttack(ThreatModel())}, images, labels)
