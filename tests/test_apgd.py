@@ -144,7 +144,7 @@ def test_too_few_classes_are_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "xent"}, "loss must be one of ce, dlr; got 'xent'"),
+        ({"loss": "ce"}, "loss must be one of xent, dlr; got 'ce'"),
         ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
         ({"num_samples": 0}, "num_samples must be at least 1; got 0"),
     ],

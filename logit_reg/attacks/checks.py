@@ -30,9 +30,18 @@ class AttackWarning(UserWarning):
     """A warning that carries its `Finding`."""
 
     def __init__(self, finding: Finding):
-        """Wrap a finding."""
-        super().__init__(finding.message)
-        self.finding = finding
+        """Carry a finding."""
+        # As the only argument, so that the warning can be pickled and made again.
+        super().__init__(finding)
+
+    @property
+    def finding(self) -> Finding:
+        """What was found."""
+        return self.args[0]
+
+    def __str__(self) -> str:
+        """The message of the finding."""
+        return self.finding.message
 
 
 def warn(findings: Iterable[Finding]) -> None:
