@@ -172,7 +172,8 @@ def train(
         The number of finished steps; smaller than asked for after a signal.
 
     Raises:
-        TrainingError: if the loss is no longer finite.
+        TrainingError: if the loss is no longer finite, or training is to end before the step
+            that it goes on from.
     """
     model_dir = Path(model_dir)
     optimizer = model.optimizer
@@ -184,6 +185,11 @@ def train(
     beginning = {"step": int(optimizer.iterations.numpy()), "seconds": 0.0}
     meta = restore_newest_state(model_dir, variables) or beginning
     first_step, seconds_before = int(meta["step"]), float(meta["seconds"])
+    if first_step > settings.max_num_training_steps:
+        raise TrainingError(
+            f"{model_dir} goes on from step {first_step}, beyond max_num_training_steps "
+            f"{settings.max_num_training_steps}; ask for more steps."
+        )
     log = _Table(model_dir / "log.csv", LOG_COLUMNS, last_step=first_step)
     timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
 
@@ -244,11 +250,12 @@ def train(
                     if name != "step":
                         tf.summary.scalar(name, value, step=step)
             if is_checkpoint:
+                # Exports first: a kill in between repeats the steps, and with them the export.
+                if on_checkpoint is not None:
+                    on_checkpoint(step)
                 save_state(model_dir, step, variables, {"seconds": seconds})
                 keep = settings.keep_checkpoint_steps
                 prune_states(model_dir, max_to_keep=_STATES_TO_KEEP, keep=keep)
-                if on_checkpoint is not None:
-                    on_checkpoint(step)
     return step
 
 

@@ -53,17 +53,6 @@ flags.DEFINE_string("store_adv_path", None, "write the worst-case images found t
 flags.DEFINE_string("output_dir", None, "folder for result.json and ledger.csv")
 flags.DEFINE_bool("progress", True, "draw progress bars")
 
-_ATTACK_FLAGS = [
-    "norm",
-    "epsilon",
-    "num_steps",
-    "step_size",
-    "random_start",
-    "loss_func",
-    "confidence",
-    "restarts",
-]
-
 
 def main() -> None:
     """Evaluate as the flags say."""

@@ -309,24 +309,24 @@ def train_run(
     with run_folder(model_dir, record, extend=extend) as folder:
         network = build_network(settings)
         model = build_model(settings, network)
-        write_config(
-            folder / "config.json",
-            settings.challenge,
-            {
-                "model_dir": str(model_dir),
-                "random_seed": settings.random_seed,
-                "max_num_training_steps": settings.max_num_training_steps,
-                "num_output_steps": settings.num_output_steps,
-                "num_summary_steps": settings.num_summary_steps,
-                "num_checkpoint_steps": settings.num_checkpoint_steps,
-                "training_batch_size": settings.training_batch_size,
-                "step_size_schedule": settings.step_size_schedule,
-                "weight_decay": settings.weight_decay,
-                "momentum": settings.momentum,
-                "epsilon": settings.epsilon,
-            },
-        )
-
+        if extend or not (folder / "config.json").exists():
+            write_config(
+                folder / "config.json",
+                settings.challenge,
+                {
+                    "model_dir": str(model_dir),
+                    "random_seed": settings.random_seed,
+                    "max_num_training_steps": settings.max_num_training_steps,
+                    "num_output_steps": settings.num_output_steps,
+                    "num_summary_steps": settings.num_summary_steps,
+                    "num_checkpoint_steps": settings.num_checkpoint_steps,
+                    "training_batch_size": settings.training_batch_size,
+                    "step_size_schedule": settings.step_size_schedule,
+                    "weight_decay": settings.weight_decay,
+                    "momentum": settings.momentum,
+                    "epsilon": settings.epsilon,
+                },
+            )
         reduction: dict[str, Any] = {
             "loss_reduction": settings.loss_reduction,
             "batch_size": settings.training_batch_size,

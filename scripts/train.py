@@ -110,6 +110,7 @@ def main() -> None:
         given["max_num_training_steps"] = _BARE_STEPS
     given["step_size_schedule"] = _schedule(FLAGS.step_size_schedule)
     given["keep_checkpoint_steps"] = _steps(FLAGS.keep_checkpoint_steps)
+    given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
     settings = resolve_settings({"dataset": name, **given}, is_challenge_config=config is not None)
 
     training_set = load_split(name, "train", data_dir, download=FLAGS.download)
@@ -129,6 +130,22 @@ def main() -> None:
         raise KeyboardInterrupt
     print(f"done: {model_dir / 'model.keras'}; next: python scripts/eval_challenge.py", end="")
     print(f" --model_dir={model_dir}" if FLAGS.model_dir else "")
+
+
+def _checkpoint_in_model_dir() -> str | None:
+    """The challenge's checkpoint that a named --model_dir holds, to go on from."""
+    if not FLAGS.model_dir:
+        return None
+    from logit_reg.files import read_json
+
+    folder = Path(FLAGS.model_dir)
+    if (folder / "run.json").exists():
+        # The run may have begun that way; the same command has to name the same settings.
+        return read_json(folder / "run.json").get("settings", {}).get("init_checkpoint")
+    if not any(folder.glob("*.index")):
+        return None
+    command_line.notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
+    return FLAGS.model_dir
 
 
 def _warn_of_collapse(settings) -> None:

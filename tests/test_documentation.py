@@ -21,7 +21,7 @@ importlib.import_module("logit_reg_scripts." + sys.argv[1])
 for line in sys.argv[2:]:
     flags.FLAGS.unparse_flags()
     rest = flags.FLAGS(["command", *line.split()])
-    if rest[1:]:
+    if rest[1:] and sys.argv[1] != "fetch_model":
         sys.exit(f"unexpected {rest[1:]} in {line}")
 """
 

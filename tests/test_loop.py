@@ -143,6 +143,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(tmp_path)
     assert sorted(saved_steps(tmp_path)) == [5]
 
 
+def test_a_run_that_is_beyond_its_end_is_refused(tmp_path):
+    run(tmp_path, steps=10)
+    with pytest.raises(TrainingError, match="from step 10, beyond max_num_training_steps 5"):
+        run(tmp_path, steps=5)
+
+
 def test_order_is_a_new_permutation_every_epoch_and_a_function_of_the_step():
     order = BatchOrder(num_examples=50, batch_size=8, seed=1)
     batches = order.batches(0)

@@ -532,6 +532,22 @@ def test_the_challenges_own_training_goes_on_with_nothing_but_its_config(run, tm
     assert settings == settings | expected
 
 
+@pytest.mark.slow
+def test_training_in_the_folder_of_a_challenge_checkpoint_goes_on_from_it(run, tmp_path):
+    export_model(load_model(str(run)), tmp_path / "challenge")
+    (tmp_path / "challenge" / "config.json").write_text(MNIST_CONFIG)
+    flags = ["--dataset=mnist_5k", "--model_dir=challenge", "--noprogress"]
+    flags += ["--training_batch_size=8", f"--max_num_training_steps={STEPS + 2}"]
+    for _ in range(2):  # the same command again finds the run finished
+        process = command("train", *flags, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        with (tmp_path / "challenge" / "log.csv").open() as file:
+            steps = [int(line.split(",")[0]) for line in file.readlines()[1:]]
+        assert steps == [STEPS + 2]
+    assert "goes on from it" not in process.stderr
+    assert (tmp_path / "challenge" / "config.json").read_text() == MNIST_CONFIG
+
+
 # Transfer
 
 
