@@ -71,7 +71,7 @@ def evaluate_protocols(
         seed: of the attacks.
         settings: provenance of the network, for `result.json`.
         worst_case_only: see `logit_reg.evaluation.evaluate`.
-        show_progress: draw progress bars and print the estimate.
+        show_progress: draw progress bars.
 
     Returns:
         The evaluation and the content of `result.json`.
@@ -79,14 +79,12 @@ def evaluate_protocols(
     attacks = {name: attack for attacks in protocols.values() for name, attack in attacks.items()}
     key = network_hash(network)
     state = EvaluationState(output_dir / ".state", key)
-    if show_progress:
-        seconds = estimate_seconds(
-            network, attacks, test.images, test.labels, batch_size=batch_size
-        )
-        print(
-            f"estimate: at most {_duration(seconds)} for {len(attacks)} attacks on "
-            f"{len(test.images)} images (kept batch by batch; the same command goes on)"
-        )
+    seconds = estimate_seconds(network, attacks, test.images, test.labels, batch_size=batch_size)
+    print(
+        f"estimate: at most {_duration(seconds)} for {len(attacks)} attacks on "
+        f"{len(test.images)} images (kept batch by batch; the same command goes on)",
+        flush=True,
+    )
     evaluation = evaluate(
         network,
         attacks,
