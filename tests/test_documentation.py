@@ -63,14 +63,17 @@ def test_the_python_example_of_the_readme_runs():
     assert names["found"].robust.shape == (3,)
 
 
-def test_the_results_table_is_what_the_committed_ledgers_give():
+@pytest.mark.parametrize(
+    ("section", "folder"), [("results", "demo"), ("results-mnist", "mnist-3000")]
+)
+def test_the_results_tables_are_what_the_committed_ledgers_give(section, folder):
     from logit_reg.report import replace_marked_section, results_table
     from logit_reg.runs import load_run
 
-    folder = ROOT / "results" / "demo"
+    folder = ROOT / "results" / folder
     runs = [load_run(folder / name) for name in (folder / "order.txt").read_text().split()]
     table = results_table(runs).to_markdown()
-    assert replace_marked_section(README, "results", table) == README
+    assert replace_marked_section(README, section, table) == README
 
 
 def test_the_two_packages_do_not_import_each_other():
