@@ -167,8 +167,8 @@ def evaluate(
     """
     images, labels, indices = attack_inputs(images, labels, indices)
     _check_inputs(images, attacks, batch_size)
-    prediction = predict(logits_fn, images, batch_size=batch_size)
-    clean = ~_misclassified(logits_fn, images, labels, batch_size)
+    prediction, misclassified = _judge(logits_fn, images, labels, batch_size)
+    clean = ~misclassified
     robust = clean.copy()
     adversarial = images.copy()
     broken_by = ["" if is_clean else "clean" for is_clean in clean]
@@ -448,7 +448,7 @@ def _confirm(logits_fn, found, labels, batch_size):
     """Count an image as fooled only if it is, read back from the array in another batch size."""
     candidates = np.flatnonzero(found.fooled)
     other_size = max(1, batch_size // 2) if batch_size > 1 else 2
-    wrong = _misclassified(logits_fn, found.adversarial[candidates], labels[candidates], other_size)
+    _, wrong = _judge(logits_fn, found.adversarial[candidates], labels[candidates], other_size)
     fooled = found.fooled.copy()
     fooled[candidates[~wrong]] = False
     return _Confirmed(
@@ -462,12 +462,14 @@ def _confirm(logits_fn, found, labels, batch_size):
     )
 
 
-def _misclassified(logits_fn, images, labels, batch_size):
+def _judge(logits_fn, images, labels, batch_size):
+    """Predicted classes and where they count as wrong, from one pass over the images."""
+    prediction = np.zeros(len(images), np.int64)
     wrong = np.zeros(len(images), bool)
     for i in range(0, len(images), batch_size):
         part = slice(i, i + batch_size)
-        wrong[part] = _CLASSIFIER.is_fooled(logits_fn, images[part], labels[part])
-    return wrong
+        prediction[part], wrong[part] = _CLASSIFIER.judge(logits_fn, images[part], labels[part])
+    return prediction, wrong
 
 
 def _check_inputs(images, attacks, batch_size):

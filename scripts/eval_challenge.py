@@ -113,11 +113,12 @@ def _evaluate_challenge() -> None:
         "contaminated": _is_contaminated(model, name),
         "release": model.release,
     }
+    output_dir = _output_dir(model, protocols)
     evaluation, result = evaluate_protocols(
         model.network,
         test,
         protocols,
-        _output_dir(model, protocols),
+        output_dir,
         batch_size=batch_size,
         seed=FLAGS.random_seed,
         settings=settings,
@@ -125,7 +126,7 @@ def _evaluate_challenge() -> None:
         show_progress=FLAGS.progress,
     )
     print_result(result, published_beside(model.release, dataset))
-    print(f"ledger: {_output_dir(model, protocols) / 'ledger.csv'}")
+    print(f"ledger: {output_dir / 'ledger.csv'}")
     if FLAGS.store_adv_path:
         path = Path(FLAGS.store_adv_path)
         write_adversarial(path, evaluation.adversarial, dataset, challenge)

@@ -231,16 +231,22 @@ class Classifier:
         signature = (batch_spec(images.shape[1:]),)
         return compiled(self, "_predict", (logits_fn,), signature)(images).numpy()
 
-    def is_fooled(self, logits_fn: LogitsFn, images, labels) -> np.ndarray:
-        """Where a batch is misclassified, as attacks decide it: (N,) bool."""
+    def judge(self, logits_fn: LogitsFn, images, labels) -> tuple[np.ndarray, np.ndarray]:
+        """Classes of a batch, (N,) int64, and where attacks count it as misclassified, (N,) bool.
+
+        One forward pass gives both; they differ on ties and on logits that are not numbers.
+        """
         signature = (batch_spec(images.shape[1:]), batch_spec((), tf.int64))
-        return compiled(self, "_is_fooled", (logits_fn,), signature)(images, labels).numpy()
+        judged = compiled(self, "_judge", (logits_fn,), signature)(images, labels)
+        prediction, fooled = (tensor.numpy() for tensor in judged)
+        return prediction, fooled
 
     def _predict(self, logits_fn, images):
         return tf.argmax(call_logits(logits_fn, images), axis=-1)
 
-    def _is_fooled(self, logits_fn, images, labels):
-        return is_fooled(call_logits(logits_fn, images), labels)
+    def _judge(self, logits_fn, images, labels):
+        logits = call_logits(logits_fn, images)
+        return tf.argmax(logits, axis=-1), is_fooled(logits, labels)
 
 
 def attack_inputs(images, labels, indices):
