@@ -117,7 +117,8 @@ _WARNING = (
     "similarity and label smoothing make logits small and the loss flat around each image, so "
     "the gradient that these attacks follow says little about where the errors are. A high "
     "number under PGD and a low one under the strong attack is masking, not robustness; "
-    "adversarial training, whose two numbers lie close together, is the yardstick."
+    "adversarial training, whose two numbers lie close together once it has trained for long, is "
+    "the yardstick."
 )
 
 
