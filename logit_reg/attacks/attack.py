@@ -4,18 +4,23 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.attacks.checks import Finding
 from logit_reg.threat import ThreatModel
 
 LogitsFn = Callable[[Any], Any]
 """Images (N, H, W, C) in pixel units -> logits (N, K)."""
 
 LOSSES = ("xent", "cw")
+"""Losses for any number of classes; "dlr" needs at least 3."""
+
+# Keeps 0 / 0 out of DLR, as published.
+_TINY = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,29 @@ class Attack(Protocol):
         ...
 
 
+@runtime_checkable
+class Cascade(Protocol):
+    """An attack made of attacks, each for what the ones before leave standing.
+
+    `logit_reg.evaluation.evaluate` runs each stage on the whole data set before the next one, so
+    that batches stay full and a killed evaluation goes on within a stage.
+    """
+
+    def attacks(self, num_classes: int) -> dict[str, Attack]:
+        """The attacks by name, in order, for a network of so many classes."""
+        ...
+
+    def checks(
+        self, logits_fn: LogitsFn, images, labels, *, seed: int = 0, indices=None
+    ) -> tuple[Finding, ...]:
+        """What can be seen before the attacks that makes their figure doubtful."""
+        ...
+
+    def cost_of_checks(self) -> tuple[int, int]:
+        """Return the forwards and backwards that `checks` takes for one image."""
+        ...
+
+
 def call_logits(logits_fn: LogitsFn, images):
     """Logits in float32 at least, a Keras model in evaluation mode, whatever surrounds the call.
 
@@ -121,13 +149,27 @@ def margin(logits, labels):
     Returns:
         (N,) float.
     """
+    true_logit, other = margin_terms(logits, labels)
+    return true_logit - other
+
+
+def margin_terms(logits, labels):
+    """True logit and largest other logit.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) int.
+
+    Returns:
+        (N,) float each.
+    """
     logits = tf.convert_to_tensor(logits)
     num_classes = logits.shape[-1] or tf.shape(logits)[-1]
     is_label = tf.one_hot(labels, num_classes, True, False, dtype=bool)
     true_logit = tf.reduce_sum(tf.where(is_label, logits, 0), axis=-1)
     # Masked, where the challenges subtract 1e4: that fails on logits of such a size.
     other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=-1)
-    return true_logit - other
+    return true_logit, other
 
 
 def is_fooled(logits, labels):
@@ -147,7 +189,8 @@ def attack_loss(loss: str, logits, labels, confidence: float = 0.0):
     """A loss that attackers ascend, per example.
 
     Args:
-        loss: "xent", or "cw" for the margin of Carlini and Wagner.
+        loss: "xent", "cw" for the margin of Carlini and Wagner, or "dlr" for the difference of
+            logits ratio, -margin / (largest logit - third largest).
         logits: (N, K) float.
         labels: (N,) int.
         confidence: kappa of "cw": the loss is -relu(margin + kappa), so its gradient stops where
@@ -156,14 +199,39 @@ def attack_loss(loss: str, logits, labels, confidence: float = 0.0):
     Returns:
         (N,) float.
 
+    Raises:
+        ValueError: if there is no such loss, or none for so few classes.
+
     Source:
-        The challenges' `pgd_attack.py` (confidence 50); Shafahi et al., Eq. 4 (confidence 0).
+        The challenges' `pgd_attack.py` (confidence 50); Shafahi et al., Eq. 4 (confidence 0);
+        "dlr": Croce and Hein 2020, arXiv:2003.01690, Eq. 6.
     """
     if loss == "xent":
         return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     if loss == "cw":
         return -tf.nn.relu(margin(logits, labels) + confidence)
-    raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}.")
+    check_loss(loss)
+    num_classes = logits.shape[-1]
+    if num_classes is not None and num_classes < 3:
+        raise ValueError(f"dlr needs at least 3 classes; got {num_classes}: use xent or cw.")
+    top = tf.math.top_k(logits, 3).values
+    return -margin(logits, labels) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def check_loss(loss: str) -> None:
+    """Refuse a loss that `attack_loss` does not know.
+
+    Args:
+        loss: "xent", "cw" or "dlr".
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    if loss not in (*LOSSES, "dlr"):
+        raise ValueError(
+            f"loss must be one of {', '.join(LOSSES)}; got {loss!r} "
+            "(dlr is a third, for 3 classes or more)."
+        )
 
 
 def example_noise(distribution: str, shape, *, stream, indices, restart):

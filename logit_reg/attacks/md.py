@@ -1,0 +1,94 @@
+"""Margin decomposition: one term of the margin first, then the whole of it."""
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+from logit_reg.attacks.ascent import Ascent, check_steps
+from logit_reg.attacks.attack import AttackResult, attack_inputs, margin_terms, random_stream
+from logit_reg.attacks.standing import Standing
+from logit_reg.threat import ThreatModel
+
+TERMS = ("label", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class MD:
+    """PGD on one term of the margin for the first half of the steps, then on the margin.
+
+    Where the gradient of one term drowns the other's, the margin alone leads astray. Run both
+    orders: which term misleads is not known. An image is left once it is fooled.
+
+    Source:
+        Ma et al. 2023, arXiv:2006.13726 (imbalanced gradients), with the steps of its public
+        code: their length falls from 2 epsilon to 0 along a cosine, and once more for the margin.
+        Deviations: the code spends 20 of 50 steps on the one term, along a cosine of 30, and its
+        very first step raises the true logit; here each half has a cosine of its own, and no step
+        helps the true class. The code runs both orders one after the other, in linf only.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    first: str = "label"
+    """The term to start with: "label" lowers the true logit, "other" raises the largest other."""
+    num_steps: int = 50
+    """Number of updates, at least 2."""
+    step_size: float | None = None
+    """Length of the first update of each half in the threat model's norm, pixel units; 2 epsilon,
+    as published, if None."""
+
+    def __post_init__(self):
+        if self.first not in TERMS:
+            raise ValueError(f"first must be one of {', '.join(TERMS)}; got {self.first!r}.")
+        check_steps(self.num_steps, self.step_size, least=2)
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`."""
+        images, labels, indices = attack_inputs(images, labels, indices)
+        standing = Standing(logits_fn, images, labels)
+        Ascent(self, self.num_steps).run_on_standing(
+            standing,
+            (logits_fn, gradient_logits_fn or logits_fn),
+            (images, labels, labels, indices),
+            stream=random_stream(seed, type(self).__name__, self.first),
+            restart=restart,
+        )
+        return standing.result()
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        return self.num_steps + 2, self.num_steps
+
+    def ascended_loss(self, step, logits, labels, guides):
+        """See `Climber.ascended_loss`; without guides."""
+        del guides
+        true_logit, other = margin_terms(logits, labels)
+        term = -true_logit if self.first == "label" else other
+        return tf.where(step < self._num_first, term, other - true_logit)
+
+    def step_length(self, step):
+        """See `Climber.step_length`."""
+        num_first, num_second = self._num_first, self.num_steps - self._num_first
+        step = tf.cast(step, tf.float32)
+        progress = tf.where(step < num_first, step / num_first, (step - num_first) / num_second)
+        largest = self.step_size or 2.0 * self.threat.epsilon
+        return largest * 0.5 * (1.0 + tf.cos(math.pi * progress))
+
+    @property
+    def _num_first(self):
+        return self.num_steps // 2
