@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import time
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,16 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from logit_reg.attacks.attack import Attack, AttackResult, Classifier, attack_inputs
-from logit_reg.attacks.checks import AttackWarning, check_square, warn
+from logit_reg.attacks.attack import (
+    Attack,
+    AttackResult,
+    Cascade,
+    Classifier,
+    attack_inputs,
+)
+from logit_reg.attacks.checks import check_square, warn
 from logit_reg.attacks.pgd import PGD
+from logit_reg.attacks.standing import clean_logits
 from logit_reg.files import write_arrays
 from logit_reg.threat import ThreatModel
 
@@ -175,43 +181,23 @@ def evaluate(
     distance = np.zeros(len(images))
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
-    data_key = state and content_hash(images, labels, indices)
 
+    run = _Run(logits_fn, images, labels, indices, batch_size, seed, state, show_progress)
     for name, attack in attacks.items():
         if attack in done and not worst_case_only:
             # Another protocol asks for the very same attack: same settings, seed and examples.
             records[name] = records[done[attack]]
             continue
         attacked = np.flatnonzero(robust if worst_case_only else clean)
-        books = _Books(len(images))
-        batches = range(0, len(attacked), batch_size)
-        for start in tqdm(batches, desc=name, unit="batch", disable=not show_progress):
-            batch = attacked[start : start + batch_size]
-            description = f"{data_key} {attack!r} {seed} {_hash_of(batch)}"
-            found, seconds = _attack_batch(
-                logits_fn,
-                name,
-                attack,
-                images[batch],
-                labels[batch],
-                indices[batch],
-                seed,
-                batch_size,
-                state,
-                description,
-            )
-            books.add(batch, found, seconds)
-            newly = batch[found.fooled & robust[batch]]
-            update = np.isin(batch, newly) | robust[batch]
-            adversarial[batch[update]] = found.adversarial[update]
-            distance[batch[update]] = distances(
-                found.adversarial[update], images[batch[update]], attack.threat.norm
-            )
-            robust[newly] = False
-            for example in newly:
-                broken_by[example] = name
+        books = run.attack(name, attack, attacked)
+        newly = attacked[books.fooled[attacked] & robust[attacked]]
+        update = attacked[np.isin(attacked, newly) | robust[attacked]]
+        adversarial[update] = books.adversarial[update]
+        distance[update] = distances(books.adversarial[update], images[update], attack.threat.norm)
+        robust[newly] = False
+        for example in newly:
+            broken_by[example] = name
         records[name] = books.close(clean, attacked)
-        _check_square(records[name], clean)
         done[attack] = name
     return Evaluation(
         labels=labels,
@@ -359,47 +345,41 @@ def estimate_seconds(
     return passes * seconds_per_forward * len(images)
 
 
-def _check_square(record, clean):
-    """Warn if Square, of all examples, breaks some that the attacks with gradients left."""
-    before = clean
-    for name, standing in record.stages:
-        if name == "square":
-            warn(check_square(before, standing))
-        before = standing
-
-
 class _Books:
-    """Collects the results of an attack's batches."""
+    """Collects what an attack does to N examples, batch by batch."""
 
-    def __init__(self, num_examples):
-        self._fooled = np.zeros(num_examples, bool)
-        self._last_fooled = np.zeros(num_examples, bool)
+    def __init__(self, images):
+        self.adversarial = images.copy()
+        self.fooled = np.zeros(len(images), bool)
+        self.stages: dict[str, np.ndarray] = {}
+        self._last_fooled = np.zeros(len(images), bool)
         self._forwards = self._backwards = self._unconfirmed = 0
         self._seconds = 0.0
-        self._standing: dict[str, np.ndarray] = {}
 
     def add(self, batch, found, seconds):
-        self._fooled[batch] = found.fooled
+        self.adversarial[batch] = found.adversarial
+        self.fooled[batch] = found.fooled
         self._last_fooled[batch] = found.last_iterate_fooled
-        self._forwards += found.forwards
-        self._backwards += found.backwards
+        self.count(found.forwards, found.backwards, seconds)
         self._unconfirmed += found.unconfirmed
+
+    def count(self, forwards, backwards, seconds):
+        self._forwards += forwards
+        self._backwards += backwards
         self._seconds += seconds
-        for name, standing in found.stages:
-            self._standing.setdefault(name, np.zeros(len(self._fooled), bool))[batch] = standing
 
     def close(self, clean, attacked):
         is_attacked = np.zeros(len(clean), bool)
         is_attacked[attacked] = True
         return AttackRecord(
-            correct=clean & is_attacked & ~self._fooled,
+            correct=clean & is_attacked & ~self.fooled,
             correct_last_iterate=clean & is_attacked & ~self._last_fooled,
             attacked=is_attacked,
             forwards=self._forwards,
             backwards=self._backwards,
             seconds=self._seconds,
             unconfirmed=self._unconfirmed,
-            stages=tuple(self._standing.items()),
+            stages=tuple(self.stages.items()),
         )
 
 
@@ -408,40 +388,83 @@ class _Confirmed(AttackResult):
     unconfirmed: int = 0
 
 
-def _attack_batch(
-    logits_fn, name, attack, images, labels, indices, seed, batch_size, state, description
-):
-    """Attack one batch, or take its result from the state; either way it passes the gate."""
-    saved = state.load(description) if state else None
-    if saved is not None and {"adversarial", "fooled", "last", "counts"} <= saved.keys():
-        forwards, backwards, seconds = saved["counts"]
-        stages = tuple((k[6:], v) for k, v in saved.items() if k.startswith("stage "))
-        found = AttackResult(
-            saved["adversarial"],
-            saved["fooled"],
-            saved["last"],
-            int(forwards),
-            int(backwards),
-            stages,
-        )
-    else:
+class _Run:
+    """One evaluation: the network, the examples, and where finished batches are kept."""
+
+    def __init__(self, logits_fn, images, labels, indices, batch_size, seed, state, show_progress):
+        self._logits_fn = logits_fn
+        self._images, self._labels, self._indices = images, labels, indices
+        self._batch_size = batch_size
+        self._seed = seed
+        self._state = state
+        self._show_progress = show_progress
+        self._data_key = content_hash(images, labels, indices) if state else ""
+
+    def attack(self, name, attack, rows):
+        """Attack some rows of the data set."""
+        books = _Books(self._images)
+        if isinstance(attack, Cascade):
+            self._attack_in_stages(books, name, attack, rows)
+        else:
+            self._attack_all(books, name, attack, rows)
+        return books
+
+    def _attack_all(self, books, name, attack, rows):
+        starts = range(0, len(rows), self._batch_size)
+        for start in tqdm(starts, desc=name, unit="batch", disable=not self._show_progress):
+            batch = rows[start : start + self._batch_size]
+            books.add(batch, *self._attack_batch(name, attack, batch))
+
+    def _attack_in_stages(self, books, name, cascade, rows):
+        """Each stage on all that still stand, so that batches stay full as examples fall."""
+        if not len(rows):
+            return
+        first = rows[: self._batch_size]
         started = time.monotonic()
-        with warnings.catch_warnings():
-            # Judged on the whole evaluation below: a batch is too small a sample.
-            warnings.filterwarnings("ignore", "Square breaks", AttackWarning)
-            found = attack.run(logits_fn, images, labels, seed=seed, indices=indices)
+        images, labels, indices = self._images[first], self._labels[first], self._indices[first]
+        warn(cascade.checks(self._logits_fn, images, labels, seed=self._seed, indices=indices))
+        num_classes = clean_logits(self._logits_fn, images[:1]).shape[1]
+        forwards, backwards = cascade.cost_of_checks()
         seconds = time.monotonic() - started
-        if state:
-            arrays = {
-                "adversarial": found.adversarial,
-                "fooled": found.fooled,
-                "last": found.last_iterate_fooled,
-                "counts": np.array([found.forwards, found.backwards, seconds]),
-            }
-            arrays |= {f"stage {stage}": standing for stage, standing in found.stages}
-            state.save(description, arrays)
-    check_threat(name, found.adversarial, images, indices, attack.threat)
-    return _confirm(logits_fn, found, labels, batch_size), float(seconds)
+        books.count(1 + len(first) * forwards, len(first) * backwards, seconds)
+        is_standing = np.zeros(len(self._images), bool)
+        is_standing[rows] = True
+        for stage, attack in cascade.attacks(num_classes).items():
+            before = is_standing.copy()
+            self._attack_all(books, f"{name}: {stage}", attack, np.flatnonzero(is_standing))
+            is_standing &= ~books.fooled
+            books.stages[stage] = is_standing.copy()
+            if stage == "square":
+                warn(check_square(before, is_standing))
+
+    def _attack_batch(self, name, attack, batch):
+        """Attack one batch, or take its result from the state; either way it passes the gate."""
+        images, labels, indices = self._images[batch], self._labels[batch], self._indices[batch]
+        description = f"{self._data_key} {attack!r} {self._seed} {_hash_of(batch)}"
+        saved = self._state.load(description) if self._state else None
+        if saved is not None and {"adversarial", "fooled", "last", "counts"} <= saved.keys():
+            forwards, backwards, seconds = saved["counts"]
+            found = AttackResult(
+                saved["adversarial"],
+                saved["fooled"],
+                saved["last"],
+                int(forwards),
+                int(backwards),
+            )
+        else:
+            started = time.monotonic()
+            found = attack.run(self._logits_fn, images, labels, seed=self._seed, indices=indices)
+            seconds = time.monotonic() - started
+            if self._state:
+                arrays = {
+                    "adversarial": found.adversarial,
+                    "fooled": found.fooled,
+                    "last": found.last_iterate_fooled,
+                    "counts": np.array([found.forwards, found.backwards, seconds]),
+                }
+                self._state.save(description, arrays)
+        check_threat(name, found.adversarial, images, indices, attack.threat)
+        return _confirm(self._logits_fn, found, labels, self._batch_size), float(seconds)
 
 
 def _confirm(logits_fn, found, labels, batch_size):
@@ -457,7 +480,6 @@ def _confirm(logits_fn, found, labels, batch_size):
         last_iterate_fooled=found.last_iterate_fooled & fooled,
         forwards=found.forwards,
         backwards=found.backwards,
-        stages=found.stages,
         unconfirmed=int((~wrong).sum()),
     )
 
