@@ -1,20 +1,26 @@
 """The figures of a report, each as a matplotlib figure and the caption that belongs to it."""
 
-import contextlib
-import dataclasses
-import io
 import itertools
 import math
-import textwrap
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from logit_reg.figure_style import (
+    COLORS,
+    LIGHT,
+    LINE_STYLES,
+    SMALL_FONT_SIZE,
+    WIDTH,
+    Theme,
+    house_style,
+    literal,
+    mix,
+    settled,
+)
 from logit_reg.report import (
     FGSM_ATTACKS,
     MAIN,
@@ -27,34 +33,10 @@ from logit_reg.report import (
 )
 from logit_reg.runs import Run
 
-# Width in inches at which 8-point text stays readable on a phone that shows the whole figure.
-_WIDTH = 5.2
-_FONT_SIZE = 8.0
-_SMALL_FONT_SIZE = 7.0
 _LEAST_NORM = 1e-3
-
-# Okabe and Ito's colours, safe for colour-blind readers, without the yellow that is lost on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-_LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 
 # From pale to full: the stronger the attack, the more of the run's colour.
 _TINTS = (0.25, 0.5, 0.75, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Theme:
-    """The neutral colours of a figure."""
-
-    ink: str
-    """Text."""
-    rule: str
-    """Grid and axes."""
-    paper: str
-    """Background."""
-
-
-LIGHT = Theme(ink="#1b1d21", rule="#c9ccd1", paper="#ffffff")
-DARK = Theme(ink="#e6e6e3", rule="#4a4e55", paper="#15171a")
 
 
 def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
@@ -73,15 +55,15 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
     kept = comparable(runs)
     measures = _measures(kept)
     colored = [(color, run) for color, _, run in _styled(runs) if not run.is_contaminated]
-    with _house_style(theme):
-        figure = Figure(figsize=(_WIDTH, 1.0 + 0.62 * len(kept)), layout="constrained")
+    with house_style(theme):
+        figure = Figure(figsize=(WIDTH, 1.0 + 0.62 * len(kept)), layout="constrained")
         axes = figure.subplots()
         height = 0.8 / len(measures)
         for group, (color, run) in enumerate(colored):
             for i, (_, measure) in enumerate(measures):
                 y = group - 0.4 + (i + 0.5) * height
                 _bar(axes, y, height, measure(run), color, _TINTS[i], theme)
-        axes.set_yticks(range(len(kept)), [_literal(run.name, 18) for _, run in colored])
+        axes.set_yticks(range(len(kept)), [literal(run.name, 18) for _, run in colored])
         axes.tick_params(axis="y", length=0)
         axes.set_ylabel("run")
         axes.set_xlabel("images classified right (%)")
@@ -92,14 +74,14 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
         axes.grid(axis="x", color=theme.rule, linewidth=0.5)
         figure.legend(
             handles=[
-                Patch(facecolor=_mix(theme.ink, theme.paper, tint), edgecolor=theme.ink, label=name)
+                Patch(facecolor=mix(theme.ink, theme.paper, tint), edgecolor=theme.ink, label=name)
                 for tint, (name, _) in zip(_TINTS, measures, strict=True)
             ],
             loc="outside upper center",
             ncols=2,
             frameon=False,
         )
-        return _settled(figure)
+        return settled(figure)
 
 
 def accuracy_bars_caption(runs: Sequence[Run]) -> str:
@@ -125,9 +107,9 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         The figure: two panels, a line for each run.
     """
     logged = [(color, style, run) for color, style, run in _styled(runs) if run.log]
-    with _house_style(theme):
+    with house_style(theme):
         height = 4.4 + 0.17 * math.ceil(len(logged) / 2)
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         ceiling = math.log(num_classes)
         for color, style, run in logged:
@@ -143,11 +125,11 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
             textcoords="offset points",
             ha="right",
             va="bottom",
-            fontsize=_SMALL_FONT_SIZE,
+            fontsize=SMALL_FONT_SIZE,
         )
         # The first rows of a run, before it has learned anything, would squash all the rest.
-        settled = [run.log["xent"][len(run.log["xent"]) // 10 :].max() for *_, run in logged]
-        upper.set_ylim(0, 1.15 * max([ceiling, *settled]))
+        late_losses = [run.log["xent"][len(run.log["xent"]) // 10 :].max() for *_, run in logged]
+        upper.set_ylim(0, 1.15 * max([ceiling, *late_losses]))
         upper.set_ylabel("cross-entropy (nats)")
         lower.set_yscale("log")
         lower.yaxis.set_major_formatter("{x:g}")
@@ -160,14 +142,14 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         if logged:
             figure.legend(
                 handles=[
-                    Line2D([], [], color=color, linestyle=style, label=_literal(run.name, 34))
+                    Line2D([], [], color=color, linestyle=style, label=literal(run.name, 34))
                     for color, style, run in logged
                 ],
                 loc="outside upper center",
                 ncols=2,
                 frameon=False,
             )
-        return _settled(figure)
+        return settled(figure)
 
 
 def training_curves_caption(runs: Sequence[Run], num_classes: int = 10) -> str:
@@ -207,8 +189,8 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
     """
     rows = _grid_rows(runs, num_images)
     num_columns = max(len(labels) for _, _, labels in rows)
-    with _house_style(theme):
-        figure = Figure(figsize=(_WIDTH, 0.85 * len(rows)), layout="constrained")
+    with house_style(theme):
+        figure = Figure(figsize=(WIDTH, 0.85 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), num_columns, squeeze=False)
         for axes_row, (name, images, labels) in zip(grid, rows, strict=True):
             for axes, image, label in itertools.zip_longest(axes_row, images, labels):
@@ -221,8 +203,8 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
                 axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="none")
                 is_fooled = len(set(label.split(" → "))) == 2
                 axes.set_xlabel(label, labelpad=2, weight="bold" if is_fooled else "normal")
-            axes_row[0].set_ylabel(_literal(name, 16), rotation=0, ha="right", va="center")
-        return _settled(figure)
+            axes_row[0].set_ylabel(literal(name, 16), rotation=0, ha="right", va="center")
+        return settled(figure)
 
 
 def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
@@ -244,14 +226,6 @@ def examples_folder(runs: Sequence[Run]) -> str | None:
     return next((folder for folder in (STRONG, MAIN) if _with_examples(runs, folder)), None)
 
 
-def to_svg(figure: Figure) -> bytes:
-    """The figure as SVG, the same bytes each time."""
-    file = io.BytesIO()
-    with _house_style(LIGHT):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
-
-
 def _measures(runs):
     """Up to four measures, weakest attack first: a name with n, and a function of a run."""
     num_steps = pgd_lengths(runs)[-1]
@@ -267,12 +241,12 @@ def _measures(runs):
     for name, measure in measures:
         sizes = sorted({found.num_examples for run in runs if (found := measure(run))})
         size = f", n = {' or '.join(map(str, sizes))}" if sizes else ""
-        named.append((_literal(name, 40) + size, measure))
+        named.append((literal(name, 40) + size, measure))
     return named
 
 
 def _bar(axes, y, height, found, color, tint, theme):
-    text = {"va": "center", "fontsize": _SMALL_FONT_SIZE}
+    text = {"va": "center", "fontsize": SMALL_FONT_SIZE}
     if found is None:
         axes.text(1, y, "not measured", **text)
         return
@@ -281,7 +255,7 @@ def _bar(axes, y, height, found, color, tint, theme):
         y,
         found.percent,
         height,
-        color=_mix(color, theme.paper, tint),
+        color=mix(color, theme.paper, tint),
         edgecolor=color,
         linewidth=0.6,
         # The ends of an interval around 0 or 100 % miss them by a rounding.
@@ -321,56 +295,6 @@ def _with_examples(runs, folder):
 def _styled(runs):
     """A colour and a line style for each run: the same in every figure."""
     return [
-        (_COLORS[i % len(_COLORS)], _LINE_STYLES[i % len(_LINE_STYLES)], run)
+        (COLORS[i % len(COLORS)], LINE_STYLES[i % len(LINE_STYLES)], run)
         for i, run in enumerate(runs)
     ]
-
-
-def _mix(color, background, share):
-    return tuple(
-        share * c + (1 - share) * b for c, b in zip(to_rgb(color), to_rgb(background), strict=True)
-    )
-
-
-def _literal(text, width):
-    """Text that matplotlib takes as it is, in at most three lines of `width` characters."""
-    lines = textwrap.wrap(text, width, max_lines=3, placeholder=" …") or ["?"]
-    return "\n".join(lines).replace("$", r"\$")
-
-
-def _settled(figure):
-    """Lay the figure out once, while the house style is in force."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
-
-
-@contextlib.contextmanager
-def _house_style(theme):
-    """Matplotlib's own defaults, whatever the user's are, and our few departures from them."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "font.size": _FONT_SIZE,
-                "text.color": theme.ink,
-                "axes.edgecolor": theme.rule,
-                "axes.labelcolor": theme.ink,
-                "axes.labelsize": _FONT_SIZE,
-                "axes.facecolor": theme.paper,
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "figure.facecolor": theme.paper,
-                "legend.fontsize": _FONT_SIZE,
-                "xtick.color": theme.rule,
-                "ytick.color": theme.rule,
-                "xtick.labelcolor": theme.ink,
-                "ytick.labelcolor": theme.ink,
-                "xtick.labelsize": _FONT_SIZE,
-                "ytick.labelsize": _FONT_SIZE,
-                # Without it the names inside an SVG are drawn at random.
-                "svg.hashsalt": "logit-reg",
-            }
-        )
-        yield
