@@ -18,10 +18,13 @@ SCRIPTS = (
     "train",
     "eval_challenge",
     "attack",
+    "audit",
     "demo",
+    "landscape",
     "report",
     "fetch_model",
     "export_checkpoint",
+    "sweep",
 )
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TFDS_DATA_DIR": "", "HOME": "/none"}
 

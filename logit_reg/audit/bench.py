@@ -1,0 +1,424 @@
+"""The workbench of an audit: one model, its images, and the books of all that is run on them."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.attacks import Transfer
+from logit_reg.attacks.ascent import logits_and_gradient
+from logit_reg.attacks.attack import (
+    Attack,
+    LogitsFn,
+    attack_loss,
+    batch_spec,
+    call_logits,
+    compiled,
+)
+from logit_reg.attacks.checks import refuse_probabilities
+from logit_reg.attacks.standing import clean_logits, clean_margin
+from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
+from logit_reg.evaluation import (
+    Evaluation,
+    EvaluationState,
+    GateError,
+    evaluate,
+    network_hash,
+)
+from logit_reg.threat import ThreatModel
+
+BUDGETS = ("quick", "standard", "full")
+CONTROL_KINDS = ("natural", "noise_only", "adversarial", "same_recipe", "squeezed", "reference")
+
+# MNIST's images, and those of its lookalikes: on them honest models behave as on no others.
+_MNIST_SHAPE = (28, 28, 1)
+# The smallest probability that is told from 0, so that its logarithm is finite.
+_LEAST_PROBABILITY = 1e-37
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A model of which the truth is known, attacked beside the audited one."""
+
+    name: str
+    """For tables and reasons."""
+    kind: str
+    """"natural", "noise_only" (Gaussian noise, no regulariser), "adversarial" (trained on
+    adversarial examples), "same_recipe" (as the audited one, with another seed), "squeezed" (a
+    logit-regularised model known to be broken) or "reference" (published accuracy)."""
+    logits_fn: LogitsFn
+    """Images in pixel units -> logits."""
+    published: float | None = None
+    """Of a reference: accuracy under APGD-CE with 100 steps, a fraction."""
+
+    def __post_init__(self):
+        if self.kind not in CONTROL_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(CONTROL_KINDS)}; got {self.kind!r}.")
+        if (self.published is None) == (self.kind == "reference"):
+            raise ValueError(
+                f"control {self.name!r}: a reference, and nothing else, has a published accuracy."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides which attacks the tests make."""
+
+    threat: ThreatModel
+    budget: str
+    num_classes: int
+    num_examples: int
+    image_shape: tuple[int, ...]
+    step_size: float
+    """Of the plain PGD that the ladder starts from, pixel units."""
+    median_margin: float
+    """Median over the clean images of the largest minus the second largest logit."""
+    claimed: Mapping[str, Attack]
+    """The claimant's own attacks by name."""
+    controls: tuple[Control, ...]
+    """Empty in the quick budget."""
+
+    @property
+    def is_mnist(self) -> bool:
+        """Whether the thresholds for MNIST apply."""
+        return self.image_shape == _MNIST_SHAPE
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether everything is done in its short form."""
+        return self.budget == "quick"
+
+    def pick(self, quick, standard, full):
+        """The value for the budget."""
+        return {"quick": quick, "standard": standard, "full": full}[self.budget]
+
+    def controls_of(self, *kinds: str) -> tuple[Control, ...]:
+        """The controls of some kinds, in the order given."""
+        return tuple(control for control in self.controls if control.kind in kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a test found, before it becomes a `TestRecord`."""
+
+    status: str
+    reason: str
+    figure: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    curves: tuple[Curve, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostic:
+    """One entry of the list of tests: what it says of itself, what it runs, how it judges."""
+
+    number: int
+    name: str
+    group: str
+    criterion: str
+    threshold_origin: str
+    budget: str
+    """The least budget that it runs in."""
+    judge: Callable[["Bench"], Outcome]
+    attacks: Callable[[Plan], Mapping[str, Attack]] = lambda plan: {}
+    """What it attacks the audited model with; an attack of several tests runs once."""
+    control_kinds: tuple[str, ...] = ()
+    """Controls that it attacks in the same way."""
+    passes: Callable[[Plan], float] = lambda plan: 0.0
+    """Forward passes of single images outside attacks; a gradient counts as two."""
+
+
+class Bench:
+    """Runs attacks on the audited model, each once, and keeps the worst case per example."""
+
+    def __init__(
+        self,
+        logits_fn: LogitsFn,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        seed: int,
+        batch_size: int,
+        state_dir: Path | None,
+        show_progress: bool,
+    ):
+        """Look at the clean images.
+
+        Args:
+            logits_fn: images -> logits, as given.
+            images: (N, H, W, C) float32, pixel units.
+            labels: (N,) int64.
+            seed: source of all random numbers.
+            batch_size: most images sent through a network at once.
+            state_dir: where finished batches of attacks are kept.
+            show_progress: draw a progress bar for each attack.
+        """
+        self.given_logits_fn = logits_fn
+        self.images, self.labels = images, labels
+        self.seed, self.batch_size = seed, batch_size
+        self._state_dir, self._show_progress = state_dir, show_progress
+        self.outputs = _in_batches(logits_fn, images, batch_size)
+        """(N, K) what `logits_fn` returns for the clean images."""
+        self.is_probabilities = _is_probabilities(self.outputs)
+        self.logits_fn = log_of(logits_fn) if self.is_probabilities else logits_fn
+        """Logits: the logarithm of the outputs where these are probabilities."""
+        self.precise = precise(self.logits_fn)
+        """The same in float64, for gradients that float32 would lose; see `precise`."""
+        self.logits = self.outputs
+        if self.is_probabilities:
+            self.logits = np.log(np.maximum(self.outputs, _LEAST_PROBABILITY))
+        self.clean = clean_margin(self.logits, labels) > 0
+        """(N,) bool."""
+        self.robust = self.clean.copy()
+        """(N,) bool: right under everything within the threat model so far."""
+        self.accuracy_by_attack: dict[str, float] = {}
+        self.violations: list[str] = []
+        """Messages of the gate about attacks that left their threat model."""
+        self._done: dict[Attack, np.ndarray] = {}
+        self._controls: dict[Control, LogitsFn] = {}
+        self._forwards = self._backwards = 0
+        self._started = time.monotonic()
+        # Set by `audit`, once the clean images have told what they can.
+        self.plan: Plan
+        self.squeeze: SqueezeDiagnostics
+        self.claim: float
+
+    def run(self, attacks: Mapping[str, Attack]) -> dict[str, np.ndarray]:
+        """Attack all images with each attack.
+
+        Args:
+            attacks: by name; an attack that ran before is not run again.
+
+        Returns:
+            For each attack (N,) bool: right clean and under it.
+
+        Raises:
+            GateError: if an attack leaves its own threat model.
+        """
+        for name, attack in attacks.items():
+            if attack not in self._done:
+                found = self.evaluate(self.precise, {name: attack})
+                self.credit(name, attack.threat, found.correct[name])
+                self._done[attack] = found.correct[name]
+        return {name: self._done[attack] for name, attack in attacks.items()}
+
+    def run_claimed(self, attacks: Mapping[str, Attack]) -> dict[str, np.ndarray]:
+        """Like `run`, for attacks of unknown make: who breaks the rules is left out and noted."""
+        found: dict[str, np.ndarray] = {}
+        for name, attack in attacks.items():
+            try:
+                found |= self.run({name: attack})
+            except (GateError, ValueError) as error:
+                if str(error) not in self.violations:
+                    self.violations.append(str(error))
+        return found
+
+    def credit(self, name: str, threat: ThreatModel, correct: np.ndarray) -> None:
+        """Let an attack count for the worst case if its threat model is within the audited one."""
+        if is_within(threat, self.plan.threat):
+            self.robust &= correct
+            self.accuracy_by_attack[name] = float(np.mean(correct))
+
+    def evaluate(
+        self, logits_fn, attacks, *, rows=None, network=None, precision="precise"
+    ) -> Evaluation:
+        """Attack images of any model through the gate of `evaluation.evaluate`.
+
+        Args:
+            logits_fn: what to attack.
+            attacks: by name.
+            rows: (M,) int which images; all if None.
+            network: whose content stands for `logits_fn` in the state; the audited one if None.
+            precision: in which `logits_fn` computes, for the state, too.
+        """
+        rows = np.arange(len(self.images)) if rows is None else rows
+        found = evaluate(
+            logits_fn,
+            attacks,
+            self.images[rows],
+            self.labels[rows],
+            batch_size=self.batch_size,
+            seed=self.seed,
+            indices=rows,
+            state=self._state(network or self.given_logits_fn, precision),
+            show_progress=self._show_progress,
+        )
+        self.spend(found.forwards, found.backwards)
+        return found
+
+    def run_on_control(self, control: Control, attacks) -> dict[str, np.ndarray]:
+        """Attack a control with each attack: (N,) bool for each."""
+        function = self.precise_control(control)
+        return self.evaluate(function, attacks, network=control.logits_fn).correct
+
+    def run_transferred(self, control: Control, attacks) -> dict[str, np.ndarray]:
+        """Attack the audited model along the gradients of a control: (N,) bool for each."""
+        source = self.precise_control(control)
+        # The content of a network, so that a kept batch belongs to it; a function has its name.
+        is_network = isinstance(control.logits_fn, keras.Model)
+        key = network_hash(control.logits_fn) if is_network else control.name
+        return self.run(
+            {
+                f"{name}-from-{control.name}": Transfer(attack, source, key, every_iterate=True)
+                for name, attack in attacks.items()
+            }
+        )
+
+    def precise_control(self, control: Control) -> LogitsFn:
+        """The logits of a control as `precise` gives them, one function for all attacks."""
+        if control not in self._controls:
+            self._controls[control] = precise(control.logits_fn)
+        return self._controls[control]
+
+    def spend(self, forwards: int = 0, backwards: int = 0) -> None:
+        """Add single passes to the books."""
+        self._forwards += forwards
+        self._backwards += backwards
+
+    def close_books(self) -> Cost:
+        """What was spent since the last call."""
+        seconds = time.monotonic() - self._started
+        cost = Cost(self._forwards, self._backwards, seconds)
+        self._forwards = self._backwards = 0
+        self._started = time.monotonic()
+        return cost
+
+    def gradient(self, loss: str, points: np.ndarray, rows, logits_fn=None) -> np.ndarray:
+        """Gradient of an attacker's loss: (M, H, W, C) points of (M,) rows -> (M, H, W, C)."""
+        gradients = LossGradient(loss)
+        function = logits_fn or self.precise
+        parts = [
+            gradients(function, points[part], self.labels[rows[part]])
+            for part in _parts(len(points), self.batch_size)
+        ]
+        self.spend(len(points), len(points))
+        return np.concatenate(parts)
+
+    def logits_of(self, points: np.ndarray) -> np.ndarray:
+        """Logits of any images: (M, H, W, C) -> (M, K)."""
+        self.spend(len(points))
+        return _in_batches(self.logits_fn, points, self.batch_size)
+
+    def _state(self, network, precision):
+        # A function that is no Keras network has no content that a key could be made of.
+        if self._state_dir is None or not isinstance(network, keras.Model):
+            return None
+        return EvaluationState(self._state_dir, f"{network_hash(network)} {precision}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossGradient:
+    """The gradient of an attacker's loss with respect to the images."""
+
+    loss: str
+    """"xent", "cw" or "dlr"."""
+
+    def __call__(self, logits_fn: LogitsFn, images, labels) -> np.ndarray:
+        """(N, H, W, C) images, (N,) labels -> (N, H, W, C) float32."""
+        signature = (batch_spec(images.shape[1:]), batch_spec((), tf.int64))
+        return compiled(self, "_gradient", (logits_fn,), signature)(images, labels).numpy()
+
+    def _gradient(self, logits_fn, images, labels):
+        _, gradient = logits_and_gradient(
+            logits_fn, images, lambda logits: attack_loss(self.loss, logits, labels)
+        )
+        return gradient
+
+
+def precise(logits_fn: LogitsFn) -> LogitsFn:
+    """The same logits in float64, with a gradient that does not underflow on its way back.
+
+    A saturated softmax leaves no gradient in float32 once the margin exceeds 88, although the
+    network has one: a healthy network with logits times 30 would look masked. In float64 that
+    happens at 745. On its way into a float32 network the gradient of an image is scaled so that
+    its largest entry is 1, which no attack that follows directions notices.
+
+    Args:
+        logits_fn: images -> logits.
+
+    Returns:
+        images -> (N, K) float64.
+    """
+
+    @tf.custom_gradient
+    def widen(logits):
+        def backward(upstream):
+            largest = tf.reduce_max(tf.abs(upstream), axis=-1, keepdims=True)
+            return tf.cast(tf.math.divide_no_nan(upstream, largest), logits.dtype)
+
+        return tf.cast(logits, tf.float64), backward
+
+    def precise_logits(images):
+        return widen(call_logits(logits_fn, images))
+
+    return precise_logits
+
+
+def in_float64(network: keras.Model) -> LogitsFn | None:
+    """A network computed in float64 throughout, or None where it cannot be rebuilt so."""
+    try:
+        config = _with_float64(network.get_config())
+        wide = type(network).from_config(config)
+        wide.set_weights(network.get_weights())
+        wide(tf.zeros((1, *network.input_shape[1:]), tf.float64), training=False)
+    # A network of others may fail to rebuild in any way.
+    except Exception:
+        return None
+
+    def float64_logits(images):
+        return call_logits(wide, tf.cast(images, tf.float64))
+
+    return float64_logits
+
+
+def log_of(logits_fn: LogitsFn) -> LogitsFn:
+    """Logits of a function that returns probabilities: their logarithm."""
+
+    def log_probabilities(images):
+        return tf.math.log(tf.maximum(call_logits(logits_fn, images), _LEAST_PROBABILITY))
+
+    return log_probabilities
+
+
+def is_within(threat: ThreatModel, audited: ThreatModel) -> bool:
+    """Whether whatever one threat model allows, another one allows, too."""
+    return (
+        threat.norm == audited.norm
+        and threat.epsilon <= audited.epsilon
+        and threat.lower >= audited.lower
+        and threat.upper <= audited.upper
+    )
+
+
+def _with_float64(config):
+    """A Keras configuration with every data type policy replaced."""
+    if isinstance(config, dict):
+        if config.get("class_name") == "DTypePolicy":
+            return {**config, "config": {"name": "float64"}}
+        is_float = isinstance(config.get("dtype"), str) and "float" in config["dtype"]
+        replaced = {"dtype": "float64"} if is_float else {}
+        return {key: _with_float64(value) for key, value in config.items()} | replaced
+    if isinstance(config, list | tuple):
+        return type(config)(_with_float64(item) for item in config)
+    return config
+
+
+def _is_probabilities(outputs):
+    try:
+        refuse_probabilities(outputs)
+    except ValueError:
+        return True
+    return False
+
+
+def _in_batches(logits_fn, images, batch_size):
+    parts = _parts(len(images), batch_size)
+    return np.concatenate([clean_logits(logits_fn, images[part]) for part in parts])
+
+
+def _parts(count, size):
+    return [slice(start, start + size) for start in range(0, count, size)]

@@ -1,0 +1,107 @@
+"""What an audit will cost, from two short attacks on the model itself."""
+
+import dataclasses
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from logit_reg.attacks import APGD, FGSM, PGD, Attack, Restarts
+from logit_reg.audit.bench import Bench, Diagnostic
+from logit_reg.audit.records import Cost
+
+_PROBED_IMAGES = 100
+# Passes (forwards and gradients) that an attack spends on an image which falls.
+_PASSES_OF_THE_FALLEN = 25
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """What two short attacks tell of a model and of this machine."""
+
+    clean: float
+    """Fraction classified right."""
+    after_pgd: float
+    """Fraction that stands after PGD."""
+    after_apgd: float
+    """Fraction that stands after APGD."""
+    seconds_per_pass: float
+    seconds_per_trace: float
+
+
+def estimate(bench: Bench, diagnostics: Iterable[Diagnostic]) -> Cost:
+    """The likely cost of some tests.
+
+    Args:
+        bench: of the audited model; a probe attacks its first images.
+        diagnostics: what is going to run.
+
+    Returns:
+        Expected passes and seconds: attacks leave an image when it falls, so the cost depends on
+        how many stand.
+    """
+    probe = _probe(bench)
+    num_images, plan = len(bench.images), bench.plan
+    counted: set = set()
+    forwards = backwards = passes = 0.0
+    for diagnostic in diagnostics:
+        passes += diagnostic.passes(plan)
+        controls = plan.controls_of(*diagnostic.control_kinds)
+        for attack in diagnostic.attacks(plan).values():
+            targets = [None, *controls]
+            for target in targets:
+                if (attack, target) in counted:
+                    continue
+                counted.add((attack, target))
+                forward, backward = _expected(attack, plan.threat.epsilon, probe)
+                forwards += num_images * forward
+                backwards += num_images * backward
+    seconds = (forwards + backwards + passes) * probe.seconds_per_pass
+    seconds += len(counted) * probe.seconds_per_trace
+    # The direct passes of the tests are about as many forwards as gradients.
+    return Cost(round(forwards + passes / 2), round(backwards + passes / 2), seconds)
+
+
+def _probe(bench: Bench) -> _Probe:
+    sample = slice(_PROBED_IMAGES)
+    images, labels = bench.images[sample], bench.labels[sample]
+    threat = bench.plan.threat
+    short = PGD(threat, "cw", 10, threat.epsilon / 4)
+
+    def run(attack) -> tuple[np.ndarray, float]:
+        started = time.monotonic()
+        found = attack.run(bench.precise, images, labels, seed=bench.seed)
+        return found.fooled, time.monotonic() - started
+
+    _, first_seconds = run(short)
+    fooled, seconds = run(short)
+    forwards, backwards = short.cost()
+    broken, _ = run(APGD(threat, "xent", 20))
+    return _Probe(
+        clean=float(bench.clean.mean()),
+        after_pgd=float(np.mean(~fooled)),
+        after_apgd=float(np.mean(~(fooled | broken))),
+        seconds_per_pass=seconds / (forwards + backwards) / len(images),
+        seconds_per_trace=max(0.0, first_seconds - seconds),
+    )
+
+
+def _expected(attack: Attack, epsilon: float, probe: _Probe) -> tuple[float, float]:
+    """Likely forwards and backwards of an image."""
+    forward, backward = attack.cost()
+    if isinstance(attack, FGSM) or (isinstance(attack, PGD) and not attack.early_stop):
+        return probe.clean * forward, probe.clean * backward
+    is_plain = isinstance(attack, PGD) or (
+        isinstance(attack, Restarts) and isinstance(attack.attack, PGD)
+    )
+    share = probe.after_pgd if is_plain else probe.after_apgd
+    if attack.threat.epsilon < 0.75 * epsilon:
+        share = probe.clean
+    elif attack.threat.epsilon > 2 * epsilon:
+        share = 0.0
+    elif attack.threat.epsilon > epsilon:
+        share = share / 3
+    fallen = max(0.0, probe.clean - share)
+    short = min(1.0, _PASSES_OF_THE_FALLEN / (forward + backward))
+    weight = share + fallen * short
+    return weight * forward, weight * backward

@@ -1,0 +1,192 @@
+"""Tests 18 to 22: attacks of another kind, which must find nothing that gradients missed."""
+
+from typing import Any
+
+import numpy as np
+
+from logit_reg.attacks import PGD, Attack, AutoAttack, Square
+from logit_reg.attacks.random_noise import RandomNoise
+from logit_reg.audit.bench import Bench, Diagnostic, Outcome, Plan
+from logit_reg.audit.intervals import paired_gap
+from logit_reg.audit.strength import margin_attacks, strong_attacks
+
+_BLACK_BOX_GAP = 0.002
+_BLACK_BOX_GAP_OVER_CONTROL = 0.02
+_TRANSFER_GAP = 0.002
+_NUM_DRAWS = 10_000
+_DRAWN_IMAGES = 100
+_SQUARE_SHARES = (0.3, 0.8)
+_SQUARE_QUERIES = 20_000
+_TRANSFER_STEPS = 40
+
+
+def _autoattack_attacks(plan: Plan) -> dict[str, Attack]:
+    return {"autoattack": AutoAttack(plan.threat)}
+
+
+def _autoattack(bench: Bench) -> Outcome:
+    correct = bench.run(_autoattack_attacks(bench.plan))["autoattack"]
+    accuracy = float(correct.mean())
+    return Outcome(
+        "report",
+        f"AutoAttack leaves {100 * accuracy:.1f} % of {len(correct)} images",
+        {"accuracy": accuracy},
+    )
+
+
+def _square_attacks(plan: Plan) -> dict[str, Attack]:
+    return {f"square-p{p:g}": Square(plan.threat, _SQUARE_QUERIES, p) for p in _SQUARE_SHARES}
+
+
+def _black_box(bench: Bench) -> Outcome:
+    plan, before = bench.plan, bench.robust.copy()
+    attacks = _square_attacks(plan)
+    after = before & np.all(list(bench.run(attacks).values()), axis=0)
+    gap = paired_gap(before, after)
+    figure: dict[str, Any] = {"white_box": float(before.mean()), "gap": gap.to_json()}
+    reason = f"Square takes {100 * gap.value:.1f} points that the white-box attacks left"
+    allowed = _BLACK_BOX_GAP
+    if plan.is_mnist:
+        controls = plan.controls_of("adversarial")
+        if not controls:
+            return Outcome(
+                "report", f"{reason}; on MNIST only an adversarially trained control tells", figure
+            )
+        known = []
+        for control in controls:
+            white = bench.run_on_control(control, strong_attacks(plan) | margin_attacks(plan))
+            black = bench.run_on_control(control, attacks)
+            left = np.all(list(white.values()), axis=0)
+            known.append(float(np.mean(left & ~np.all(list(black.values()), axis=0))))
+        allowed = max(known) + _BLACK_BOX_GAP_OVER_CONTROL
+        figure["control_gap"] = max(known)
+    status = "fail" if gap.exceeds(allowed) else "pass"
+    return Outcome(status, f"{reason}; {100 * allowed:.1f} are allowed", figure)
+
+
+def _transfer_attacks(plan: Plan) -> dict[str, Attack]:
+    # The margin of the source goes on beyond its boundary: that of the target lies elsewhere.
+    return {
+        f"pgd40-{loss}": PGD(
+            plan.threat,
+            loss,
+            _TRANSFER_STEPS,
+            plan.threat.epsilon / 10,
+            confidence=50.0 if loss == "cw" else 0.0,
+            early_stop=True,
+        )
+        for loss in ("xent", "cw")
+    }
+
+
+def _sources(plan: Plan):
+    return plan.controls_of("natural", "noise_only", "same_recipe")
+
+
+def _transfer(bench: Bench) -> Outcome:
+    controls = _sources(bench.plan)
+    if not controls:
+        return Outcome(
+            "skipped", "needs controls: a natural, a noise-only or a model of the same recipe"
+        )
+    before = bench.robust.copy()
+    after, accuracy = before.copy(), {}
+    for control in controls:
+        found = list(bench.run_transferred(control, _transfer_attacks(bench.plan)).values())
+        after &= np.all(found, axis=0)
+        accuracy[control.name] = float(np.mean(np.all(found, axis=0)))
+    new = paired_gap(before, after)
+    figure = {"accuracy": accuracy, "white_box": float(before.mean()), "new": new.to_json()}
+    if new.exceeds(_TRANSFER_GAP):
+        return Outcome(
+            "fail",
+            f"transferred images break {100 * new.value:.1f} points that no white-box attack did",
+            figure,
+        )
+    return Outcome(
+        "pass",
+        f"transfer from {len(controls)} models breaks {100 * new.value:.1f} points that the "
+        f"white-box attacks left",
+        figure,
+    )
+
+
+def _noise_attacks(plan: Plan) -> dict[str, Attack]:
+    return {
+        f"noise-{distribution}": RandomNoise(plan.threat, distribution, _NUM_DRAWS)
+        for distribution in ("uniform", "sign")
+    }
+
+
+def _random_noise(bench: Bench) -> Outcome:
+    rows = np.flatnonzero(bench.robust)[:_DRAWN_IMAGES]
+    if not len(rows):
+        return Outcome("not_applicable", "the white-box attacks left nothing standing")
+    found = bench.evaluate(bench.precise, _noise_attacks(bench.plan), rows=rows)
+    bench.robust[rows] &= found.robust
+    missed = int(np.sum(~found.robust))
+    figure = {"images": len(rows), "draws": _NUM_DRAWS, "newly_broken": missed}
+    reason = f"{missed} of {len(rows)} images that the white-box attacks left fall to noise"
+    return Outcome("fail" if missed else "pass", reason, figure)
+
+
+def _hard_label(bench: Bench) -> Outcome:
+    return Outcome("skipped", "this project has no attack that sees only the predicted class")
+
+
+OTHER_ATTACKS = (
+    Diagnostic(
+        18,
+        "AutoAttack",
+        "attack strength",
+        "No threshold: the headline is the worst case.",
+        "src",
+        "standard",
+        _autoattack,
+        _autoattack_attacks,
+    ),
+    Diagnostic(
+        19,
+        "Black box",
+        "attack strength",
+        f"Square takes at most {100 * _BLACK_BOX_GAP:g} points that the white-box attacks left "
+        f"(MNIST: what it takes from the adversarially trained control and "
+        f"{100 * _BLACK_BOX_GAP_OVER_CONTROL:g} points).",
+        "ctl",
+        "full",
+        _black_box,
+        _square_attacks,
+        control_kinds=("adversarial",),
+    ),
+    Diagnostic(
+        20,
+        "Transfer",
+        "attack strength",
+        f"Images made on the controls break at most {100 * _TRANSFER_GAP:g} points that the "
+        f"white-box attacks left.",
+        "src",
+        "standard",
+        _transfer,
+        passes=lambda plan: 250.0 * plan.num_examples * len(_sources(plan)),
+    ),
+    Diagnostic(
+        21,
+        "Random noise",
+        "attack strength",
+        f"{_NUM_DRAWS:,} draws of uniform and of sign noise break none of {_DRAWN_IMAGES} images "
+        f"that the white-box attacks left.",
+        "src",
+        "full",
+        _random_noise,
+        passes=lambda plan: 2 * _NUM_DRAWS * min(plan.num_examples, _DRAWN_IMAGES),
+    ),
+    Diagnostic(
+        22,
+        "Hard label",
+        "attack strength",
+        "An attack that sees only the predicted class finds nothing new.",
+        "src",
+        "full",
+        _hard_label,
+    ),
+)

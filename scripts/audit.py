@@ -1,0 +1,73 @@
+"""Test whether a claim of robustness holds: 33 diagnostics and a verdict with its evidence.
+
+With nothing else it audits the newest run. --claim is the claimed robust accuracy in per cent and
+--claimed_by the protocol that it rests on, whose attacks are then tested, too; --num_steps,
+--step_size, --loss_func and --restarts describe another attack of the claimant's. --controls
+names models of which the truth is known: runs, released models, or KIND:PATH with a kind of
+natural, noise_only, adversarial, same_recipe or squeezed. The quick budget does without. --model
+and --data take a network and images of your own. All values are in pixel units: [0, 1] for MNIST,
+[0, 255] for CIFAR.
+
+An interrupted audit goes on when the same command is given again.
+"""
+
+from absl import flags
+
+from logit_reg_scripts import command_line
+from logit_reg_scripts.command_line import FLAGS, UsageError
+
+flags.DEFINE_string(
+    "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
+)
+flags.DEFINE_enum(
+    "dataset",
+    None,
+    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
+    "data set; the run's own if not given",
+)
+flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
+flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
+flags.DEFINE_string("model", None, "a .keras file of your own, with --data, --bounds, --epsilon")
+flags.DEFINE_string("data", None, "an .npz file of your own, with arrays images and labels")
+flags.DEFINE_list("bounds", None, "lowest and highest pixel value of --data, as 0,1")
+
+flags.DEFINE_float("claim", None, "the claimed robust accuracy, per cent")
+flags.DEFINE_string("claimed_by", None, "the protocol that the claim rests on, as paper-mnist")
+flags.DEFINE_enum("budget", "quick", ["quick", "standard", "full"], "how many tests to run")
+flags.DEFINE_list("controls", [], "models of which the truth is known, as DIR or KIND:DIR")
+flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
+flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
+flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
+flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm of the claim (linf)")
+flags.DEFINE_float("epsilon", None, "epsilon of the claim, pixel units")
+flags.DEFINE_integer("num_steps", None, "the claimant's attack: steps of PGD")
+flags.DEFINE_float("step_size", None, "the claimant's attack: step size, pixel units")
+flags.DEFINE_bool("random_start", None, "the claimant's attack: random start (on)")
+flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "the claimant's attack: loss (xent)")
+flags.DEFINE_float("confidence", None, "the claimant's attack: confidence of cw (50)")
+flags.DEFINE_integer("restarts", None, "the claimant's attack: number of random starts (1)")
+flags.DEFINE_string("output_dir", None, "where audit.json and audit.html go; audits/ of the run")
+flags.DEFINE_bool("progress", False, "draw a progress bar for each attack")
+
+
+def main() -> None:
+    """Run the command."""
+    from logit_reg_scripts.audits import audited_challenge, audited_own, run_audit
+
+    if FLAGS.claim is None or not 0 <= FLAGS.claim <= 100:
+        raise UsageError(
+            f"--claim={FLAGS.claim}: give the claimed robust accuracy in per cent, as --claim=93.0."
+        )
+    if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
+        raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
+    is_own = FLAGS.model or FLAGS.data
+    run_audit(audited_own() if is_own else audited_challenge())
+
+
+def run() -> None:
+    """Entry point."""
+    command_line.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    run()

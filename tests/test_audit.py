@@ -1,0 +1,517 @@
+"""The audit: planted fakes, the verdict's rule, a linear classifier whose truth is known."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jsonschema
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from golden import trades_network
+from linear import SHAPE, Linear
+from test_command_line import assert_one_line_error, command
+
+import logit_reg.audit
+from logit_reg.attacks import FGSM, PGD
+from logit_reg.audit import Control, audit
+from logit_reg.audit.intervals import paired_gap
+from logit_reg.audit.records import DECISIVE, Cost, WorstCase, verdict
+from logit_reg.audit.run import DIAGNOSTICS, prepare, run_test
+from logit_reg.threat import ThreatModel
+from madry_compat import data
+
+# Of the images below it leaves the linear classifier 16 of 40.
+THREAT = ThreatModel("linf", 0.022, 0.0, 1.0)
+
+
+def linear_case():
+    """A linear classifier that is undecided on grey, and images that it classifies right."""
+    model = Linear(num_classes=5)
+    model.weights *= 3
+    model.bias = -0.5 * model.weights.sum(axis=0)
+    images = np.random.default_rng(1).uniform(0.2, 0.8, (40, *SHAPE)).astype(np.float32)
+    return model, images, model(images).numpy().argmax(axis=1)
+
+
+def outcome(number, logits_fn, *, threat=THREAT, images=None, labels=None, **options):
+    """The record of one test."""
+    _, default_images, default_labels = linear_case()
+    images = default_images if images is None else images
+    labels = default_labels if labels is None else labels
+    bench = prepare(logits_fn, threat, images, labels, **{"claim": 0.5, **options})
+    return run_test(bench, DIAGNOSTICS[number])[0]
+
+
+def small_network(*, dropout=0.0, offset=0.0):
+    """A random Keras network with batch normalisation, and random images."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((8, 8, 3))
+    constant = keras.initializers.Constant(offset)
+    x = keras.layers.Conv2D(8, 3, bias_initializer=constant)(inputs)
+    x = keras.layers.BatchNormalization(moving_mean_initializer=constant)(x)
+    x = keras.layers.ReLU()(x)
+    x = keras.layers.Dropout(dropout)(x)
+    x = keras.layers.Flatten()(x)
+    network = keras.Model(inputs, keras.layers.Dense(6)(x))
+    images = np.random.default_rng(0).uniform(0, 255, (30, 8, 8, 3)).astype(np.float32)
+    labels = network(images, training=False).numpy().argmax(axis=1)
+    return network, {"threat": ThreatModel("linf", 8.0, 0.0, 255.0), "images": images} | {
+        "labels": labels
+    }
+
+
+# --- planted fakes, each by the test meant for it
+
+
+@pytest.mark.parametrize("softmax", [tf.nn.softmax, lambda z: tf.nn.softmax(20 * z)])
+def test_a_softmax_output_is_seen_and_the_audit_goes_on_with_its_logarithm(softmax):
+    model, images, labels = linear_case()
+    assert outcome(1, lambda x: softmax(model(x))).status == "fail"
+    assert outcome(1, model).status == "pass"
+    bench = prepare(lambda x: softmax(model(x)), THREAT, images, labels, claim=0.5)
+    assert bench.clean.all()
+    assert run_test(bench, DIAGNOSTICS[3])[0].status == "pass"
+
+
+@pytest.mark.parametrize("stddev", [1e-2, 1.0])
+def test_noise_at_inference_is_seen(stddev):
+    model = linear_case()[0]
+    found = outcome(2, lambda x: model(x + tf.random.normal(tf.shape(x), stddev=stddev)))
+    assert found.status == "fail" and found.figure["spread"] > 1e-4
+    assert outcome(2, model).status == "pass"
+
+
+def test_randomness_that_a_trace_would_freeze_is_seen():
+    model, rng = linear_case()[0], np.random.default_rng(0)
+    assert outcome(2, lambda x: model(x) + rng.normal(size=5).astype(np.float32)).status == "fail"
+
+
+def test_dropout_left_on_is_seen():
+    network, case = small_network(dropout=0.3)
+    assert outcome(2, lambda x: network(x, training=True), **case).status == "fail"
+    # A Keras network is put into evaluation mode, as every attack does.
+    assert outcome(2, network, **case).status == "pass"
+
+
+def test_batch_normalisation_in_training_mode_is_seen():
+    network, case = small_network()
+
+    def left_in_training(images):
+        return network(images, training=True)
+
+    found = outcome(33, left_in_training, **case)
+    assert found.status == "fail" and "batch statistics" in found.reason
+    assert outcome(2, left_in_training, **case).status == "pass"
+    assert outcome(33, network, **case).status == "pass"
+
+
+@pytest.mark.parametrize("levels", [2, 16, 256])
+def test_quantised_inputs_are_seen(levels):
+    model = linear_case()[0]
+    found = outcome(3, lambda x: model(tf.round(x * levels) / levels))
+    assert found.status == "fail"
+    assert set(found.figure["zero_gradients"]) == {
+        f"{loss}_{place}" for loss in ("xent", "cw", "dlr") for place in ("clean", "start")
+    }
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e6])
+def test_large_logits_leave_no_gradient_of_cross_entropy(scale):
+    model = linear_case()[0]
+    found = outcome(3, lambda x: scale * model(x))
+    assert found.status == "fail" and "xent" in found.reason
+    assert found.figure["zero_gradients"]["cw_clean"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-8, 1e-12])
+def test_small_logits_say_nothing(scale):
+    model = linear_case()[0]
+    found = outcome(6, lambda x: scale * model(x))
+    assert found.status == "fail" and "ln K" in found.reason
+    assert found.figure["clean_cross_entropy"] == pytest.approx(np.log(5), rel=1e-2)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 12, 14, 33])
+def test_a_healthy_model_with_logits_times_thirty_passes(number):
+    model = linear_case()[0]
+    assert outcome(number, lambda x: 30.0 * model(x)).status == "pass"
+
+
+def test_a_saturated_softmax_hides_gradients_from_float32_and_not_from_the_audit():
+    model, images, labels = linear_case()
+    plain = prepare(model, THREAT, images, labels, claim=0.5)
+    scaled = prepare(lambda x: 100.0 * model(x), THREAT, images, labels, claim=0.5)
+    attacks = {"pgd": PGD(THREAT, "cw", 20, 0.01)}
+    np.testing.assert_array_equal(plain.run(attacks)["pgd"], scaled.run(attacks)["pgd"])
+    lost = PGD(THREAT, "xent", 20, 0.01)
+    raw = ~lost.run(lambda x: 100.0 * model(x), images, labels, seed=0).fooled
+    assert raw.sum() > scaled.run({"xent": lost})["xent"].sum()
+
+
+def test_beta_at_the_collapse_threshold_is_a_warning():
+    found = outcome(6, linear_case()[0], beta=11.0, collapse_threshold=10.733)
+    assert found.status == "fail" and "beta 11 reaches the collapse threshold" in found.reason
+    assert outcome(6, linear_case()[0], beta=10.0, collapse_threshold=10.733).status == "pass"
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongSign(PGD):
+    """PGD that descends."""
+
+    def run(self, logits_fn, images, labels, **options):
+        @tf.custom_gradient
+        def reverse(x):
+            return tf.identity(x), lambda upstream: -upstream
+
+        def reversed_logits(x):
+            return logits_fn(reverse(x))
+
+        return super().run(logits_fn, images, labels, gradient_logits_fn=reversed_logits, **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "loss"), [(8, "xent"), (8, "cw"), (23, "cw"), (24, "xent"), (24, "cw")]
+)
+def test_a_claimed_attack_with_a_wrong_sign_is_seen(number, loss):
+    model = linear_case()[0]
+    wrong = {"theirs": WrongSign(THREAT, loss, 40, 0.01)}
+    found = outcome(number, model, attacks=wrong)
+    assert found.status == "fail" and "theirs" in found.reason
+    right = {"theirs": PGD(THREAT, loss, 40, 0.01)}
+    assert outcome(number, model, attacks=right).status == "pass"
+
+
+def test_a_single_step_need_not_reach_every_image():
+    attacks = {"fgsm": FGSM(THREAT)}
+    assert outcome(24, linear_case()[0], attacks=attacks).status == "pass"
+
+
+@pytest.mark.parametrize("number", [8, 24])
+def test_a_model_with_reversed_gradients_fools_no_audit(number):
+    """Here it is the model that turns the sign: single step and iteration both go down."""
+    model = linear_case()[0]
+
+    @tf.custom_gradient
+    def reverse(x):
+        return tf.identity(x), lambda upstream: -upstream
+
+    expected = {8: "pass", 24: "fail"}
+    assert outcome(number, lambda x: model(reverse(x))).status == expected[number]
+
+
+@pytest.mark.parametrize(
+    ("threat", "scale", "message"),
+    [
+        (ThreatModel("linf", 0.3, 0.0, 255.0), 255.0, "next to nothing"),
+        (ThreatModel("linf", 8 / 255, 0.0, 255.0), 255.0, "next to nothing"),
+        (ThreatModel("l2", 0.5, 0.0, 255.0), 255.0, "next to nothing"),
+        (ThreatModel("linf", 8.0, 0.0, 1.0), 1.0, "turns every image grey"),
+        (ThreatModel("l2", 127.5, 0.0, 1.0), 1.0, "turns every image grey"),
+        (ThreatModel("linf", 8.0, 0.0, 255.0), 1.0, "bounds of another scale"),
+    ],
+)
+def test_an_epsilon_of_the_wrong_scale_is_seen(threat, scale, message):
+    images = scale * np.random.default_rng(0).uniform(0, 1, (20, 32, 32, 3)).astype(np.float32)
+    labels = first_pixels(images).numpy().argmax(axis=1)
+    found = outcome(4, first_pixels, threat=threat, images=images, labels=labels)
+    assert found.status == "fail" and message in found.reason
+
+
+def first_pixels(images):
+    """Five pixels as logits."""
+    return images[:, 0, :5, 0] * tf.constant(1.0)
+
+
+@pytest.mark.parametrize(
+    "threat", [ThreatModel("linf", 1.0, 0.0, 255.0), ThreatModel("l2", 127.5, 0.0, 255.0)]
+)
+def test_an_epsilon_of_the_right_scale_passes(threat):
+    images = np.random.default_rng(0).uniform(0, 255, (20, 32, 32, 3)).astype(np.float32)
+    labels = first_pixels(images).numpy().argmax(axis=1)
+    assert outcome(4, first_pixels, threat=threat, images=images, labels=labels).status == "pass"
+
+
+def test_a_claimed_attack_of_another_threat_model_is_seen():
+    attacks = {"theirs": PGD(dataclasses.replace(THREAT, epsilon=8.0), step_size=2.0)}
+    found = outcome(4, linear_case()[0], attacks=attacks)
+    assert found.status == "fail" and "theirs attacks in" in found.reason
+
+
+def test_float32_that_is_not_enough_is_seen():
+    """A constant that is added and taken away again costs float32 all digits below 64."""
+    network, case = small_network(offset=1e9)
+    assert outcome(7, network, **case).status == "fail"
+    assert outcome(7, small_network()[0], **case).status == "pass"
+    assert outcome(7, linear_case()[0]).status == "skipped"
+
+
+# --- the rule
+
+
+def record(number, status):
+    return logit_reg.audit.TestRecord(
+        number, "a test", "sanity", {}, "", "src", status, "", number in DECISIVE, Cost()
+    )
+
+
+def decisive(status="pass", **others):
+    changed = {int(name.removeprefix("test")): value for name, value in others.items()}
+    return tuple(record(number, changed.get(number, status)) for number in range(1, 34))
+
+
+def standing(share, total=1000):
+    return WorstCase(np.arange(total) < round(share * total))
+
+
+@pytest.mark.parametrize(
+    ("claim", "worst", "tests", "expected"),
+    [
+        (0.50, 0.00, decisive(), "REFUTED"),
+        (0.93, 0.829, decisive(), "REFUTED"),
+        (0.93, 0.83, decisive(), "HOLDS"),
+        (0.09, 0.04, decisive(), "REFUTED"),
+        (0.09, 0.05, decisive(), "HOLDS"),
+        (0.93, 0.90, decisive(test12="fail"), "SUSPECT"),
+        (0.93, 0.70, decisive(test12="fail"), "REFUTED"),
+        (0.93, 0.90, decisive(test8="fail"), "HOLDS"),
+        (0.93, 0.90, decisive(test20="skipped"), "NOT REFUTED"),
+        (0.93, 0.90, decisive(test19="report"), "NOT REFUTED"),
+        (0.93, 0.90, decisive(test13="not_applicable"), "HOLDS"),
+        (0.93, 0.95, decisive("report"), "NOT REFUTED"),
+    ],
+)
+def test_the_rule_of_the_verdict(claim, worst, tests, expected):
+    assert verdict(claim, standing(worst), tests) == expected
+
+
+def test_half_the_claim_refutes_only_where_the_intervals_are_apart():
+    assert verdict(0.09, standing(0.04, total=100), decisive()) == "HOLDS"
+
+
+def test_the_paired_interval_against_its_source():
+    """The example of Newcombe 1998, 50 pairs: 36, 12, 2 and 0."""
+    first = np.repeat([True, True, False, False], [36, 12, 2, 0])
+    second = np.repeat([True, False, True, False], [36, 12, 2, 0])
+    gap = paired_gap(first, second)
+    assert gap.value == pytest.approx(0.2)
+    assert (gap.low, gap.high) == pytest.approx((0.0569, 0.3404), abs=5e-4)
+    other = paired_gap(second, first)
+    assert (other.low, other.high) == pytest.approx((-gap.high, -gap.low))
+
+
+def test_a_gap_needs_more_than_one_example_to_count():
+    before = np.ones(100, bool)
+    after = before.copy()
+    after[:2] = False
+    assert not paired_gap(before, after).exceeds(0.01)
+    after[:10] = False
+    assert paired_gap(before, after).exceeds(0.01)
+
+
+# --- whole audits
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def keras_linear():
+    """The linear classifier as a Keras network, its images, labels and exact robust accuracy."""
+    model, images, labels = linear_case()
+    inputs = keras.Input(SHAPE)
+    outputs = keras.layers.Dense(5)(keras.layers.Flatten()(inputs))
+    network = keras.Model(inputs, outputs)
+    network.set_weights([model.weights, model.bias])
+    robust = model.distance(images, labels, "linf") > THREAT.epsilon
+    return network, images, labels, robust
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def linear_audit(tmp_path_factory):
+    """A quick audit that was killed after test 24 and went on; its lines and what is known."""
+    network, images, labels, robust = keras_linear()
+    folder, lines = tmp_path_factory.mktemp("audit"), []
+
+    def kill(line):
+        if line.startswith("test 24"):
+            raise Killed
+
+    settings = {"claim": 100 * robust.mean(), "claimed_by": "paper", "state_dir": folder}
+    with pytest.raises(Killed):
+        audit(network, THREAT, images, labels, announce=kill, **settings)
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    found = audit(network, THREAT, images, labels, announce=lines.append, **settings)
+    untouched = {name: (folder / name).stat().st_mtime_ns for name in kept}
+    return found, lines, (network, images, labels, robust), kept, untouched
+
+
+@pytest.mark.slow
+def test_the_worst_case_of_a_linear_classifier_is_exact(linear_audit):
+    found, _, (*_, robust), *_ = linear_audit
+    np.testing.assert_array_equal(found.worst_case.robust, robust)
+    assert found.worst_case.accuracy == 0.4
+    assert found.verdict == "NOT REFUTED"
+    assert found.failed == ()
+
+
+@pytest.mark.slow
+def test_a_quick_audit_never_says_holds_and_names_what_did_not_run(linear_audit):
+    found = linear_audit[0]
+    assert found.undecided == (19, 20, 25)
+    assert [test.number for test in found.tests] == list(range(1, 34))
+    ran = {test.number for test in found.tests if test.status != "skipped"}
+    assert ran == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 23, 24, 33}
+
+
+@pytest.mark.slow
+def test_the_cost_stands_before_the_tests_and_is_true_within_a_factor_of_two(linear_audit):
+    found, lines, *_ = linear_audit
+    first_test = next(i for i, line in enumerate(lines) if line.startswith("test "))
+    assert any(line.startswith("estimate: about") for line in lines[:first_test])
+    assert 0.5 < found.settings["estimate"]["backwards"] / found.cost.backwards < 2
+
+
+@pytest.mark.slow
+def test_a_killed_audit_goes_on_where_it_stopped(linear_audit):
+    _, _, _, kept, untouched = linear_audit
+    assert kept and kept == untouched
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_audit(linear_audit):
+    network, images, labels, robust = linear_audit[2]
+    again = audit(network, THREAT, images, labels, claim=robust.mean(), claimed_by="paper")
+    assert without_seconds(again.to_json()) == without_seconds(linear_audit[0].to_json())
+
+
+@pytest.mark.slow
+def test_audit_json_follows_its_schema(linear_audit):
+    path = Path(logit_reg.audit.__file__).with_name("audit.schema.json")
+    jsonschema.validate(linear_audit[0].to_json(), json.loads(path.read_text()))
+
+
+@pytest.mark.slow
+def test_the_schema_names_what_an_audit_says(linear_audit):
+    path = Path(logit_reg.audit.__file__).with_name("audit.schema.json")
+    schema, value = json.loads(path.read_text()), linear_audit[0].to_json()
+    assert set(schema["properties"]) == set(schema["required"]) == set(value)
+    assert set(schema["$defs"]["test"]["properties"]) == set(value["tests"][0])
+
+
+@pytest.mark.slow
+def test_curves_fall_with_epsilon_and_meet_the_worst_case(linear_audit):
+    curves = {curve.name: curve for curve in linear_audit[0].curves}
+    assert set(curves) == {"epsilon", "steps", "step_size", "logit_scale"}
+    epsilon = curves["epsilon"]
+    assert list(epsilon.x) == sorted(epsilon.x) and epsilon.x[0] == 0.0
+    assert list(epsilon.accuracy) == sorted(epsilon.accuracy, reverse=True)
+    assert epsilon.accuracy[0] == 1.0
+
+
+def natural_digits():
+    """A small network trained on the embedded digits without any defence, and its test images."""
+    train, test = data.load("mnist_5k", "train"), data.load("mnist_5k", "test")
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Conv2D(8, 5, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(16, 5, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(64, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+    network.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    pixels = data.to_pixels(train.images, "mnist_5k")
+    network.fit(pixels, train.labels, batch_size=64, epochs=5, verbose=0)
+    return network, data.to_pixels(test.images[:60], "mnist_5k"), test.labels[:60]
+
+
+@pytest.mark.slow
+def test_a_natural_model_is_refuted_at_half_and_at_its_fgsm_accuracy():
+    network, images, labels = natural_digits()
+    threat = ThreatModel("linf", 0.15, 0.0, 1.0)
+    found = audit(network, threat, images, labels, claim=50.0)
+    assert found.clean_accuracy > 0.9 and found.verdict == "REFUTED"
+    (iterative,) = (test for test in found.tests if test.number == 8)
+    fgsm = iterative.figure["accuracy"]["fgsm"]
+    assert verdict(fgsm, found.worst_case, found.tests) == "REFUTED"
+
+
+@pytest.mark.long
+def test_a_full_audit_uses_its_controls_and_may_say_holds():
+    network, images, labels, robust = keras_linear()
+    # Predicts one class, which is not that of the images.
+    controls = [
+        Control("natural", "natural", lambda x: 0.0 * network(x) + tf.one_hot([5], 6)[:, :5]),
+        Control("again", "same_recipe", network),
+        Control("trained", "adversarial", network),
+    ]
+    found = audit(
+        network, THREAT, images, labels, claim=robust.mean(), controls=controls, budget="full"
+    )
+    by_number = {test.number: test for test in found.tests}
+    assert found.verdict == "HOLDS", [(t.number, t.status, t.reason) for t in found.tests]
+    assert by_number[20].status == by_number[25].status == "pass"
+    assert by_number[22].status == "skipped"
+    assert by_number[32].status == "not_applicable"
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_the_golden_model_is_not_refuted_and_raises_no_false_alarm(shared, tfds_dir):
+    digits = data.load("mnist", "test", tfds_dir)
+    images, labels = data.to_pixels(digits.images[:60], "mnist"), digits.labels[:60]
+    found = audit(trades_network(shared), ThreatModel(), images, labels, claim=93.0)
+    assert found.verdict == "NOT REFUTED"
+    assert found.failed == ()
+
+
+@pytest.mark.slow
+def test_the_command_writes_audit_and_page_and_ends_with_the_verdict(tmp_path):
+    network, images, labels, _ = keras_linear()
+    network.save(tmp_path / "linear.keras")
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    own = ("--model=linear.keras", "--data=images.npz", "--bounds=0,1", "--epsilon=0.022")
+    process = command("audit", *own, "--claim=93", "--output_dir=out", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[-1].startswith("REFUTED: claimed 93.00 %, worst case 40.00 % of 40 images")
+    assert any(line.startswith("decisive, without a decision: test 25") for line in lines)
+    written = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert written["verdict"] == "REFUTED" and written["worst_case"]["accuracy"] == 0.4
+    assert "REFUTED" in (tmp_path / "out" / "audit.html").read_text()
+    assert not (tmp_path / "out" / ".state").exists()
+
+
+@pytest.mark.slow
+def test_the_command_asks_for_the_claim(tmp_path):
+    process = command("audit", cwd=tmp_path)
+    assert_one_line_error(process, "--claim=None", "in per cent, as --claim=93.0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"claim": 130.0}, "claim must be in per cent"),
+        ({"budget": "huge"}, "budget must be one of quick, standard, full"),
+        ({"state_dir": "somewhere"}, "state_dir needs a Keras network"),
+        ({"threat": ThreatModel("linf", 0.1, 0.0, 0.2)}, "must share pixel units"),
+    ],
+)
+def test_wrong_input_is_refused(changes, message):
+    model, images, labels = linear_case()
+    arguments = {"threat": THREAT, "claim": 0.5} | changes
+    with pytest.raises(ValueError, match=message):
+        audit(model, arguments.pop("threat"), images, labels, **arguments)
