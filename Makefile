@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test quick-test lint clean
+.PHONY: demo test quick-test fuzz lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python scripts/demo.py
@@ -13,13 +13,17 @@ test: $(VENV)/.installed-test
 quick-test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "not slow and not long"
 
+# 10,000 damaged files for each reader; FUZZ_INPUTS=500 for fewer.
+fuzz: $(VENV)/.installed-test
+	cd tests && $(abspath $(VENV))/bin/python -m fuzz --folder=../fuzz-results
+
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build fuzz-results *.egg-info
 
 # setup.py and pyproject.toml decide what is installed; a change of either installs again.
 $(VENV)/.installed: pyproject.toml setup.py

@@ -3,18 +3,25 @@
 import csv
 import dataclasses
 import io
-import math
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from logit_reg.files import atomic_path, read_json, write_json
+from logit_reg.files import (
+    atomic_path,
+    one_line,
+    read_arrays,
+    read_bytes,
+    read_json,
+    write_json,
+)
 from logit_reg.ledger import Ledger, read_ledger
 from logit_reg.loop import LOG_COLUMNS, TIMING_COLUMNS
 
-_MAX_BYTES = 256 * 2**20
+_MAX_LOG_BYTES = 16 * 2**20
+# Ten images; an ImageNet one has 600 KB.
+_MAX_EXAMPLE_BYTES = 64 * 2**20
 _EVALUATION_FILES = ("ledger.csv", "result.json", "examples.npz")
 _EXAMPLE_ARRAYS = ("images", "adversarial", "labels", "predictions", "bounds")
 
@@ -174,28 +181,32 @@ def _read_columns(path, columns):
     if not path.exists():
         return {}
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("larger than 256 MiB")
+        text = read_bytes(path, _MAX_LOG_BYTES).decode()
         # A row without its line end is one that a killed process did not finish.
-        whole = path.read_text()
-        rows = list(csv.DictReader(io.StringIO(whole[: whole.rfind("\n") + 1]), strict=True))
-        arrays = {name: np.array([float(row[name]) for row in rows]) for name in columns}
-        if not all(np.isfinite(array).all() for array in arrays.values()):
+        whole = io.StringIO(text[: text.rfind("\n") + 1])
+        rows = [
+            [float(row[name]) for name in columns] for row in csv.DictReader(whole, strict=True)
+        ]
+        if not np.isfinite(rows).all():
             raise ValueError("a value is not finite")
-    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a log with columns {', '.join(columns)} ({error})."
+            f"{path}: not a log with columns {', '.join(columns)} ({one_line(error)})."
         ) from error
-    return arrays if rows else {}
+    return dict(zip(columns, np.array(rows).T, strict=True)) if rows else {}
 
 
 def _read_examples(path):
     try:
-        with zipfile.ZipFile(path) as archive:
-            examples = Examples(**{name: _read_array(archive, name) for name in _EXAMPLE_ARRAYS})
-    except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not the examples of an evaluation ({error}).") from error
-    shape, num = examples.images.shape, len(examples.labels)
+        arrays = read_arrays(path, names=_EXAMPLE_ARRAYS, max_bytes=_MAX_EXAMPLE_BYTES)
+        if any(array.dtype.kind not in "iuf" for array in arrays.values()):
+            raise ValueError(f"{path}: holds text.")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} These are not the examples of an evaluation; evaluate again."
+        ) from error
+    examples = Examples(**arrays)
+    shape, num = examples.images.shape, examples.labels.size
     numbers = [np.isfinite(getattr(examples, name)).all() for name in _EXAMPLE_ARRAYS]
     if not (
         len(shape) == 4
@@ -212,17 +223,3 @@ def _read_examples(path):
             f"adversarial ones, labels and predictions, and bounds (lower, upper)."
         )
     return examples
-
-
-def _read_array(archive, name):
-    """An array of numbers from an npz, once its header agrees with its size."""
-    info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{name} is not in the npy format 1.0")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in "iuf" or size > _MAX_BYTES or size != info.file_size - file.tell():
-            raise ValueError(f"{name} is no array of numbers of its stated size below 256 MiB")
-    with archive.open(info) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)

@@ -25,7 +25,7 @@ _RELEASE_DEPTH = 3
 _MAX_STATE_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 1 << 20
 _MAX_INDEX_RECORDS = 10_000
-_MAX_KEY_BYTES = 4096
+_MAX_KEY_BYTES = 512
 _MAX_RANK = 8
 _MAX_DATA_BYTES = 8 << 30
 _TABLE_MAGIC = 0xDB4775248B80FB57
@@ -182,7 +182,8 @@ def _newest_by_state(state_file: Path) -> str:
             state = tf.train.get_checkpoint_state(str(state_file.parent))
     except (ValueError, tf.errors.OpError):
         pass
-    if state is None:
+    # A name that cannot be shown is not one that TensorFlow wrote.
+    if state is None or not state.model_checkpoint_path.isprintable():
         raise CheckpointError(
             f"{state_file}: no model_checkpoint_path in it; expected TensorFlow's text file, or "
             "pass the prefix to use."
@@ -221,8 +222,16 @@ def _read_index(path: Path) -> tuple[dict[str, Entry], int]:
     header = tensor_bundle_pb2.BundleHeaderProto.FromString(records.pop(b"", b""))
     if header.num_shards < 1:
         raise ValueError("no header")
-    entries = {key.decode("utf-8"): _entry(key, value) for key, value in records.items()}
+    entries = {_name(key): _entry(key, value) for key, value in records.items()}
     return entries, header.num_shards
+
+
+def _name(key: bytes) -> str:
+    """A tensor's name, which messages show."""
+    name = key.decode("utf-8")
+    if not name.isprintable():
+        raise ValueError(f"{key[:60]!r} is not the name of a tensor")
+    return name
 
 
 def _entry(key: bytes, record: bytes) -> Entry:

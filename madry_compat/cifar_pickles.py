@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ _FILES = {
     ("cifar100", "train"): ("train",),
     ("cifar100", "test"): ("test",),
 }
+# What the picklers of Python 2 and 3 write for arrays, integers, text and plain containers.
+# fmt: off
+_OPERATIONS = {
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
+    "BININT2", "LONG", "LONG1", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE",
+    "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "EMPTY_TUPLE",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT",
+    "DICT", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET",
+    "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+}
+# fmt: on
 
 
 def pickle_paths(name: str, split: str) -> list[Path]:
@@ -70,11 +82,12 @@ def _parse_batch(name: str, path: Path, content: bytes) -> tuple[np.ndarray, np.
     row_size = math.prod(IMAGE_SETS[name].shape)
     labels_key = _LABELS_KEYS[name]
     try:
+        _check_operations(content)
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
         batch = {_text(key): value for key, value in batch.items()}
         rows = batch["data"].to_numpy()
         labels = batch[labels_key]
-        labels = labels.to_numpy() if isinstance(labels, _PickledArray) else np.array(labels)
+        labels = labels.to_numpy() if isinstance(labels, _PickledArray) else _to_array(labels)
     except Exception as error:  # a hostile pickle can raise anything
         problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise DataError(
@@ -95,6 +108,40 @@ def _parse_batch(name: str, path: Path, content: bytes) -> tuple[np.ndarray, np.
     return images, labels.astype(np.int64)
 
 
+def _check_operations(content: bytes) -> None:
+    """Refuses a pickle that would take more memory or time than its size warrants.
+
+    Raises:
+        DataError: if it does something that a pickled batch does not.
+        ValueError: if it is truncated or no pickle.
+    """
+    count, tuples, top_is_tuple = 0, set[int](), False
+    for operation, argument, _ in pickletools.genops(content):
+        name = operation.name
+        if name not in _OPERATIONS:
+            raise DataError(f"it holds {name}, which a data file has no use for")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = count if argument is None else int(argument)
+            # The unpickler makes room for as many places as a file names.
+            if place > len(content):
+                raise DataError(f"it counts {place} objects in {len(content)} bytes")
+            count += 1
+            if top_is_tuple:
+                tuples.add(place)
+            continue
+        # A tuple of tuples that repeat takes forever to hash, as the key of a dict.
+        if name in ("GET", "BINGET", "LONG_BINGET") and argument in tuples:
+            raise DataError("it repeats a tuple, which a data file has no use for")
+        top_is_tuple = name.startswith("TUPLE")
+
+
+def _to_array(labels: Any) -> np.ndarray:
+    # Lists of lists that repeat would become an array without end.
+    if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+        raise DataError("the labels are no list of integers")
+    return np.array(labels, np.int64)
+
+
 def _text(key: Any) -> Any:
     return key.decode("latin1") if isinstance(key, bytes) else key
 
@@ -112,6 +159,8 @@ class _PickledDtype:
     def to_numpy(self) -> np.dtype:
         if self.code not in ("u1", "i1", "i2", "i4", "i8"):
             raise DataError(f"an array of type {self.code!r}, expected integers")
+        if self.byte_order not in ("|", "<", ">", "="):
+            raise DataError(f"an array of byte order {self.byte_order!r}")
         return np.dtype(self.byte_order + self.code)
 
 
@@ -132,22 +181,36 @@ class _PickledArray:
         return array.reshape(shape, order="F" if fortran else "C")
 
 
-def _array_from_buffer(buffer: Any, dtype: _PickledDtype, shape: tuple, order: str) -> Any:
-    """What protocol 5 calls for an array."""
-    array = _PickledArray()
-    array.state = (1, shape, dtype, order == "F", buffer)
-    return array
+class _ArrayFromBuffer:
+    """What protocol 5 calls for an array.
+
+    An object without attributes, as the next two: a pickle can set those of a function.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, buffer: Any, dtype: _PickledDtype, shape: tuple, order: str) -> Any:
+        array = _PickledArray()
+        array.state = (1, shape, dtype, order == "F", buffer)
+        return array
 
 
-def _scalar(dtype: _PickledDtype, raw: bytes) -> int:
-    return int(np.frombuffer(raw, dtype.to_numpy())[0])
+class _Scalar:
+    __slots__ = ()
+
+    def __call__(self, dtype: _PickledDtype, raw: bytes) -> int:
+        return int(np.frombuffer(raw, dtype.to_numpy())[0])
 
 
-def _latin1(text: str, encoding: str) -> bytes:
+class _Latin1:
     """What protocol 2 of Python 3 calls for bytes."""
-    if encoding != "latin1":
-        raise DataError(f"an encoding {encoding!r}, expected latin1")
-    return text.encode("latin1")
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise DataError(f"an encoding {encoding!r}, expected latin1")
+        return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -157,9 +220,9 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy", "ndarray"): _PickledArray,
         ("numpy", "dtype"): _PickledDtype,
         ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
-        ("numpy.core.multiarray", "scalar"): _scalar,
-        ("numpy.core.numeric", "_frombuffer"): _array_from_buffer,
-        ("_codecs", "encode"): _latin1,
+        ("numpy.core.multiarray", "scalar"): _Scalar(),
+        ("numpy.core.numeric", "_frombuffer"): _ArrayFromBuffer(),
+        ("_codecs", "encode"): _Latin1(),
     }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -174,6 +174,9 @@ def unpack(zip_path: str | os.PathLike[str], directory: str | os.PathLike[str]) 
             entry that is a link or another special file, leads outside, or stands twice.
     """
     zip_path, directory = Path(zip_path), Path(directory)
+    # A pipe would be waited for.
+    if not zip_path.is_file():
+        raise FetchError(f"{zip_path}: expected a zip archive; there is no such file.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FetchError(f"{directory} is in the way of {zip_path}. Move it away first.")
     temporary = None

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and the folder for those that can be made again."""
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -15,7 +16,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
         write: called once with the open binary file.
 
     Raises:
-        OSError: if the folder does not exist or cannot be written.
+        OSError: if the folder does not exist or cannot be written, with the file's name.
     """
     path = Path(path)
     # Made by open, not by tempfile: the file gets the permissions of any other new file.
@@ -26,8 +27,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror or error}); what was there stays."
+        raise (OSError(error.errno, message) if error.errno else OSError(message)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Of a folder that has vanished there is nothing to remove.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def default_cache_dir() -> Path:

@@ -77,7 +77,8 @@ class Arrays:
 def one_line(error: Exception) -> str:
     """The first line of what a library has to say, without TensorFlow's node names."""
     text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:.*", "", str(error)).strip()
-    return (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    line = (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return line if line.isprintable() else ascii(line)
 
 
 def all_there(paths: list[Path]) -> bool:
@@ -102,6 +103,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
         DataError: if it cannot be read or has more than `limit` bytes.
     """
     try:
+        # A pipe would be waited for.
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: expected a file; got a folder or a device.")
         size = path.stat().st_size
         if size > limit:
             raise DataError(f"{path} has {size} bytes, more than the {limit} it can need.")

@@ -5,6 +5,7 @@ A V2 bundle is `checkpoint-N.index` (names, shapes, offsets, checksums) and
 TensorFlow reads and writes the values; `bundle_index` finds the files and judges the index first.
 """
 
+import glob
 import logging
 import math
 import operator
@@ -37,6 +38,8 @@ _logger = logging.getLogger(__name__)
 _BATCH_NORM_VARIABLES = ("beta", "gamma", "moving_mean", "moving_variance")
 _BETA_POWERS = ("beta1_power", "beta2_power")
 _GLOBAL_STEP = "global_step"
+# Of names in a message: more than any challenge's network has, fewer than a file can invent.
+_MAX_LINES = 500
 # The perturbation that free adversarial training keeps as a variable; no part of the network.
 _HARMLESS = ("input/instance_perturbation", "input/instance_perturbation/Momentum")
 
@@ -295,7 +298,7 @@ def _check_entries(bundle: Bundle, rows: list[_Row], needed: Iterable[str] = ())
     if lines:
         raise CheckpointError(
             f"{bundle.prefix} does not fit the challenge's network; {len(lines)} names differ:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(lines if len(lines) <= _MAX_LINES else [*lines[:_MAX_LINES], "..."])
         )
     for name in extra:
         _logger.warning("%s: %s is no part of the network; left out.", bundle.prefix, name)
@@ -477,8 +480,9 @@ def _write_bundle(prefix: Path, values: Mapping[str, np.ndarray]) -> None:
     except tf.errors.OpError as error:
         raise OSError(f"{prefix}: cannot be written: {_first_line(error)}") from None
     finally:
-        for suffix in suffixes:
-            Path(f"{partial}{suffix}").unlink(missing_ok=True)
+        # TensorFlow leaves its own temporary files where the disk is full.
+        for path in partial.parent.glob(f"{glob.escape(partial.name)}.*"):
+            path.unlink(missing_ok=True)
 
 
 def _write_state(prefix: Path) -> None:

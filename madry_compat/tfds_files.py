@@ -8,11 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from madry_compat.idx_files import idx_note
-from madry_compat.image_sets import IMAGE_SETS, Arrays, DataError, Source, one_line, read_bounded
+from madry_compat.image_sets import (
+    IMAGE_SETS,
+    MAX_FILE_BYTES,
+    Arrays,
+    DataError,
+    Source,
+    one_line,
+    read_bounded,
+)
 
 _MAX_JSON_BYTES = 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
+# Before a record stand its length and a checksum, after it another one.
+_LENGTH_BYTES = 8
+_RECORD_BYTES = 16
 _CIFAR = ("cifar10", "cifar100")
 _CIFAR_SIZES = {"train": 50_000, "test": 10_000}
 
@@ -157,6 +168,20 @@ def _check_features(path: Path) -> None:
             pending.extend(value)
 
 
+def _check_records(path: Path) -> None:
+    """TensorFlow allocates what a record's length says, and ends the process where it cannot."""
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path.name} has {size} bytes")
+    position = 0
+    with path.open("rb") as file:
+        while header := file.read(_LENGTH_BYTES):
+            position += int.from_bytes(header, "little") + _RECORD_BYTES
+            if len(header) < _LENGTH_BYTES or position > size:
+                raise ValueError(f"a record of {path.name} is longer than the file")
+            file.seek(position)
+
+
 def _read_records(source: Source) -> _Records:
     """Reads all records of a split.
 
@@ -181,6 +206,18 @@ def _read_records(source: Source) -> _Records:
     }
 
     def decode_image(code):
+        # Before it is decoded: a few bytes of PNG can announce gigabytes.
+        is_png = tf.equal(tf.strings.substr(code, 0, len(_PNG)), _PNG)
+        is_jpeg = tf.equal(tf.strings.substr(code, 0, len(_JPEG)), _JPEG)
+        size = tf.cond(
+            is_jpeg,
+            lambda: tf.io.extract_jpeg_shape(code)[:2],
+            lambda: tf.io.decode_raw(tf.strings.substr(code, 16, 8), tf.int32, little_endian=False)[
+                ::-1
+            ],
+        )
+        tf.debugging.Assert(is_png | is_jpeg, ["neither PNG nor JPEG"])
+        tf.debugging.assert_equal(size, shape[:2], message="an image of another size")
         image = tf.io.decode_image(code, channels=shape[-1], expand_animations=False)
         return tf.ensure_shape(image, shape)
 
@@ -192,7 +229,10 @@ def _read_records(source: Source) -> _Records:
         signatures = tf.strings.substr(examples["image"], 0, len(_PNG))
         return images, examples["label"], examples["id"], signatures
 
-    records = tf.data.TFRecordDataset([str(path) for path in info.filepaths])
+    paths = [Path(path) for path in info.filepaths]
+    for path in paths:
+        _check_records(path)
+    records = tf.data.TFRecordDataset([str(path) for path in paths])
     batches = records.batch(1_000).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
     parts = list(batches.as_numpy_iterator())
     count = sum(len(part[1]) for part in parts)

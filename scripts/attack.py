@@ -43,10 +43,10 @@ flags.DEFINE_bool("progress", True, "draw a progress bar")
 
 def main() -> None:
     """Attack as the flags say."""
-    from logit_reg.evaluation import evaluate, predict
+    from logit_reg.evaluation import EvaluationState, evaluate, network_hash, predict
     from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
-    from logit_reg_scripts.submissions import write_adversarial
+    from logit_reg_scripts.submissions import prepare_output, write_adversarial
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
 
@@ -54,6 +54,7 @@ def main() -> None:
     path = Path(FLAGS.store_adv_path)
     if path.suffix != ".npy":
         raise UsageError(f"--store_adv_path={path}: expected the name of a .npy file.")
+    prepare_output(path)
     model = load_model(FLAGS.model_dir)
     data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
     name = dataset_for(model, FLAGS.dataset, data_dir)
@@ -68,6 +69,7 @@ def main() -> None:
     labels = dataset.labels[:count]
 
     attacks = attack_from_flags(challenge_threat(challenge), challenge)
+    state = EvaluationState(path.parent / f".{path.stem}.state", network_hash(model.network))
     found = evaluate(
         model.network,
         attacks,
@@ -75,9 +77,11 @@ def main() -> None:
         labels,
         batch_size=batch_size,
         seed=FLAGS.random_seed,
+        state=state,
         show_progress=FLAGS.progress,
     )
     write_adversarial(path, found.adversarial, dataset, challenge)
+    state.clear()
     scored = {"attacked": model} | ({"target": target} if target else {})
     for role, scored_model in scored.items():
         clean = predict(scored_model.network, images, batch_size=batch_size) == labels

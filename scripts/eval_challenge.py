@@ -57,12 +57,15 @@ flags.DEFINE_bool("progress", True, "draw progress bars")
 def main() -> None:
     """Evaluate as the flags say."""
     from logit_reg_scripts.attack_flags import ATTACK_FLAGS, apply_config
+    from logit_reg_scripts.submissions import prepare_output
 
     # A protocol and a submission have their own attack; the file's would contradict it.
     has_attack = FLAGS.protocol or FLAGS.attack_file
     apply_config(without=ATTACK_FLAGS if has_attack else ())
     if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
         raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
+    if FLAGS.store_adv_path and not FLAGS.attack_file:
+        prepare_output(Path(FLAGS.store_adv_path))
     if FLAGS.model or FLAGS.data:
         _evaluate_own()
     else:
@@ -77,7 +80,7 @@ def _evaluate_challenge() -> None:
         published_beside,
     )
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
-    from logit_reg_scripts.submissions import score_files, write_adversarial
+    from logit_reg_scripts.submissions import score_files
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
 
@@ -114,7 +117,7 @@ def _evaluate_challenge() -> None:
         "release": model.release,
     }
     output_dir = _output_dir(model, protocols)
-    evaluation, result = evaluate_protocols(
+    _, result = evaluate_protocols(
         model.network,
         test,
         protocols,
@@ -124,18 +127,15 @@ def _evaluate_challenge() -> None:
         settings=settings,
         worst_case_only=FLAGS.worst_case_only,
         show_progress=FLAGS.progress,
+        store=lambda images: _store(images, dataset, challenge),
     )
     print_result(result, published_beside(model.release, dataset))
     print(f"ledger: {output_dir / 'ledger.csv'}")
-    if FLAGS.store_adv_path:
-        path = Path(FLAGS.store_adv_path)
-        write_adversarial(path, evaluation.adversarial, dataset, challenge)
     if model.is_squeezed and not any(name.startswith("autoattack") for name in protocols):
         print("PGD flatters this family, run --protocol=autoattack")
 
 
 def _evaluate_own() -> None:
-    from logit_reg.files import write_array
     from logit_reg.threat import ThreatModel
     from logit_reg_scripts.attack_flags import attack_from_flags
     from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
@@ -174,7 +174,7 @@ def _evaluate_own() -> None:
     test = test.first(command_line.num_examples(FLAGS.num_eval_examples, len(images)))
     protocols = {"flags": attack_from_flags(threat, None)}
     output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{Path(FLAGS.model).stem}-{path.stem}")
-    evaluation, result = evaluate_protocols(
+    _, result = evaluate_protocols(
         network,
         test,
         protocols,
@@ -184,11 +184,21 @@ def _evaluate_own() -> None:
         settings={"model": FLAGS.model, "data": FLAGS.data},
         worst_case_only=FLAGS.worst_case_only,
         show_progress=FLAGS.progress,
+        store=_store,
     )
     print_result(result)
     print(f"ledger: {output_dir / 'ledger.csv'}")
-    if FLAGS.store_adv_path:
-        write_array(FLAGS.store_adv_path, evaluation.adversarial)
+
+
+def _store(images, dataset=None, challenge=None) -> None:
+    """Write the worst-case images where --store_adv_path says, if it does."""
+    from logit_reg.files import write_array
+    from logit_reg_scripts.submissions import write_adversarial
+
+    if FLAGS.store_adv_path and challenge is not None:
+        write_adversarial(Path(FLAGS.store_adv_path), images, dataset, challenge)
+    elif FLAGS.store_adv_path:
+        write_array(FLAGS.store_adv_path, images)
 
 
 def _protocols(model, challenge):

@@ -1,7 +1,7 @@
 """An evaluation from start to ledger: hash, estimate, attack, write, show."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import keras
@@ -56,6 +56,7 @@ def evaluate_protocols(
     settings: dict,
     worst_case_only: bool = False,
     show_progress: bool = True,
+    store: Callable[[np.ndarray], None] | None = None,
 ) -> tuple[Evaluation, dict]:
     """Evaluate a network, write `result.json`, `ledger.csv` and `examples.npz`.
 
@@ -72,6 +73,7 @@ def evaluate_protocols(
         settings: provenance of the network, for `result.json`.
         worst_case_only: see `logit_reg.evaluation.evaluate`.
         show_progress: draw progress bars.
+        store: gets the worst-case images, before the finished batches are removed.
 
     Returns:
         The evaluation and the content of `result.json`.
@@ -112,6 +114,8 @@ def evaluate_protocols(
     )
     _write_examples(output_dir, network, evaluation, test, batch_size)
     write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
+    if store is not None:
+        store(evaluation.adversarial)
     state.clear()
     return evaluation, result
 

@@ -1,5 +1,6 @@
 """Scoring and writing `attack.npy` files, with the challenge's own checks."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def score_files(
     Raises:
         SubmissionError: if a file would not be accepted.
     """
+    prepare_output(pred_path)
     require_canonical(f"{test.name} {test.split} ({test.note or test.source})", test.canonical)
     natural = to_pixels(np.asarray(test.images), test.name)
     predictions = []
@@ -71,6 +73,22 @@ def score_files(
     write_predictions(pred_path, combined)
     print(format_score(float(correct.mean()), pred_path))
     return float(correct.mean())
+
+
+def prepare_output(path: Path) -> None:
+    """Make the folder of a file, and see that one can be written there before hours of work.
+
+    Raises:
+        OSError: if not, with the file's name.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path}: cannot be written ({error.strerror}); choose another folder."
+        ) from error
 
 
 def write_adversarial(path: Path, adversarial, test: Dataset, challenge: Challenge) -> None:

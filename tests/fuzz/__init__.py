@@ -1,0 +1,1 @@
+"""Fuzzing of every reader of files that strangers may have written; see `python -m fuzz`."""

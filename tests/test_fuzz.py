@@ -1,0 +1,21 @@
+"""Every reader of strangers' files, on 500 damaged ones each (`make fuzz`: 10,000)."""
+
+import os
+
+import pytest
+from fuzz.engine import fuzz
+from fuzz.readers import READERS
+
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path):
+    inputs = max(1, round(INPUTS * READERS[name].share))
+    report = fuzz(name, inputs, tmp_path, seed=1)
+    assert not report.failures, "\n".join(report.failures)
+    assert report.inputs == inputs
+    # Damage that the first check finds proves little.
+    assert report.past_checks >= inputs / 2
+    print(report)
