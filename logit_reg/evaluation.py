@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,11 +22,13 @@ from logit_reg.attacks.attack import (
 from logit_reg.attacks.checks import check_square, warn
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.standing import clean_logits
-from logit_reg.files import write_arrays
+from logit_reg.files import read_arrays, write_arrays
 from logit_reg.threat import ThreatModel
 
 # Relative slack of an attack's own output: float32 cannot keep a ball to the last bit.
 _RELATIVE_SLACK = 1e-6
+# Of a finished batch: its adversarial images, mostly.
+_MAX_STATE_BYTES = 4 * 2**30
 
 _CLASSIFIER = Classifier()
 
@@ -114,9 +115,8 @@ class EvaluationState:
     def load(self, description: str) -> dict[str, np.ndarray] | None:
         """The arrays saved under a description, or None; a damaged file counts as none."""
         try:
-            with np.load(self._path(description), allow_pickle=False) as saved:
-                return dict(saved)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return read_arrays(self._path(description), max_bytes=_MAX_STATE_BYTES)
+        except ValueError:
             return None
 
     def save(self, description: str, arrays: dict[str, np.ndarray]) -> None:

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import numpy as np
 
 from logit_reg.attacks.attack import Attack
 from logit_reg.evaluation import Evaluation, wilson_interval
-from logit_reg.files import read_json, write_json, write_text
+from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
 
 SCHEMA = 1
 _LEVEL = 0.95
+_MAX_LEDGER_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,14 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
     Args:
         directory: made if need be.
         evaluation: what was found.
-        result: from `build_result`.
+        result: from `build_result`; its file also gets the hash of the ledger.
         indices: (N,) int places of the examples in their data set.
     """
+    cascades = {name: record for name, record in evaluation.records.items() if record.stages}
     stages = {
-        f"standing_after_{stage}": standing
-        for record in evaluation.records.values()
+        # Two cascades have stages of the same name.
+        f"standing_after_{stage if len(cascades) == 1 else f'{name}_{stage}'}": standing
+        for name, record in cascades.items()
         for stage, standing in record.stages
     }
     columns = ["index", "label", "clean_prediction", "robust", "broken_by", "distance"]
@@ -117,7 +122,8 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
         )
     directory = Path(directory)
     write_text(directory / "ledger.csv", text.getvalue())
-    write_json(directory / "result.json", result)
+    digest = _sha256(text.getvalue().encode())
+    write_json(directory / "result.json", result | {"ledger_sha256": digest})
 
 
 def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:
@@ -130,8 +136,8 @@ def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:
         The ledger and the content of `result.json`.
 
     Raises:
-        ValueError: if a file is missing or is not what this project writes, or the two
-            contradict each other.
+        ValueError: if a file is missing or is not what this project writes, the two contradict
+            each other, or the ledger was changed after it was written.
     """
     directory = Path(directory)
     result = read_json(directory / "result.json")
@@ -141,9 +147,10 @@ def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:
             f"it is not a result of this version."
         )
     path = directory / "ledger.csv"
+    content = read_bytes(path, _MAX_LEDGER_BYTES)
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
+        text = io.StringIO(content.decode(), newline="")
+        rows = list(csv.DictReader(text, strict=True))
         ledger = Ledger(
             index=_column(rows, "index", int),
             label=_column(rows, "label", int),
@@ -157,22 +164,40 @@ def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:
                 if name is not None and name.startswith("correct_")
             },
         )
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (csv.Error, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a ledger of this project ({error}).") from error
+    except (csv.Error, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not a ledger of this project ({one_line(error)}).") from error
+    # Results of the first version have no hash; `stamp_ledger` adds it.
+    if result.get("ledger_sha256", digest := _sha256(content)) != digest:
+        raise ValueError(
+            f"{path} is not the file that result.json was made with: it was edited, or a later "
+            f"evaluation was interrupted; evaluate again."
+        )
     if len(rows) != result.get("num_examples") or not rows:
         raise ValueError(
-            f"{path}: {len(rows)} rows, but result.json speaks of {result.get('num_examples')}."
+            f"{path}: {len(rows)} rows, but result.json speaks of "
+            f"{reprlib.repr(result.get('num_examples'))}."
         )
     for name, values in (("robust", ledger.robust), ("clean", ledger.clean)):
         stated = result.get(f"{name}_accuracy")
         if stated != _share(values):
             raise ValueError(
-                f"{path}: {name} accuracy {_share(values)}, but result.json says {stated}; one of "
-                f"the two was changed by hand."
+                f"{path}: {name} accuracy {_share(values)}, but result.json says "
+                f"{reprlib.repr(stated)}; one of the two was changed by hand."
             )
     return ledger, result
+
+
+def stamp_ledger(directory: Path | str) -> None:
+    """Add the hash of `ledger.csv` to a `result.json` that has none.
+
+    Raises:
+        ValueError: as `read_ledger`, which checks the two first.
+    """
+    directory = Path(directory)
+    _, result = read_ledger(directory)
+    if "ledger_sha256" not in result:
+        digest = _sha256(read_bytes(directory / "ledger.csv", _MAX_LEDGER_BYTES))
+        write_json(directory / "result.json", result | {"ledger_sha256": digest})
 
 
 def attack_settings(attack: Attack) -> dict:
@@ -197,6 +222,10 @@ def _protocol_result(evaluation, attacks):
             for name, attack in attacks.items()
         },
     }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _share(values) -> float:

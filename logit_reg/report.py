@@ -1,6 +1,7 @@
 """Tables made from the per-example ledgers of runs, and their place in a Markdown file."""
 
 import dataclasses
+import functools
 import html
 import re
 import textwrap
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from logit_reg.evaluation import wilson_interval
+from logit_reg.published import Published, published_for
 from logit_reg.runs import Run as Run
 from logit_reg.runs import load_run as load_run
 
@@ -107,24 +109,27 @@ class Table:
 
 
 def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
-    """Accuracy of the main evaluation under the worst of some of its attacks, per example.
+    """Accuracy under the worst of some attacks, per example, in the largest evaluation of them.
 
     Args:
         run: the run.
         attacks: names of attacks; none for the clean accuracy.
 
     Returns:
-        The accuracy; None unless every attack was run on all examples that are right clean.
+        The accuracy; None unless an evaluation ran every attack on all examples that are right
+        clean.
     """
-    evaluation = run.evaluations.get(MAIN)
-    if evaluation is None or not set(attacks) <= evaluation.ledger.correct.keys():
+    found = [
+        evaluation.ledger
+        for folder, evaluation in run.evaluations.items()
+        if "@" not in folder
+        and set(attacks) <= evaluation.ledger.correct.keys()
+        and not (attacks and _shares_active_set(evaluation))
+    ]
+    if not found:
         return None
-    settings = evaluation.result.get("settings")
-    if attacks and isinstance(settings, dict) and settings.get("worst_case_only"):
-        # Each attack then saw only what the ones before had left.
-        return None
-    correct = [evaluation.ledger.correct[name] for name in attacks]
-    return _count(np.all([evaluation.ledger.clean, *correct], axis=0))
+    ledger = max(found, key=lambda ledger: len(ledger.label))
+    return _count(np.all([ledger.clean, *(ledger.correct[name] for name in attacks)], axis=0))
 
 
 def worst_case(run: Run, folder: str = MAIN) -> Accuracy | None:
@@ -170,8 +175,17 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
     return kept
 
 
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings of training that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
+
+
 def results_table(runs: Sequence[Run]) -> Table:
     """Accuracy of each run under each attack, counted from the per-example ledgers.
+
+    Runs of the same name are told apart by the settings that differ. What was published of the
+    same training stands in a column of its own, where anything was.
 
     Args:
         runs: in the order of the rows.
@@ -183,8 +197,9 @@ def results_table(runs: Sequence[Run]) -> Table:
         ValueError: if there are no runs, or they were evaluated on different data sets.
     """
     kept = comparable(runs)
+    labels = _labels(kept)
     columns = [
-        _Column("run", lambda run: run.name),
+        _Column("run", lambda run: labels[id(run)]),
         _accuracy_column("clean", kept, lambda run: accuracy_under(run, ())),
         _accuracy_column("FGSM", kept, lambda run: accuracy_under(run, FGSM_ATTACKS)),
         *(
@@ -197,7 +212,17 @@ def results_table(runs: Sequence[Run]) -> Table:
             for loss, attack in zip(("xent", "CW"), pgd_attacks(num_steps), strict=True)
         ),
         _accuracy_column("worst case\n[95 %]", kept, worst_case, with_interval=True),
+        *(
+            _accuracy_column(
+                f"{folder}\n[95 %]",
+                kept,
+                functools.partial(worst_case, folder=folder),
+                with_interval=True,
+            )
+            for folder in _further_folders(kept)
+        ),
         _strong_column(kept),
+        *_published_columns(kept),
         _Column("training\nsteps", lambda run: _show(run.steps, "d")),
         _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
     ]
@@ -259,6 +284,49 @@ def _accuracy_column(title, runs, measure, *, with_interval=False, describe=None
     return _Column("\n".join(filter(None, (title, shared))), cell)
 
 
+def _shares_active_set(evaluation):
+    """Whether each attack saw only what the ones before had left."""
+    settings = evaluation.result.get("settings")
+    return isinstance(settings, dict) and bool(settings.get("worst_case_only"))
+
+
+def _labels(runs):
+    """What to call each run, by its identity: runs of a sweep may share their name."""
+    shared = [run for run in runs if sum(other.name == run.name for other in runs) > 1]
+    labels = {}
+    for run in runs:
+        twins = [other for other in shared if other.name == run.name]
+        words = [f"{name} {run.settings.get(name)}" for name in differing_settings(twins)]
+        labels[id(run)] = ", ".join([run.name, *words])
+    return labels
+
+
+def _further_folders(runs):
+    """Evaluations beside the main and the strong one; those of a grid belong to figures."""
+    names = {
+        folder
+        for run in runs
+        for folder, evaluation in run.evaluations.items()
+        # FGSM has a column of its own.
+        if "@" not in folder and not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS)
+    }
+    return sorted(names - {MAIN, STRONG})
+
+
+def _published_columns(runs):
+    found = [published_for(run.settings) for run in runs]
+    if not any(found):
+        return []
+
+    def cell(run):
+        entry = published_for(run.settings)
+        if entry is None:
+            return NOT_MEASURED
+        return ", ".join(f"{name} {value:.2f}" for name, value in entry.accuracy.items())
+
+    return [_Column("published", cell)]
+
+
 def _strong_column(runs):
     return _accuracy_column(
         "strong attack\n[95 %]",
@@ -290,6 +358,10 @@ def _caption(runs, left_out):
     pairs = [run.evaluations for run in runs if {MAIN, STRONG} <= run.evaluations.keys()]
     if pairs and all(set(p[STRONG].ledger.index) < set(p[MAIN].ledger.index) for p in pairs):
         parts.append("The strong attack's images are among those of the other columns.")
+    published: list[Published] = [e for run in runs if (e := published_for(run.settings))]
+    if published:
+        sources = "; ".join(dict.fromkeys(entry.source for entry in published))
+        parts.append(f"Published, on the whole original test set: {sources}.")
     if left_out:
         names = ", ".join(run.name for run in left_out)
         parts.append(

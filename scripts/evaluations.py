@@ -11,6 +11,7 @@ from logit_reg.attacks import Attack
 from logit_reg.evaluation import (
     Evaluation,
     EvaluationState,
+    content_hash,
     estimate_seconds,
     evaluate,
     network_hash,
@@ -105,6 +106,7 @@ def evaluate_protocols(
         settings={
             **settings,
             "network_sha256": key,
+            "images_sha256": content_hash(test.images),
             "eval_batch_size": batch_size,
             "worst_case_only": worst_case_only,
             "versions": versions(),

@@ -1,6 +1,7 @@
 """Evaluation: worst case per example, the gate, the books, resume."""
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from logit_reg.evaluation import (
     evaluate,
     wilson_interval,
 )
+from logit_reg.files import write_json
 from logit_reg.ledger import build_result, read_ledger, write_ledger
 from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
@@ -263,7 +265,8 @@ def test_a_ledger_reads_back_as_it_was_written(tmp_path):
     result = build_result(found, {"flags": attacks}, dataset="made-up", settings={}, seed=0)
     write_ledger(tmp_path, found, result, np.arange(40) + 100)
     ledger, again = read_ledger(tmp_path)
-    assert again == result
+    digest = hashlib.sha256((tmp_path / "ledger.csv").read_bytes()).hexdigest()
+    assert again == result | {"ledger_sha256": digest}
     np.testing.assert_array_equal(ledger.index, np.arange(40) + 100)
     np.testing.assert_array_equal(ledger.robust, found.robust)
     np.testing.assert_array_equal(ledger.clean, found.clean)
@@ -287,6 +290,10 @@ def test_a_ledger_edited_by_hand_is_noticed(tmp_path):
     broken = next(i for i, line in enumerate(lines) if ",xent," in line)
     lines[broken] = lines[broken].replace(",0,xent,", ",1,,")
     path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="is not the file that result.json was made with"):
+        read_ledger(tmp_path)
+    # A ledger from before there were hashes is held against its accuracies.
+    write_json(tmp_path / "result.json", result)
     with pytest.raises(ValueError, match="one of the two was changed by hand"):
         read_ledger(tmp_path)
 

@@ -1,8 +1,6 @@
 """The report: tables counted from ledgers, figures that can be read, one page, one section."""
 
 import csv
-import html.parser
-import itertools
 import re
 import zipfile
 from pathlib import Path
@@ -10,17 +8,29 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from readable import assert_readable, check_html, visible_texts
 
 from logit_reg import figures
 from logit_reg.evaluation import AttackRecord, Evaluation
+from logit_reg.figure_style import to_svg
 from logit_reg.files import read_json, write_json
+from logit_reg.leaderboard import leaderboard_tables, read_cards, write_leaderboard
 from logit_reg.ledger import build_result, write_ledger
 from logit_reg.page import write_page
 from logit_reg.protocols import protocol_attacks
+from logit_reg.published import PUBLISHED
 from logit_reg.report import Table, load_run, replace_marked_section, results_table
+from logit_reg.sweep_figures import (
+    ATTACK_STEPS,
+    TRAINING_STEP,
+    sweep_caption,
+    sweep_figure,
+    sweep_points,
+    sweep_table,
+)
 
 PROTOCOLS = ("paper-fgsm", "paper-mnist")
+PROTOCOLS_OF_CIFAR = ("paper-fgsm", "paper-20", "paper-50", "paper-200", "autoattack")
 ATTACKS = ("fgsm-xent", "fgsm-cw", "pgd40-xent", "pgd40-cw")
 
 
@@ -209,6 +219,10 @@ def test_a_ledger_whose_verdicts_contradict_its_attacks_is_refused(tmp_path):
     folder = save_run(tmp_path / "a", "a", counts=(490, 400, 300, 250))
     path = folder / "evaluation" / "ledger.csv"
     path.write_text(re.sub(r"(\n0,0,0,1,,0,1,1,1),1\n", r"\1,0\n", path.read_text()))
+    result = read_json(path.with_name("result.json"))
+    # Without the hash, as a forger or the first version would leave it.
+    del result["ledger_sha256"]
+    write_json(path.with_name("result.json"), result)
 
     with pytest.raises(ValueError, match="robust is not what clean and the correct_ columns give"):
         load_run(folder)
@@ -355,6 +369,227 @@ def test_no_runs_are_refused():
         results_table([])
 
 
+def test_runs_of_one_name_are_told_apart_by_the_settings_that_differ(tmp_path):
+    runs = [load_run(save_run(tmp_path / str(i), "squeeze")) for i in range(2)]
+    runs[1].settings["beta"] = 5.0
+    other = load_run(save_run(tmp_path / "c", "natural"))
+
+    names = [row[0] for row in results_table([*runs, other]).rows]
+
+    assert names == ["squeeze, beta 2.0", "squeeze, beta 5.0", "natural"]
+
+
+def test_a_further_evaluation_has_a_column_and_those_of_a_grid_have_none(tmp_path):
+    folder = save_run(tmp_path / "a", "a")
+    save_strong(folder / "l2", 3, 10)
+    save_strong(folder / "l2@num_steps-20", 3, 10)
+
+    table = results_table([load_run(folder)])
+
+    (column,) = [i for i, name in enumerate(table.columns) if name.startswith("l2")]
+    assert table.columns[column] == "l2\n[95 %]\nn = 10"
+    assert table.rows[0][column] == "30.0 [10.8, 60.3]"
+
+
+def test_what_was_published_of_the_same_training_stands_beside(tmp_path):
+    run = load_run(save_run(tmp_path / "a", "7-step adversarial"))
+    assert "published" not in results_table([run]).columns
+    settings = {"dataset": "cifar10", "width": 10, "adversary": "pgd", "num_steps": 7}
+    run.settings.update(settings | {"reg": "none"})
+
+    table = results_table([run])
+
+    cell = dict(zip(table.columns, table.rows[0], strict=True))["published"]
+    assert "clean 87.25" in cell
+    assert "pgd20-xent 45.84" in cell
+    assert "MadryLab's public model" in table.caption
+    run.settings["width"] = 1
+    assert "published" not in results_table([run]).columns
+
+
+def test_published_numbers_are_shares_under_attacks_that_exist():
+    attacks = {"clean"} | {
+        name for p in PROTOCOLS_OF_CIFAR for name in protocol_attacks(p, "cifar")
+    }
+    for entry in PUBLISHED:
+        assert set(entry.accuracy) <= attacks
+        assert all(0 <= value <= 100 for value in entry.accuracy.values())
+
+
+# Sweeps
+
+
+def beta_sweep(folder, betas=(0.5, 2.0, 10.0, 12.0), seeds=(0,), reg="squeeze"):
+    runs = []
+    for seed in seeds:
+        for i, beta in enumerate(betas):
+            path = folder / f"{reg}-{beta}-{seed}"
+            counts = (400, 390, 300 - 40 * i + 5 * seed, 290 - 40 * i)
+            run = load_run(save_run(path, reg, counts, 495 - 10 * i, i, seed=seed))
+            run.settings.update({"beta": beta, "reg": reg, "random_seed": seed})
+            runs.append(run)
+    return runs
+
+
+def test_a_point_of_a_sweep_is_counted_from_its_ledger(tmp_path):
+    points = sweep_points(beta_sweep(tmp_path), "beta")
+
+    found = {(p.x, p.curve): p.accuracy.percent for p in points}
+    assert found[0.5, "clean, n = 500"] == 99.0
+    assert found[10.0, "PGD-40, worst of xent and CW, n = 500"] == pytest.approx(42.0)
+    assert found[12.0, "l2-pgd100-cw-x10, n = 100"] == 3.0
+    assert [p.x for p in points] == sorted(p.x for p in points)
+    assert {p.panel for p in points} == {""}
+
+
+def test_the_figure_of_a_sweep_reads_like_a_papers(tmp_path):
+    runs = beta_sweep(tmp_path, seeds=(0, 1))
+    figure = sweep_figure(runs, "beta")
+    (axes,) = figure.axes
+
+    assert_readable(figure)
+    assert axes.get_xlabel() == "beta, weight of the penalty"
+    assert axes.get_ylabel() == "images right (%)"
+    # sqrt(.9 * 128), where all-zero logits become optimal.
+    (threshold,) = [
+        line.get_xdata()[0]
+        for line in axes.lines
+        if len(set(line.get_xdata())) == 1 and list(line.get_ydata()) == [0, 1]
+    ]
+    assert threshold == pytest.approx(10.733, abs=1e-3)
+    assert "2 training seeds" in sweep_caption(runs, "beta")
+    assert to_svg(sweep_figure(runs, "beta")) == to_svg(figure)
+
+
+def test_two_regularisers_have_a_panel_each_and_the_scale_is_said(tmp_path):
+    runs = beta_sweep(tmp_path)
+    runs += beta_sweep(tmp_path, (0.1, 0.5, 0.9), reg="squeeze_example")
+    figure = sweep_figure(runs, "beta")
+
+    assert_readable(figure)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["reg squeeze_example", "reg squeeze"]
+    assert "square root of the batch (128) weaker" in sweep_caption(runs, "beta")
+
+
+def test_the_table_of_a_sweep_has_the_mean_and_spread_of_its_seeds(tmp_path):
+    table = sweep_table(beta_sweep(tmp_path, seeds=(0, 10)), "beta")
+    assert table.columns[:2] == ("beta", "clean\nn = 500")
+    # 290 of 500 under CW, 300 and 350 under xent: the first is the worst of both.
+    assert table.rows[0][2] == "58.0 [58.0, 58.0]"
+    assert [row[0] for row in table.rows] == ["0.5", "2", "10", "12"]
+
+
+def test_checkpoints_of_one_run_are_a_curve_over_training_steps(tmp_path):
+    folder = save_run(tmp_path / "a", "squeeze")
+    for step, count in ((1000, 8), (20000, 3)):
+        directory = folder / f"at@checkpoint-{step}"
+        save_evaluation(
+            directory,
+            first(9, 10),
+            dict.fromkeys(ATTACKS[2:], first(count, 10)),
+            protocols={"paper-mnist": protocol_attacks("paper-mnist", "mnist")},
+        )
+        result = read_json(directory / "result.json")
+        model = {"model": f"runs/a/checkpoint-{step}"}
+        write_json(directory / "result.json", result | {"settings": model})
+
+    points = sweep_points([load_run(folder)], TRAINING_STEP)
+
+    assert {(p.x, p.curve, p.accuracy.num_correct) for p in points} == {
+        (1000, "clean, n = 10", 9),
+        (1000, "PGD-40, worst of xent and CW, n = 10", 8),
+        (20000, "clean, n = 10", 9),
+        (20000, "PGD-40, worst of xent and CW, n = 10", 3),
+    }
+    assert_readable(sweep_figure([load_run(folder)], TRAINING_STEP))
+
+
+def test_pgd_of_several_lengths_is_a_curve_over_its_iterations(tmp_path):
+    folder = save_run(tmp_path / "a", "squeeze")
+    attack = protocol_attacks("paper-mnist", "mnist")["pgd40-cw"]
+    for steps, count in ((1, 9), (20, 5), (400, 1)):
+        name = f"pgd{steps}-cw"
+        save_evaluation(
+            folder / f"e@num_steps-{steps}",
+            first(10, 10),
+            {name: first(count, 10)},
+            protocols={"flags": {name: attack}},
+        )
+
+    points = sweep_points([load_run(folder)], ATTACK_STEPS)
+
+    assert [(p.x, p.accuracy.percent) for p in points] == [(1, 90), (20, 50), (400, 10)]
+    figure = sweep_figure([load_run(folder)], ATTACK_STEPS)
+    assert_readable(figure)
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def test_a_sweep_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no two values of 'sigma' to draw"):
+        sweep_figure(beta_sweep(tmp_path), "sigma")
+
+
+# The leaderboard
+
+
+def save_card(folder, place, clean, claim, strong, **changes):
+    evaluations = [{"protocol": "paper-mnist", "num_examples": 1000}]
+    if strong is not None:
+        evaluations.append({"protocol": "autoattack", "num_examples": 200})
+    card = {
+        "name": place,
+        "dataset": "mnist",
+        "norm": "Linf",
+        "eps": 0.3,
+        "clean_acc": clean,
+        "reported": claim,
+        "reported_protocol": "paper-mnist" if claim is not None else None,
+        "autoattack_acc": strong,
+        "additional_data": False,
+        "evaluations": evaluations,
+    }
+    write_json(folder / place / "model_card.json", card | changes)
+
+
+def test_the_leaderboard_ranks_by_autoattack_and_not_by_the_claim(tmp_path):
+    save_card(tmp_path, "squeezed", 98.0, 70.0, 2.5)
+    save_card(tmp_path, "adversarial", 97.0, 60.0, 55.0)
+    save_card(tmp_path, "unmeasured", 99.0, 90.0, None)
+
+    ((title, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    assert title == "mnist, Linf 0.3 on [0, 1]"
+    assert table.rows == (
+        ("adversarial", "97.0", "60.0 (paper-mnist)", "55.0", "5.0", "200", "no"),
+        ("squeezed", "98.0", "70.0 (paper-mnist)", "2.5", "67.5", "200", "no"),
+        ("unmeasured", "99.0", "90.0 (paper-mnist)", "–", "–", "1000", "no"),
+    )
+
+
+def test_the_leaderboard_is_a_sound_page(tmp_path):
+    save_card(tmp_path, "squeezed", 98.0, 70.0, 2.5)
+    save_card(tmp_path, "hostile", 98.0, 70.0, 2.5, name="<script>alert(1)</script>")
+
+    write_leaderboard(tmp_path / "page.html", tmp_path)
+
+    assert "script" not in check_html(tmp_path / "page.html").tags
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": 3}, {"eps": None}, {"clean_acc": "98"}, {"evaluations": [{}]}]
+)
+def test_what_is_no_card_is_named(tmp_path, changes):
+    save_card(tmp_path, "a", 98.0, 70.0, 2.5, **changes)
+    with pytest.raises(ValueError, match=r"a/model_card\.json: "):
+        read_cards(tmp_path)
+
+
+def test_a_folder_without_cards_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no"):
+        read_cards(tmp_path)
+
+
 # Its three forms
 
 SMALL = Table(("run", "clean\nn = 5"), (("a|<b>", "90.0"), ("longer", "7.5")), "Caption & more.")
@@ -394,22 +629,6 @@ def test_html_is_escaped():
 # Figures
 
 
-def visible_texts(figure):
-    """The texts that are drawn, tick labels outside the limits left out."""
-    FigureCanvasAgg(figure)
-    figure.canvas.draw()
-    texts = [*figure.texts, *(t for legend in figure.legends for t in legend.get_texts())]
-    for axes in figure.axes:
-        texts += [*axes.texts, axes.title]
-        if not axes.axison:
-            continue
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
-            texts += [axis.label, *(t.label1 for t in ticks if low <= t.get_loc() <= high)]
-    return [text for text in texts if text.get_visible() and text.get_text().strip()]
-
-
 def draw_all(runs):
     return {
         "bars": figures.accuracy_bars(runs),
@@ -421,19 +640,6 @@ def draw_all(runs):
 @pytest.fixture(scope="module")
 def drawn(demo):
     return draw_all(demo)
-
-
-def assert_readable(figure):
-    texts = visible_texts(figure)
-    boxes = [text.get_window_extent() for text in texts]
-    for (text, box), (other, other_box) in itertools.combinations(
-        zip(texts, boxes, strict=True), 2
-    ):
-        assert not box.overlaps(other_box), f"{text.get_text()!r} over {other.get_text()!r}"
-    for text, box in zip(texts, boxes, strict=True):
-        inside = figure.bbox.padded(1)
-        assert inside.x0 <= box.x0 and box.x1 <= inside.x1, f"{text.get_text()!r} is cut off"
-        assert inside.y0 <= box.y0 and box.y1 <= inside.y1, f"{text.get_text()!r} is cut off"
 
 
 @pytest.mark.parametrize("name", ["bars", "curves", "grid"])
@@ -504,7 +710,7 @@ def test_the_grid_names_true_and_predicted_class(demo):
 def test_figures_leave_no_trace_and_are_the_same_each_time(demo):
     before = dict(matplotlib.rcParams)
 
-    drawings = [figures.to_svg(figures.accuracy_bars(demo[:2])) for _ in range(2)]
+    drawings = [to_svg(figures.accuracy_bars(demo[:2])) for _ in range(2)]
 
     assert drawings[0] == drawings[1]
     assert b"<svg" in drawings[0]
@@ -512,34 +718,6 @@ def test_figures_leave_no_trace_and_are_the_same_each_time(demo):
 
 
 # The page
-
-
-class Checker(html.parser.HTMLParser):
-    """Every tag is closed in order; collects what the page refers to."""
-
-    VOID = frozenset({"meta", "img", "br", "source", "link", "hr", "input"})
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.references = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "action")]
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-
-def check(path):
-    checker = Checker()
-    checker.feed(path.read_text())
-    checker.close()
-    assert checker.open == []
-    return checker
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +728,7 @@ def page(demo, tmp_path_factory):
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(page):
-    checker = check(page)
+    checker = check_html(page)
 
     assert all(r.startswith("data:image/svg+xml;base64,") for r in checker.references)
     assert checker.tags.count("img") == 3
@@ -574,7 +752,7 @@ def test_what_comes_from_files_is_escaped(tmp_path):
 
     write_page(tmp_path / "report.html", "<b>", [run])
 
-    assert "script" not in check(tmp_path / "report.html").tags
+    assert "script" not in check_html(tmp_path / "report.html").tags
 
 
 def test_a_page_of_a_run_with_nothing_yet(tmp_path):
@@ -582,7 +760,7 @@ def test_a_page_of_a_run_with_nothing_yet(tmp_path):
 
     write_page(tmp_path / "report.html", "Nothing yet", [load_run(tmp_path / "a")])
 
-    assert check(tmp_path / "report.html").tags.count("img") == 1
+    assert check_html(tmp_path / "report.html").tags.count("img") == 1
 
 
 def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
@@ -592,7 +770,7 @@ def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
     write_page(tmp_path / "report.html", "Left out", [load_run(folder)])
 
     # The training curves.
-    assert check(tmp_path / "report.html").tags.count("img") == 1
+    assert check_html(tmp_path / "report.html").tags.count("img") == 1
 
 
 # The README's section

@@ -1,0 +1,221 @@
+"""Train and evaluate a grid of runs, each in a process of its own.
+
+Takes all flags of train.py, for every run, and a --grid of flags that differ, as
+--grid="beta=0.5,1,2;sigma=0,0.3"; several grids add up. Each --evaluate names an evaluation and
+gives the flags of eval_challenge.py, as --evaluate="strong: --protocol=autoattack"; report.py
+takes `evaluation` and `strong` for the columns of its table. A file of flags, one a line, is
+given with --flagfile.
+
+Stop it with Ctrl-C or kill it; the same command goes on: what is done is not done again.
+"""
+
+import functools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from logit_reg_scripts import command_line, train
+from logit_reg_scripts.command_line import FLAGS, UsageError
+
+flags.DEFINE_string("sweep_dir", None, "folder of the runs")
+flags.DEFINE_multi_string("grid", [], "flags of train.py and their values, as beta=0.5,1;sigma=0,1")
+flags.DEFINE_multi_string("evaluate", [], "NAME: flags of eval_challenge.py")
+flags.DEFINE_string(
+    "evaluation_grid",
+    "",
+    "every --evaluate at each value of a flag of eval_challenge.py, as num_steps=1,10,100, or of "
+    "checkpoint, as checkpoint=1000,2000",
+)
+flags.DEFINE_enum("runner", "local", ["local", "ray"], "this machine, or a Ray cluster")
+flags.DEFINE_integer("num_parallel", 1, "--runner=local: runs at a time", lower_bound=1)
+flags.DEFINE_float("num_cpus", 1, "--runner=ray: cores that a run reserves", lower_bound=0)
+flags.DEFINE_float("num_gpus", 0, "--runner=ray: GPUs that a run reserves", lower_bound=0)
+flags.DEFINE_integer("retries", 2, "how often a run that failed is tried again", lower_bound=0)
+
+# What an evaluation has to know of the training's data.
+_DATA_FLAGS = ("dataset", "data_dir", "data_path", "download")
+
+# Flags of another command cannot be checked in this process, and not after hours of training.
+_CHECK = """
+import json, sys
+from logit_reg_scripts import command_line, eval_challenge
+def main(words):
+    from logit_reg.protocols import FAMILIES, protocol_attacks
+    family, *lines = json.loads(words[0])
+    for line in lines:
+        command_line.FLAGS.unparse_flags()
+        rest = command_line.FLAGS(["", *line])[1:]
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}; flags look like --name=value.")
+        for name in command_line.FLAGS.protocol or ():
+            protocol_attacks(name, family)
+command_line.run(main, "", takes_arguments=True)
+"""
+
+
+def main() -> None:
+    """Run the sweep that the flags describe."""
+    from logit_reg.sweep import last_words, run_local, run_on_ray, run_sweep, sweep_lines
+
+    jobs = sweep_jobs()
+    if FLAGS.runner == "ray":
+        runner = functools.partial(run_on_ray, num_cpus=FLAGS.num_cpus, num_gpus=FLAGS.num_gpus)
+    else:
+        runner = functools.partial(run_local, num_parallel=FLAGS.num_parallel)
+    table = _LiveTable(jobs)
+    statuses = run_sweep(jobs, runner, retries=FLAGS.retries, show=table.show)
+    if not table.is_live:
+        print("\n".join(sweep_lines(jobs, statuses, len(jobs) + 2)))
+    failed = [job for job in jobs if statuses[job.name]]
+    for job in failed:
+        command_line.notice(
+            f"{job.name}: {last_words(job)} (all of it: {job.folder / 'sweep.log'})"
+        )
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed; the same command goes on.")
+    print(f"next: python scripts/report.py --runs={FLAGS.sweep_dir}")
+
+
+def sweep_jobs() -> list:
+    """The runs that the flags describe.
+
+    Returns:
+        A `logit_reg.sweep.Job` for each point of the grids.
+
+    Raises:
+        UsageError: if flags contradict each other, or are none of train.py or eval_challenge.py.
+    """
+    from logit_reg.sweep import Job, Step, expand_grid, point_name
+
+    if not FLAGS.sweep_dir:
+        raise UsageError("--sweep_dir is missing; name a folder for the runs.")
+    if FLAGS.model_dir:
+        raise UsageError("--model_dir names one run; --sweep_dir is the folder of a sweep's.")
+    points = [point for text in FLAGS.grid or [""] for point in expand_grid(text)]
+    names = [point_name(point) for point in points]
+    if len(set(names)) < len(names):
+        raise UsageError("the grids have a run in common; name each once.")
+    given = _given_flags()
+    for point in points:
+        _check_point(point, given)
+    evaluations = _evaluations(expand_grid(FLAGS.evaluation_grid), point_name)
+    _check_evaluations(points, given, [words for _, words in evaluations])
+    jobs = []
+    here = Path.cwd()
+    for name, point in zip(names, points, strict=True):
+        folder = Path(FLAGS.sweep_dir).expanduser().absolute() / name
+        # Relative, so that the record of a sweep that moves with its folder still holds.
+        model_dir = str(Path(FLAGS.sweep_dir) / name)
+        all_flags = given | {flag: f"--{flag}={value}" for flag, value in point.items()}
+        data = [all_flags[flag] for flag in _DATA_FLAGS if flag in all_flags]
+        training = [*all_flags.values(), f"--model_dir={model_dir}", "--noprogress"]
+        steps = [Step("train", ("-m", "logit_reg_scripts.train", *training), "model.keras")]
+        for evaluation, words in evaluations:
+            own = [f"--model_dir={model_dir}", f"--output_dir={model_dir}/{evaluation}", *data]
+            own += [word.replace("{model_dir}", model_dir) for word in words]
+            command = ("-m", "logit_reg_scripts.eval_challenge", *own, "--noprogress")
+            steps.append(Step(evaluation, command, f"{evaluation}/result.json"))
+        jobs.append(Job(name, folder, here, tuple(steps)))
+    return jobs
+
+
+def _given_flags() -> dict[str, str]:
+    """The flags of train.py on the command line, as they are passed on."""
+    own = FLAGS.flags_by_module_dict()[train.__name__]
+    return {flag.name: flag.serialize() for flag in own if flag.present and flag.name != "progress"}
+
+
+def _check_point(point, given):
+    own = {flag.name for flag in FLAGS.flags_by_module_dict()[train.__name__]} - {"model_dir"}
+    for name, value in point.items():
+        if name not in own:
+            raise UsageError(f"--grid: {name} is no flag of train.py.")
+        if name in given:
+            raise UsageError(f"--{name} is given for all runs and in --grid; leave one out.")
+        try:
+            FLAGS[name].parser.parse(value)
+        except ValueError as error:
+            raise UsageError(f"--grid: {name}={value}: {error}.") from error
+
+
+def _evaluations(points, point_name):
+    """Name and flags of each evaluation of a run."""
+    found = {}
+    for text in FLAGS.evaluate:
+        match = re.fullmatch(r"\s*(\w+):\s*(--.*)", text)
+        if not match:
+            raise UsageError(
+                f'--evaluate looks like "strong: --protocol=autoattack"; got {text!r}.'
+            )
+        for point in points:
+            name = f"{match[1]}@{point_name(point)}" if point else match[1]
+            if name in found:
+                raise UsageError(f"--evaluate: there are two evaluations {name}; rename one.")
+            found[name] = [
+                *shlex.split(match[2]),
+                *(_evaluation_flag(*pair) for pair in point.items()),
+            ]
+    if FLAGS.evaluation_grid and not FLAGS.evaluate:
+        raise UsageError("--evaluation_grid varies what --evaluate says; give --evaluate too.")
+    return list(found.items())
+
+
+def _evaluation_flag(name, value):
+    # A checkpoint of the run itself, kept with --keep_checkpoint_steps.
+    if name == "checkpoint":
+        return f"--model_dir={{model_dir}}/checkpoint-{value}"
+    return f"--{name}={value}"
+
+
+def _check_evaluations(points, given, lines):
+    if not lines:
+        return
+    datasets = [FLAGS.dataset or "", *(point.get("dataset", "") for point in points)]
+    family = "cifar" if any(name.startswith("cifar") for name in datasets) else "mnist"
+    words = json.dumps([family, *lines])
+    found = subprocess.run([sys.executable, "-c", _CHECK, words], capture_output=True, text=True)
+    if found.returncode:
+        message = (found.stderr.strip().splitlines() or ["cannot be checked"])[-1]
+        raise UsageError(f"--evaluate: {message.removeprefix('error: ')}")
+
+
+class _LiveTable:
+    """The state of the sweep: redrawn on a terminal, else a line for each run that ends."""
+
+    def __init__(self, jobs):
+        self.is_live = FLAGS.progress and sys.stdout.isatty()
+        self._jobs = jobs
+        self._height = 0
+        self._known = {}
+
+    def show(self, statuses):
+        from logit_reg.sweep import sweep_lines
+
+        if not self.is_live:
+            for name, status in statuses.items():
+                if self._known.get(name) != status:
+                    print(f"{name}: {f'failed ({status})' if status else 'done'}", flush=True)
+            self._known = dict(statuses)
+            return
+        size = shutil.get_terminal_size()
+        lines = sweep_lines(self._jobs, statuses, max(size.lines - 1, 4))
+        # Back to the first line, each line cleared to its end, then everything below.
+        up = f"\x1b[{self._height}A" if self._height else ""
+        drawn = "".join(f"{line[: size.columns - 1]}\x1b[K\n" for line in lines)
+        print(f"{up}{drawn}\x1b[J", end="", flush=True)
+        self._height = len(lines)
+
+
+def run() -> None:
+    """Entry point."""
+    command_line.run(main, __doc__, needs_tensorflow=False)
+
+
+if __name__ == "__main__":
+    run()
