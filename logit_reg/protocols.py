@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from logit_reg.attacks import FGSM, PGD, Attack, AutoAttack, Restarts
+from logit_reg.attacks import FGSM, PGD, SPSA, Adaptive, Attack, AutoAttack, Restarts
 from logit_reg.threat import ThreatModel
 
 FAMILIES = ("mnist", "cifar")
@@ -102,12 +102,21 @@ def _paper_l2(family):
     return {"l2-pgd100-cw-x10": Restarts(attack, 10)}
 
 
+def _paper_spsa(family):
+    # The paper gives the iterations and its 2,048 images, not the samples: the usual 128.
+    return {"spsa20": SPSA(_LINF[family], num_steps=20, num_samples=128)}
+
+
 def _autoattack(family):
     return {"autoattack": AutoAttack(_LINF[family])}
 
 
 def _autoattack_l2(family):
     return {"autoattack-l2": AutoAttack(_AUTOATTACK_L2[family])}
+
+
+def _adaptive(family):
+    return {"adaptive": Adaptive(_LINF[family])}
 
 
 def _madry(family, num_steps, step_size):
@@ -140,6 +149,8 @@ PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
     "paper-mnist": _paper_mnist,
     "paper-restarts": _paper_restarts,
     "paper-l2": _paper_l2,
+    "paper-spsa": _paper_spsa,
     "autoattack": _autoattack,
     "autoattack-l2": _autoattack_l2,
+    "adaptive": _adaptive,
 }

@@ -1,0 +1,248 @@
+"""Minimum norm by bisection: how far the closest adversarial image is, for all epsilons at once."""
+
+import dataclasses
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.attacks.ascent import climb, logits_and_gradient
+from logit_reg.attacks.attack import (
+    AttackResult,
+    attack_inputs,
+    batch_spec,
+    call_logits,
+    compiled,
+    is_fooled,
+    random_stream,
+)
+from logit_reg.attacks.random_noise import uniform_in_ball
+from logit_reg.attacks.standing import Standing, ranked_targets, take
+from logit_reg.threat import ThreatModel
+
+# How far the steps in a ball go in all, in radii.
+_TRAVEL = 5.0
+# Keeps rounding from pushing a point of the sphere of radius epsilon out of the ball.
+_INSIDE = 1 - 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosestImages:
+    """The closest adversarial images that were found for N images."""
+
+    adversarial: np.ndarray
+    """(N, H, W, C) float32 pixel units; the image itself where none was found or needed."""
+    distance: np.ndarray
+    """(N,) float64 distances in the threat model's norm, pixel units: 0 where the image itself is
+    misclassified, infinite where nothing was found."""
+    forwards: int
+    """Images sent forward through the network."""
+    backwards: int
+    """Images whose gradient was computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MinimumNorm:
+    """PGD on the difference of two logits, in a ball of its own radius for each image.
+
+    The radius is doubled from epsilon, at most until the ball covers the pixel range, until
+    something fools; then it is bisected between the largest radius that failed and the smallest
+    distance that fooled. A ball is entered at the closest image found so far, projected, or at a
+    random point where there is none. Target classes are taken one after the other, those with the
+    largest clean logits first; all but the first only look for something closer.
+
+    `run` returns the closest image where it is within epsilon, else the image itself; `closest`
+    returns it and its distance anyway, which bounds the true one from above.
+
+    Source:
+        Carlini et al. 2019, arXiv:1902.06705, asks for accuracy against epsilon; the steps in a
+        ball are those of Madry et al. 2018, arXiv:1706.06083, with lengths that fall linearly to
+        0. Entering a ball at the closest image, as boundary attacks do (Brendel et al. 2018,
+        arXiv:1712.04248), finds gradients where there are none around the image itself.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range. The search starts at epsilon and does not end there."""
+    num_targets: int = 9
+    """Number of target classes, cut to the number of wrong classes."""
+    num_bisections: int = 20
+    """Most balls to try for a target; an image needs as many only if nothing fools, or if its
+    distance and epsilon differ by a large factor."""
+    num_steps: int = 20
+    """Number of updates in a ball."""
+    tolerance: float = 0.01
+    """The bisection ends where the radius that failed is this close to the distance that fooled,
+    as a fraction of the distance."""
+
+    def __post_init__(self):
+        for name in ("num_targets", "num_bisections", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must be between 0 and 1; got {self.tolerance}.")
+
+    def run(self, logits_fn, images, labels, **options) -> AttackResult:
+        """Attack a batch; see `Attack.run`."""
+        found = self.closest(logits_fn, images, labels, **options)
+        fooled = found.distance <= self.threat.epsilon
+        adversarial = np.where(
+            fooled[:, None, None, None], found.adversarial, np.asarray(images, np.float32)
+        )
+        return AttackResult(adversarial, fooled, fooled.copy(), found.forwards, found.backwards)
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        num_balls = self.num_targets * self.num_bisections
+        return num_balls * (self.num_steps + 1) + 1, num_balls * self.num_steps
+
+    def closest(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> ClosestImages:
+        """Look for the closest adversarial image of each image, within epsilon or not.
+
+        Args:
+            logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+            images: (N, H, W, C) float, pixel units, within the threat model's bounds.
+            labels: (N,) int true classes.
+            seed: source of the random starts.
+            indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+            restart: number of the restart, a further source of random numbers.
+            gradient_logits_fn: as for `Attack.run`.
+
+        Returns:
+            A `ClosestImages`; `accuracy_curve` makes a curve of its distances.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        standing = Standing(logits_fn, images, labels)
+        adversarial = images.copy()
+        distance = np.where(standing.fooled, 0.0, np.inf)
+        targets = ranked_targets(standing.clean_logits, labels, self.num_targets)
+        for rank in range(targets.shape[1]):
+            self._bisect(
+                standing,
+                adversarial,
+                distance,
+                (logits_fn, gradient_logits_fn or logits_fn),
+                (images, labels, targets[:, rank], indices),
+                stream=random_stream(seed, type(self).__name__, f"target {rank}"),
+                restart=restart,
+            )
+        return ClosestImages(adversarial, distance, standing.forwards, standing.backwards)
+
+    def _bisect(self, standing, adversarial, distance, functions, examples, *, stream, restart):
+        """Look for closer images towards one target; updates `adversarial` and `distance`."""
+        images = examples[0]
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        scalar = tf.TensorSpec((), tf.int64)
+        signature = (image, numbers, numbers, numbers, image, batch_spec(()), scalar, scalar)
+        search = compiled(self, "_search", functions, signature)
+        looks = 1 + (functions[0] is not functions[1])
+        largest = _largest_distance(self.threat, images.shape[1:])
+        rows = standing.rows
+        failed = np.zeros(len(images))
+        radius = np.where(
+            np.isfinite(distance), (1 - self.tolerance) * distance, _INSIDE * self.threat.epsilon
+        )
+        for number in range(self.num_bisections):
+            if not len(rows):
+                return
+            state = take((*examples, adversarial, radius), rows)
+            # Two streams a ball: `uniform_in_ball` takes the next one too.
+            found, fooled = search(*state, stream + 2 * number, restart)
+            found, fooled = found.numpy(), fooled.numpy()
+            standing.count(len(rows), forwards=self.num_steps * looks + 1, backwards=self.num_steps)
+            reached = self.threat.distance(*(x.astype(np.float64) for x in (found, state[0])))
+            closer = fooled & (reached.numpy() < distance[rows])
+            # Without an image to enter a ball at, failing there says little.
+            failed[rows[closer & np.isinf(distance[rows])]] = 0.0
+            adversarial[rows[closer]] = found[closer]
+            distance[rows[closer]] = reached.numpy()[closer]
+            failed[rows[~fooled]] = radius[rows[~fooled]]
+
+            is_found = np.isfinite(distance)
+            radius = np.where(is_found, (failed + distance) / 2, np.minimum(2 * failed, largest))
+            is_done = is_found & (distance - failed <= self.tolerance * distance)
+            rows = rows[~is_done[rows]]
+
+    def _search(
+        self,
+        logits_fn,
+        gradient_logits_fn,
+        images,
+        labels,
+        targets,
+        indices,
+        closest,
+        radius,
+        stream,
+        restart,
+    ):
+        """PGD in balls of these radii: the first iterate that fools, or the last, and who fools."""
+        radius = tf.reshape(radius, (-1, 1, 1, 1))
+        scale = radius / self.threat.epsilon
+        start = uniform_in_ball(
+            self.threat, images, stream=stream, indices=indices, restart=restart, scale=scale
+        )
+        is_found = tf.reduce_any(closest != images, axis=(1, 2, 3), keepdims=True)
+        start = tf.where(is_found, self.threat.project(closest, images, scale), start)
+
+        def step_length(step):
+            left = 1 - tf.cast(step, radius.dtype) / self.num_steps
+            return 2 * _TRAVEL * radius / self.num_steps * left
+
+        def difference(logits):
+            towards, away = (tf.gather(logits, x, batch_dims=1) for x in (targets, labels))
+            return towards - away
+
+        def judge(logits, current, found, fooled):
+            keep = tf.reshape(fooled, (-1, 1, 1, 1))
+            now = is_fooled(logits, labels)
+            return tf.where(keep, found, current), tf.logical_or(fooled, now)
+
+        def body(step, current, found, fooled):
+            logits, gradient = logits_and_gradient(gradient_logits_fn, current, difference)
+            if gradient_logits_fn is not logits_fn:
+                logits = call_logits(logits_fn, current)
+            found, fooled = judge(logits, current, found, fooled)
+            current = climb(self.threat, current, gradient, images, step_length(step), scale)
+            return step + 1, current, found, fooled
+
+        _, current, found, fooled = tf.while_loop(
+            lambda step, *_: step < self.num_steps,
+            body,
+            (0, start, start, tf.zeros_like(labels, tf.bool)),
+        )
+        return judge(call_logits(logits_fn, current), current, found, fooled)
+
+
+def accuracy_curve(distance, epsilons) -> np.ndarray:
+    """Accuracy at every epsilon, from the distances of adversarial images.
+
+    Args:
+        distance: (N,) float, as in `ClosestImages`.
+        epsilons: (M,) float, in the same norm and pixel units.
+
+    Returns:
+        (M,) float shares of the images whose distance is above an epsilon, so they never rise
+        with it; at 0 the clean accuracy.
+    """
+    distance, epsilons = np.asarray(distance), np.asarray(epsilons)
+    return np.mean(distance[None, :] > epsilons[:, None], axis=1)
+
+
+def _largest_distance(threat, shape):
+    """From one corner of the pixel range to the opposite one."""
+    side = threat.upper - threat.lower
+    return side if threat.norm == "linf" else side * math.sqrt(math.prod(shape))

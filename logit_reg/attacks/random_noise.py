@@ -1,0 +1,138 @@
+"""Random noise: what an attack finds without looking at the network."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from logit_reg.attacks.attack import (
+    AttackResult,
+    attack_inputs,
+    batch_spec,
+    call_logits,
+    compiled,
+    example_noise,
+    is_fooled,
+    random_stream,
+)
+from logit_reg.attacks.standing import Standing, take
+from logit_reg.threat import ThreatModel
+
+DISTRIBUTIONS = ("uniform", "sign")
+
+# Most draws between two looks at which images still stand.
+_DRAWS_PER_CHUNK = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomNoise:
+    """Noise drawn again and again until an image is fooled.
+
+    Needs forwards only. The draws of a smaller `num_draws` are the first of a larger one.
+
+    Source:
+        The random search that Carlini et al. 2019, arXiv:1902.06705, section 4.5, ask for as a
+        check: no gradient attack may miss what it finds.
+    """
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    distribution: str = "uniform"
+    """"uniform" in the ball, or "sign": every value moves by the same amount, up or down, as far
+    as epsilon allows."""
+    num_draws: int = 100
+    """Number of draws for each image."""
+
+    def __post_init__(self):
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution must be one of {', '.join(DISTRIBUTIONS)}; "
+                f"got {self.distribution!r}."
+            )
+        if self.num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1; got {self.num_draws}.")
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        seed,
+        indices=None,
+        restart=0,
+        gradient_logits_fn=None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
+        images, labels, indices = attack_inputs(images, labels, indices)
+        standing = Standing(logits_fn, images, labels)
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        scalar = tf.TensorSpec((), tf.int64)
+        signature = (image, numbers, numbers, scalar, scalar, scalar)
+        draw_all = compiled(self, "_draw_all", (logits_fn,), signature)
+        rows = standing.rows
+        for first in range(0, self.num_draws, _DRAWS_PER_CHUNK):
+            if not len(rows):
+                break
+            count = min(_DRAWS_PER_CHUNK, self.num_draws - first)
+            stream = random_stream(seed, type(self).__name__, self.distribution, f"draws {first}")
+            examples = take((images, labels, indices), rows)
+            candidates, fooled = draw_all(*examples, stream, restart, count)
+            standing.count(len(rows), forwards=count)
+            rows = rows[standing.record(rows, candidates.numpy(), fooled.numpy())]
+        return standing.result()
+
+    def __call__(self, logits_fn, images, labels, *, seed):
+        """Return the adversarial images as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        return self.num_draws + 1, 0
+
+    def _draw_all(self, logits_fn, images, labels, indices, stream, restart, num_draws):
+        def body(draw, candidates, fooled):
+            # Two streams a draw: `uniform_in_ball` takes the next one too.
+            point = self._point(images, stream + 2 * draw, indices, restart)
+            candidates = tf.where(tf.reshape(fooled, (-1, 1, 1, 1)), candidates, point)
+            now = is_fooled(call_logits(logits_fn, point), labels)
+            return draw + 1, candidates, tf.logical_or(fooled, now)
+
+        _, candidates, fooled = tf.while_loop(
+            lambda draw, *_: draw < num_draws,
+            body,
+            (tf.constant(0, tf.int64), images, tf.zeros_like(labels, tf.bool)),
+        )
+        return candidates, fooled
+
+    def _point(self, images, stream, indices, restart):
+        draw = {"stream": stream, "indices": indices, "restart": restart}
+        if self.distribution == "uniform":
+            return uniform_in_ball(self.threat, images, **draw)
+        noise = example_noise("uniform", images.shape[1:], **draw)
+        signs = tf.where(noise < 0, -1.0, 1.0)
+        delta = self.threat.epsilon * self.threat.ascent_direction(signs)
+        return self.threat.project(images + delta, images)
+
+
+def uniform_in_ball(threat: ThreatModel, images, *, stream, indices, restart, scale=1.0):
+    """A point drawn uniformly from each image's ball, clipped to the pixel range.
+
+    Args:
+        threat: norm, budget and pixel range.
+        images: (N, H, W, C) float32, pixel units.
+        stream: () int64 from `random_stream`; the stream after it is used, too.
+        indices: (N,) int64 places of the images in their data set.
+        restart: () int64 number of the restart.
+        scale: () or (N, 1, 1, 1) fraction of epsilon.
+
+    Returns:
+        (N, H, W, C) float32.
+    """
+    shape, draw = images.shape[1:], {"indices": indices, "restart": restart}
+    if threat.norm == "linf":
+        noise = example_noise("uniform", shape, stream=stream, **draw)
+        return threat.random_start(images, noise, 1.0, scale)
+    noise = example_noise("normal", shape, stream=stream, **draw)
+    # A stream of its own: the same one would tie the radius to the first pixels.
+    radius = example_noise("unit", (1, 1, 1), stream=stream + 1, **draw)
+    return threat.random_start(images, noise, radius, scale)
