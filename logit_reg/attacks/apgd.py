@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.attacks.ascent import logits_and_gradient
 from logit_reg.attacks.attack import (
     AttackResult,
     attack_inputs,
@@ -15,6 +16,7 @@ from logit_reg.attacks.attack import (
     compiled,
     example_noise,
     is_fooled,
+    isolated,
     margin,
     random_stream,
 )
@@ -410,17 +412,12 @@ class _Ascent:
         return logits, _rank_loss(self.loss, logits, labels, targets), gradient
 
     def _logits_and_gradient(self, logits_fn, points, labels, targets):
-        # Only the images are watched: gradients of the weights would double the cost.
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(points)
-            logits = call_logits(logits_fn, points)
+        def loss(logits):
             if self.loss == "xent":
-                loss = attack_loss("xent", logits, labels)
-            else:
-                loss = _rank_loss(self.loss, logits, labels, targets)
-            loss = tf.reduce_sum(loss)
-        unconnected = tf.UnconnectedGradients.ZERO
-        return logits, tape.gradient(loss, points, unconnected_gradients=unconnected)
+                return attack_loss("xent", logits, labels)
+            return _rank_loss(self.loss, logits, labels, targets)
+
+        return isolated(lambda points: logits_and_gradient(logits_fn, points, loss))(points)
 
 
 def _rank_loss(loss, logits, labels, targets):
@@ -464,5 +461,5 @@ def _check_num_classes(loss, least, standing):
     num_classes = standing.clean_logits.shape[1]
     if num_classes < least:
         raise ValueError(
-            f"{loss} needs at least {least} classes; got {num_classes}: use APGD with loss 'ce'."
+            f"{loss} needs at least {least} classes; got {num_classes}: use APGD with loss 'xent'."
         )

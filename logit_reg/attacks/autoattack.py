@@ -8,6 +8,7 @@ from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.attack import Attack, AttackResult, attack_inputs
 from logit_reg.attacks.checks import (
     Finding,
+    check_dynamic,
     check_randomised,
     check_square,
     check_zero_gradients,
@@ -17,7 +18,7 @@ from logit_reg.attacks.checks import (
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing, clean_logits
+from logit_reg.attacks.standing import Standing, clean_logits, forward_graph
 from logit_reg.threat import ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")
@@ -93,7 +94,7 @@ class AutoAttack:
         images, labels, indices = attack_inputs(images, labels, indices)
         warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
         standing = Standing(logits_fn, images, labels)
-        forwards, backwards = self._cost_of_checks()
+        forwards, backwards = self.cost_of_checks()
         standing.count(len(images), forwards=forwards, backwards=backwards)
         stages = []
         for name, attack in self.attacks(standing.clean_logits.shape[1]).items():
@@ -123,7 +124,7 @@ class AutoAttack:
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
         costs = [attack.cost() for attack in self._all_attacks().values()]
-        forwards, backwards = self._cost_of_checks()
+        forwards, backwards = self.cost_of_checks()
         return (
             forwards + 1 + sum(cost[0] for cost in costs),
             backwards + sum(cost[1] for cost in costs),
@@ -156,6 +157,7 @@ class AutoAttack:
         refuse_probabilities(passes[0])
         num_classes = passes[0].shape[1]
         findings = self._check_num_classes(num_classes)
+        findings += check_dynamic(forward_graph(logits_fn, images))
         if self.version != "rand":
             findings += check_randomised(passes, labels)
         probe = APGD(self.threat, "dlr" if num_classes >= 3 else "xent", self.num_steps)
@@ -207,5 +209,6 @@ class AutoAttack:
             )
         return findings
 
-    def _cost_of_checks(self):
+    def cost_of_checks(self):
+        """Return the forwards and backwards that `checks` takes for one image."""
         return (2, 1) if self.version == "rand" else (_NUM_PASSES + 1, 1)

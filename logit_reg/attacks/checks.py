@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable
 
 import numpy as np
+import tensorflow as tf
 
 # Largest l2 distance of an image's normalised logits between two passes.
 _SAME_LOGITS = 1e-4
@@ -19,7 +20,8 @@ class Finding:
     """Something about a network that makes an attack unreliable or incomplete."""
 
     name: str
-    """"randomised", "zero_gradients", "square_lowers", "num_targets" or "num_classes"."""
+    """"randomised", "dynamic", "zero_gradients", "square_lowers", "num_targets" or
+    "num_classes"."""
     message: str
     """One line: what was seen, what it may mean and what to do."""
     value: float
@@ -94,6 +96,32 @@ def check_randomised(passes: list[np.ndarray], labels: np.ndarray) -> list[Findi
             "the network seems to be randomised: its logits differ between passes of the same "
             'images; use AutoAttack(version="rand").',
             spread,
+        )
+    ]
+
+
+def check_dynamic(graph: tf.Graph) -> list[Finding]:
+    """Whether a network takes gradients itself, as defences do that adapt to their input.
+
+    Args:
+        graph: of the network's forward pass.
+
+    Returns:
+        A finding if there are operations of a `tf.GradientTape` in it, at any depth.
+    """
+    definition = graph.as_graph_def()
+    names = [node.name for node in definition.node]
+    for function in definition.library.function:
+        names += [node.name for node in function.node_def]
+    num_operations = sum(name.startswith("gradient_tape/") for name in names)
+    if not num_operations:
+        return []
+    return [
+        Finding(
+            "dynamic",
+            "the network takes gradients in its forward pass, which makes it a dynamic defence: "
+            "fixed attacks may overstate its robustness; use one that knows the defence.",
+            num_operations,
         )
     ]
 

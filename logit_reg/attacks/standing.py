@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import tensorflow as tf
 
 from logit_reg.attacks.attack import (
     AttackResult,
@@ -110,8 +111,17 @@ def clean_margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
     """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float."""
+    return _compiled_forward(logits_fn, images)(images).numpy()
+
+
+def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
+    """The graph of `clean_logits`, for images (N, H, W, C) of the same shape."""
+    return _compiled_forward(logits_fn, images).get_concrete_function().graph
+
+
+def _compiled_forward(logits_fn, images):
     signature = (batch_spec(images.shape[1:]),)
-    return compiled(_Forward(), "_logits", (logits_fn,), signature)(images).numpy()
+    return compiled(_Forward(), "_logits", (logits_fn,), signature)
 
 
 @dataclasses.dataclass(frozen=True)
