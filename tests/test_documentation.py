@@ -15,12 +15,12 @@ COMMANDS = re.findall(r"^python (scripts/\w+\.py.*)$", README, re.MULTILINE)
 COMMANDS += re.findall(r"`python (scripts/\w+\.py[^`]*)`", README)
 
 _PARSE = """
-import importlib, sys
+import importlib, shlex, sys
 from absl import flags
 importlib.import_module("logit_reg_scripts." + sys.argv[1])
 for line in sys.argv[2:]:
     flags.FLAGS.unparse_flags()
-    rest = flags.FLAGS(["command", *line.split()])
+    rest = flags.FLAGS(["command", *shlex.split(line)])
     if rest[1:] and sys.argv[1] != "fetch_model":
         sys.exit(f"unexpected {rest[1:]} in {line}")
 """
@@ -28,7 +28,7 @@ for line in sys.argv[2:]:
 
 def commands_of(script):
     lines = [shlex.split(command, comments=True) for command in COMMANDS]
-    return [" ".join(words[1:]) for words in lines if words[0] == f"scripts/{script}.py"]
+    return [shlex.join(words[1:]) for words in lines if words[0] == f"scripts/{script}.py"]
 
 
 @pytest.mark.parametrize("script", sorted({shlex.split(c)[0][8:-3] for c in COMMANDS}))
