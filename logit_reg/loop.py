@@ -5,26 +5,39 @@ import csv
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
-import math
+import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from logit_reg.files import read_json, write_json, write_text
-from logit_reg.state import prune_states, restore_newest_state, save_state
+from logit_reg.distribution import Workers, lost_workers, own_slice
+from logit_reg.files import one_line, read_json, write_json, write_text
+from logit_reg.state import (
+    prune_states,
+    remove_leftovers,
+    restore_newest_state,
+    save_state,
+    saved_steps,
+)
 from logit_reg.training import RegularizedModel
 
 LOG_COLUMNS = ("step", "lr", "xent", "penalty", "total", "accuracy", "mean_logit_norm")
 TIMING_COLUMNS = ("step", "seconds", "examples_per_second")
 
-_STATES_TO_KEEP = 2
+_LOGGER = logging.getLogger(__name__)
+# Entries of run.json that a number depends on in its last bits.
+_BIT_EXACT_ENTRIES = ("versions", "execution")
+_WHAT_TO_TRY = "Try a smaller learning rate (--step_size_schedule) or a smaller --beta."
 
 
 class TrainingError(RuntimeError):
@@ -47,6 +60,8 @@ class LoopSettings:
     """Steps between two checkpoints."""
     keep_checkpoint_steps: tuple[int, ...] = ()
     """Steps whose checkpoints are made and never removed."""
+    max_to_keep: int = 3
+    """How many checkpoints stay, the newest ones, besides those of `keep_checkpoint_steps`."""
     replays: int = 1
     """How many steps in a row train on the same minibatch (free adversarial training)."""
     random_seed: int = 0
@@ -59,6 +74,7 @@ class LoopSettings:
             "num_output_steps",
             "num_summary_steps",
             "num_checkpoint_steps",
+            "max_to_keep",
             "replays",
         ):
             if getattr(self, name) < 1:
@@ -106,13 +122,23 @@ class BatchOrder:
 
 
 @contextlib.contextmanager
-def run_folder(model_dir: Path | str, record: dict, *, extend: bool = False) -> Iterator[Path]:
+def run_folder(
+    model_dir: Path | str,
+    record: dict,
+    *,
+    extend: bool = False,
+    defaults: Mapping[str, object] | None = None,
+) -> Iterator[Path]:
     """Hold a folder for one run: locked, and with this run's settings in `run.json`.
+
+    A run that goes on with other versions or another execution than before is told that it is
+    not bit-exact.
 
     Args:
         model_dir: folder to make or to go on with.
         record: what `run.json` holds; its "settings" identify the run.
         extend: accept an existing run whose `max_num_training_steps` was smaller.
+        defaults: values of the settings that the `run.json` of an older version lacks.
 
     Yields:
         The folder.
@@ -140,8 +166,13 @@ def run_folder(model_dir: Path | str, record: dict, *, extend: bool = False) -> 
             ) from error
         path = model_dir / "run.json"
         if path.exists():
-            _check_same_settings(path, record, extend)
-        write_json(path, record)
+            old = read_json(path)
+            _check_same_settings(path, old, record, extend, defaults or {})
+            if saved_steps(model_dir):
+                _tell_if_not_bit_exact(model_dir, old, record)
+        with _writing(model_dir):
+            remove_leftovers(model_dir)
+            write_json(path, record)
         yield model_dir
 
 
@@ -153,110 +184,128 @@ def train(
     model_dir: Path | str,
     *,
     on_checkpoint: Callable[[int], None] | None = None,
+    on_removal: Callable[[int], None] | None = None,
+    deterministic: bool = True,
     show_progress: bool = True,
 ) -> int:
     """Train until `max_num_training_steps`, going on where an earlier call stopped.
 
-    SIGINT and SIGTERM finish the step, write a checkpoint and return.
+    SIGINT and SIGTERM finish the step, write a checkpoint and return. Of several workers only
+    the chief reads and writes files.
 
     Args:
-        model: compiled with its optimiser.
+        model: compiled with its optimiser, in the scope of the strategy that trains it.
         images: (N, H, W, C) uint8, mapped from [0, 255] to the model's bounds.
         labels: (N,) int.
         settings: see `LoopSettings`.
         model_dir: gets `log.csv`, `timing.csv`, `tensorboard/` and `state-N.npz`.
-        on_checkpoint: called with the step after each checkpoint, to export the network.
+        on_checkpoint: called with the step before each checkpoint, to export the network.
+        on_removal: called with the step of each checkpoint that has been removed.
+        deterministic: make steps repeatable bit for bit; see `repeatable_steps`.
         show_progress: draw a progress bar.
 
     Returns:
         The number of finished steps; smaller than asked for after a signal.
 
     Raises:
-        TrainingError: if the loss is no longer finite, or training is to end before the step
-            that it goes on from.
+        TrainingError: if the loss or a weight is no longer finite, a file cannot be written, or
+            training is to end before the step that it goes on from.
+        WorkerLost: if another worker is gone.
     """
     model_dir = Path(model_dir)
     optimizer = model.optimizer
-    optimizer.build(model.network.trainable_variables)
+    workers = Workers(model.distribute_strategy)
+    with model.distribute_strategy.scope():
+        optimizer.build(model.network.trainable_variables)
     variables = [*model.network.variables, *optimizer.variables]
     if model.perturbation is not None:
         variables.append(model.perturbation)
+    meta = restore_newest_state(model_dir, variables) if workers.is_chief else None
+    workers.copy_from_chief(variables)
     # A run that goes on from another one's checkpoint starts at that one's step.
-    beginning = {"step": int(optimizer.iterations.numpy()), "seconds": 0.0}
-    meta = restore_newest_state(model_dir, variables) or beginning
-    first_step, seconds_before = int(meta["step"]), float(meta["seconds"])
-    if first_step > settings.max_num_training_steps:
+    step = int(optimizer.iterations.numpy())
+    total_steps = settings.max_num_training_steps
+    if step > total_steps:
         raise TrainingError(
-            f"{model_dir} goes on from step {first_step}, beyond max_num_training_steps "
-            f"{settings.max_num_training_steps}; ask for more steps."
+            f"{model_dir} goes on from step {step}, beyond max_num_training_steps "
+            f"{total_steps}; ask for more steps."
         )
-    log = _Table(model_dir / "log.csv", LOG_COLUMNS, last_step=first_step)
-    timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
+    records = None
+    if workers.is_chief:
+        seconds = float((meta or {}).get("seconds", 0.0))
+        records = _Records(model_dir, settings, step, seconds, show_progress=show_progress)
 
     order = BatchOrder(
         len(images), settings.training_batch_size, settings.random_seed, settings.replays
     )
-    batches = order.batches(first_step)
-    train_step = traced_train_step(model, images, labels, settings.training_batch_size)
-    total_steps = settings.max_num_training_steps
-    started = time.monotonic()
-    rate_step, rate_time = first_step, started
-    step = first_step
-    summaries = tf.summary.create_file_writer(str(model_dir / "tensorboard"))
+    batches = order.batches(step)
+    totals = []
+    is_stopping = False
     with (
+        records or contextlib.nullcontext(),
+        repeatable_steps() if deterministic else contextlib.nullcontext(),
         _stop_on_signal() as stop,
-        summaries.as_default(),
-        tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            disable=not show_progress,
-            mininterval=0.5,
-        ) as bar,
     ):
-        while step < total_steps and not stop.is_set():
+        train_step = traced_train_step(model, images, labels, settings.training_batch_size)
+        while step < total_steps and not is_stopping:
             learning_rate = optimizer.learning_rate
-            measures = train_step(next(batches))
+            with lost_workers(workers):
+                measures = train_step(next(batches))
             step += 1
-            bar.update()
-            is_last = step == total_steps
-            is_output = step == 1 or step % settings.num_output_steps == 0 or is_last
-            is_summary = step % settings.num_summary_steps == 0
-            is_checkpoint = (
-                step % settings.num_checkpoint_steps == 0
-                or step in settings.keep_checkpoint_steps
-                or is_last
-                or stop.is_set()
-            )
-            if not (is_output or is_summary or is_checkpoint):
+            if records is not None:
+                records.count()
+            totals.append(measures["total"])
+            is_stopping = workers.any(stop.is_set())
+            due = _due(step, settings, is_stopping)
+            if not due:
                 continue
             # Only here does the host wait for the step.
+            _check_finite(totals, step, model_dir)
+            totals.clear()
+            if "checkpoint" in due:
+                _check_weights(variables, step, model_dir)
+            if records is None:
+                continue
             row = {name: float(value) for name, value in measures.items()}
-            _check_finite(row, step, model_dir)
-            row |= {"step": step, "lr": float(learning_rate)}
-            now = time.monotonic()
-            seconds = seconds_before + now - started
-            rate = (step - rate_step) * settings.training_batch_size / max(now - rate_time, 1e-9)
-            if is_output:
-                rate_step, rate_time = step, now
-                log.append(row)
-                timing.append({"step": step, "seconds": seconds, "examples_per_second": rate})
-                bar.set_postfix_str(
-                    f"xent {row['xent']:.3f}, accuracy {row['accuracy']:.3f}, "
-                    f"logit norm {row['mean_logit_norm']:.2f}, {rate:.0f} examples/s"
-                )
-            if is_summary:
-                for name, value in (row | {"examples_per_second": rate}).items():
-                    if name != "step":
-                        tf.summary.scalar(name, value, step=step)
-            if is_checkpoint:
-                # Exports first: a kill in between repeats the steps, and with them the export.
-                if on_checkpoint is not None:
-                    on_checkpoint(step)
-                save_state(model_dir, step, variables, {"seconds": seconds})
-                keep = settings.keep_checkpoint_steps
-                prune_states(model_dir, max_to_keep=_STATES_TO_KEEP, keep=keep)
+            row |= {"step": step, "lr": float(keras.ops.convert_to_numpy(learning_rate))}
+            with _writing(model_dir):
+                records.write(row, due)
+                if "checkpoint" in due:
+                    # Exports first: a kill in between repeats the steps, and with them the export.
+                    if on_checkpoint is not None:
+                        on_checkpoint(step)
+                    save_state(model_dir, step, variables, {"seconds": records.seconds})
+                    for removed in prune_states(
+                        model_dir,
+                        max_to_keep=settings.max_to_keep,
+                        keep=settings.keep_checkpoint_steps,
+                    ):
+                        if on_removal is not None:
+                            on_removal(removed)
+        # The others stay until the chief has written the last checkpoint.
+        workers.any(False)
     return step
+
+
+@contextlib.contextmanager
+def repeatable_steps() -> Iterator[None]:
+    """Make training steps traced inside repeatable bit for bit, on the same machine and threads.
+
+    TensorFlow's graph optimiser lets sums of gradients race: with BatchNorm, repeats of a step
+    differ in nearly every weight, even under op determinism. Without it they do not; that costs
+    about 4 % of the CPU time on CIFAR's network (a single inter-op thread, the other way, about
+    10 %) and nothing that shows on MNIST's. On a GPU op determinism is needed as well, and stays
+    on for the rest of the process.
+    """
+    name = "disable_meta_optimizer"
+    before = tf.config.optimizer.get_experimental_options().get(name, False)
+    tf.config.optimizer.set_experimental_options({name: True})
+    if tf.config.list_logical_devices("GPU"):
+        tf.config.experimental.enable_op_determinism()
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({name: before})
 
 
 def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
@@ -265,14 +314,24 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
     The data stay in memory as they are on disk; a step gathers and converts its own images.
 
     Args:
-        model: compiled with its optimiser.
+        model: compiled with its optimiser, in the scope of the strategy that trains it.
         images: (N, H, W, C) uint8, mapped from [0, 255] to the model's bounds.
         labels: (N,) int.
-        batch_size: fixed number of indices.
+        batch_size: fixed number of indices, over all replicas.
 
     Returns:
-        A function from (batch_size,) int64 indices to the dict of `RegularizedModel.update`.
+        A function from (batch_size,) int64 indices, the same in all processes, to the dict of
+        `RegularizedModel.update`.
+
+    Raises:
+        ValueError: if the images are not uint8, or the replicas cannot share a batch evenly.
     """
+    strategy = model.distribute_strategy
+    if batch_size % strategy.num_replicas_in_sync:
+        raise ValueError(
+            f"training_batch_size {batch_size} cannot be shared evenly by "
+            f"{strategy.num_replicas_in_sync} replicas; choose a multiple."
+        )
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, as on disk; got {images.dtype}.")
     all_images = tf.convert_to_tensor(np.ascontiguousarray(images))
@@ -280,12 +339,83 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
     lower, upper = model.bounds
     divisor = 255.0 / (upper - lower)
 
+    def on_replica(pixels, classes):
+        scaled = tf.cast(own_slice(pixels), model.precision) / divisor + lower
+        return model.update(scaled, own_slice(classes))
+
     @tf.function(input_signature=[tf.TensorSpec((batch_size,), tf.int64)], autograph=False)
     def train_step(indices):
-        pixels = tf.cast(tf.gather(all_images, indices), tf.float32) / divisor + lower
-        return model.update(pixels, tf.gather(all_labels, indices))
+        batch = tf.gather(all_images, indices), tf.gather(all_labels, indices)
+        measures = strategy.run(on_replica, batch)
+        return {
+            name: strategy.experimental_local_results(value)[0] for name, value in measures.items()
+        }
 
     return train_step
+
+
+class _Records:
+    """What a run writes besides its checkpoints: rows, points of TensorBoard, a progress bar."""
+
+    def __init__(self, model_dir, settings, first_step, seconds, *, show_progress):
+        self._settings = settings
+        self._seconds_before = seconds
+        self._started = self._rate_time = time.monotonic()
+        self._rate_step = first_step
+        with _writing(model_dir):
+            self._log = _Table(model_dir / "log.csv", LOG_COLUMNS, last_step=first_step)
+            self._timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
+            self._summaries = tf.summary.create_file_writer(str(model_dir / "tensorboard"))
+        self._bar = tqdm(
+            total=settings.max_num_training_steps,
+            initial=first_step,
+            unit="step",
+            disable=not show_progress,
+            mininterval=0.5,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of training so far, those of earlier processes included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._bar.close()
+        # Points that count were flushed with the last checkpoint; a full disk was reported then.
+        with contextlib.suppress(tf.errors.OpError):
+            self._summaries.close()
+
+    def count(self):
+        """Show that one more step has been started."""
+        self._bar.update()
+
+    def write(self, row, due):
+        """Write what is due at a row's step."""
+        step, now = row["step"], time.monotonic()
+        num_examples = (step - self._rate_step) * self._settings.training_batch_size
+        rate = num_examples / max(now - self._rate_time, 1e-9)
+        if "output" in due:
+            self._rate_step, self._rate_time = step, now
+            self._log.append(row)
+            seconds = {"step": step, "seconds": self.seconds, "examples_per_second": rate}
+            self._timing.append(seconds)
+            self._bar.set_postfix_str(
+                f"xent {row['xent']:.3f}, accuracy {row['accuracy']:.3f}, "
+                f"logit norm {row['mean_logit_norm']:.2f}, {rate:.0f} examples/s"
+            )
+        if "summary" in due:
+            with self._summaries.as_default(step=step):
+                for name, value in (row | {"examples_per_second": rate}).items():
+                    if name != "step":
+                        tf.summary.scalar(name, value)
+        if "checkpoint" in due:
+            # On the disk before the checkpoint that makes them final.
+            self._log.sync()
+            self._timing.sync()
+            self._summaries.flush()
 
 
 class _Table:
@@ -302,9 +432,15 @@ class _Table:
         write_text(path, text.getvalue())
 
     def append(self, row):
-        with self._path.open("a", newline="") as file:
+        # Not "a", which would make a file in a folder that has been emptied meanwhile.
+        with self._path.open("r+", newline="") as file:
+            file.seek(0, os.SEEK_END)
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writerow({name: _format(row[name]) for name in self._columns})
+
+    def sync(self):
+        with self._path.open("r+") as file:
+            os.fsync(file.fileno())
 
 
 def _format(value):
@@ -315,23 +451,99 @@ def _read_rows(path, columns):
     """Whole rows only: a killed process may have left half of one."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if row["step"].isdigit() and all(row.get(c) for c in columns)]
-
-
-def _check_finite(row, step, model_dir):
-    if not all(math.isfinite(value) for value in row.values()):
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
         raise TrainingError(
-            f"the loss is no longer finite at step {step} (total {row['total']}); the last good "
-            f"checkpoint stays in {model_dir}. Try a smaller learning rate (--step_size_schedule) "
-            f"or a smaller --beta."
+            f"{path} is damaged ({one_line(error)}); move it away to go on without its rows."
+        ) from error
+    is_whole = [
+        (row.get("step") or "").isdecimal() and all(row.get(column) for column in columns)
+        for row in rows
+    ]
+    return list(itertools.compress(rows, is_whole))
+
+
+def _due(step, settings, is_stopping):
+    """What is to be written after a step."""
+    is_last = step == settings.max_num_training_steps
+    due = {
+        "output": step == 1 or step % settings.num_output_steps == 0 or is_last,
+        "summary": step % settings.num_summary_steps == 0,
+        "checkpoint": step % settings.num_checkpoint_steps == 0
+        or step in settings.keep_checkpoint_steps
+        or is_last
+        or is_stopping,
+    }
+    return {name for name, is_due in due.items() if is_due}
+
+
+def _check_finite(totals, step, model_dir):
+    """Find the first of the last steps whose loss is not finite."""
+    totals = np.array([float(total) for total in totals])
+    if not np.isfinite(totals).all():
+        bad = int(np.argmin(np.isfinite(totals)))
+        first = step - len(totals) + 1 + bad
+        raise TrainingError(
+            f"the loss is no longer finite at step {first} (total {totals[bad]}); "
+            f"{_last_good(model_dir)} {_WHAT_TO_TRY}"
         )
 
 
-def _check_same_settings(path, record, extend):
-    old = read_json(path).get("settings", {})
+def _check_weights(variables, step, model_dir):
+    if not all(np.isfinite(variable.numpy()).all() for variable in variables):
+        raise TrainingError(
+            f"the weights are no longer finite after step {step}; "
+            f"{_last_good(model_dir)} {_WHAT_TO_TRY}"
+        )
+
+
+def _last_good(model_dir):
+    steps = saved_steps(model_dir)
+    if not steps:
+        return f"there is no checkpoint in {model_dir} yet."
+    return f"the last good checkpoint, of step {max(steps)}, stays in {model_dir}."
+
+
+@contextlib.contextmanager
+def _writing(model_dir):
+    """Turn what a full, read-only or vanished folder raises into one line that says what to do."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        if not model_dir.is_dir():
+            raise TrainingError(
+                f"{model_dir} has vanished; put it back, or start anew with the same command."
+            ) from error
+        # What `files.py` raises says less than its cause, which has no path in it.
+        causes = (getattr(error.__cause__, "strerror", None), getattr(error, "strerror", None))
+        reason = next(filter(None, causes), None) or one_line(error)
+        raise TrainingError(
+            f"{model_dir} cannot be written ({reason}); {_last_good(model_dir)} Make room, or the "
+            f"folder writable, and the same command goes on."
+        ) from error
+
+
+def _tell_if_not_bit_exact(model_dir, old, new):
+    differences = []
+    for entry in _BIT_EXACT_ENTRIES:
+        before, now = old.get(entry), new.get(entry, {})
+        if not isinstance(before, dict):
+            before = {}
+        names = sorted({*before, *now})
+        changed = [name for name in names if before.get(name) != now.get(name)]
+        differences += [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in changed]
+    if differences:
+        _LOGGER.warning("%s goes on, but not bit-exactly: %s.", model_dir, ", ".join(differences))
+
+
+def _check_same_settings(path, old, record, extend, defaults):
+    old = old.get("settings")
+    if not isinstance(old, dict):
+        raise TrainingError(f"{path}: no settings of a run; choose another --model_dir.")
     new = json.loads(json.dumps(record["settings"]))
+    old = json.loads(json.dumps(dict(defaults))) | old
     if old == new:
         return
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))

@@ -2,15 +2,19 @@
 
 import json
 import logging
-import zipfile
+import math
 from pathlib import Path
 
 import numpy as np
 
-from logit_reg.files import write_arrays
+from logit_reg.files import read_arrays, write_arrays
 
 _LOGGER = logging.getLogger(__name__)
 _META = "meta"
+_MAX_META_BYTES = 2**20
+_LARGEST_ITEM = 8
+# What a process that was killed while it wrote a checkpoint leaves behind, each as large as one.
+_LEFTOVERS = (".state-*.npz", ".model.*.keras", ".checkpoint-*.partial.*")
 
 
 def save_state(model_dir: Path, step: int, variables, meta: dict) -> None:
@@ -47,8 +51,8 @@ def restore_newest_state(model_dir: Path, variables) -> dict | None:
     for step in sorted(saved_steps(model_dir), reverse=True):
         path = state_path(model_dir, step)
         try:
-            meta, arrays = _read(path, variables)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            meta, arrays = _read(path, step, variables)
+        except ValueError as error:
             _LOGGER.warning("%s is damaged (%s); trying the one before.", path, error)
             continue
         for variable, array in zip(variables, arrays, strict=True):
@@ -62,17 +66,32 @@ def restore_newest_state(model_dir: Path, variables) -> dict | None:
     return None
 
 
-def prune_states(model_dir: Path, *, max_to_keep: int, keep=()) -> None:
-    """Remove all but the newest states and those of the steps in `keep`."""
-    for step in sorted(saved_steps(model_dir), reverse=True)[max_to_keep:]:
-        if step not in keep:
-            state_path(model_dir, step).unlink(missing_ok=True)
+def prune_states(model_dir: Path, *, max_to_keep: int, keep=()) -> list[int]:
+    """Remove all but the newest states and those of the steps in `keep`.
+
+    The newest are those of the largest steps: a clock may have been set back.
+
+    Returns:
+        The steps whose states were removed.
+    """
+    old = sorted(saved_steps(model_dir), reverse=True)[max_to_keep:]
+    removed = [step for step in old if step not in keep]
+    for step in removed:
+        state_path(model_dir, step).unlink(missing_ok=True)
+    return removed
+
+
+def remove_leftovers(model_dir: Path) -> None:
+    """Remove the partial files of a killed process; the caller holds the folder's lock."""
+    for pattern in _LEFTOVERS:
+        for path in Path(model_dir).glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def saved_steps(model_dir: Path) -> list[int]:
     """Steps of the states in a folder."""
     names = (path.stem.removeprefix("state-") for path in Path(model_dir).glob("state-*.npz"))
-    return [int(name) for name in names if name.isdigit()]
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def state_path(model_dir: Path, step: int) -> Path:
@@ -80,16 +99,20 @@ def state_path(model_dir: Path, step: int) -> Path:
     return Path(model_dir) / f"state-{step}.npz"
 
 
-def _read(path, variables):
+def _read(path, step, variables):
     # Every member's checksum is verified before anything is assigned.
-    with np.load(path, allow_pickle=False) as saved:
+    names = [f"{number:04d}/{variable.name}" for number, variable in enumerate(variables)]
+    size = sum(_LARGEST_ITEM * math.prod(variable.shape) for variable in variables)
+    saved = read_arrays(path, max_bytes=size + _MAX_META_BYTES, names=[_META, *names])
+    try:
         meta = json.loads(str(saved[_META]))
-        arrays = []
-        for number, variable in enumerate(variables):
-            array = saved[f"{number:04d}/{variable.name}"]
-            if array.shape != tuple(variable.shape):
-                raise ValueError(
-                    f"{variable.path} has shape {array.shape}, expected {tuple(variable.shape)}"
-                )
-            arrays.append(array)
-    return meta, arrays
+        if int(meta["step"]) != step:
+            raise ValueError(f"it is of step {meta['step']}")
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"its step cannot be read: {error}") from error
+    for name, variable in zip(names, variables, strict=True):
+        if saved[name].shape != tuple(variable.shape):
+            raise ValueError(
+                f"{variable.path} has shape {saved[name].shape}, expected {tuple(variable.shape)}"
+            )
+    return meta, [saved[name] for name in names]

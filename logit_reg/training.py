@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.attack import is_fooled
 from logit_reg.attacks.pgd import PGD
+from logit_reg.distribution import average, own_slice, whole_batch
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
 
@@ -75,6 +76,15 @@ class RegularizedModel(keras.Model):
 
     Works with `compile` and `fit`, and in `loop.train`. Calling it calls the network.
 
+    Under a `tf.distribute` strategy each replica trains on an equal part of the batch, and the
+    step is that of one process: the objective is that of the whole batch, and an image's random
+    numbers belong to its place in the whole batch. BatchNorm is the exception: each replica
+    normalises with the statistics of its own part, and the moving averages are the mean over the
+    replicas.
+
+    Precision:
+        Everything is float64 if the network's variables are, else float32.
+
     Units:
         Images, noise and bounds are in the network's own pixel units.
     """
@@ -127,14 +137,22 @@ class RegularizedModel(keras.Model):
         self.augment = augment
         self.weight_decay = weight_decay
         self.seed = seed
+        self.precision = "float64" if network.variable_dtype == "float64" else "float32"
         self.perturbation: Any = None
         if isinstance(adversary, FreeAdversary):
             shape = (adversary.batch_size, *network.input_shape[1:])
             # State of training, not a weight of the network: it is saved with the checkpoint only.
             self.perturbation = self.add_weight(
-                name="perturbation", shape=shape, initializer="zeros", trainable=False
+                name="perturbation",
+                shape=shape,
+                initializer="zeros",
+                dtype=self.precision,
+                trainable=False,
             )
         self._kernels = [v for v in network.trainable_variables if v.name == "kernel"]
+        self._moving_averages = [
+            v for v in network.non_trainable_variables if tf.as_dtype(v.dtype).is_floating
+        ]
         self._trackers = [
             keras.metrics.Mean(name=name)
             for name in ("total", "xent", "penalty", "accuracy", "mean_logit_norm")
@@ -164,8 +182,9 @@ class RegularizedModel(keras.Model):
 
     def test_step(self, data):
         """Evaluate a batch without noise or adversary; see `train_step`."""
-        images, labels = tf.cast(data[0], tf.float32), tf.cast(data[1], tf.int64)
-        logits = self.network(images, training=False)
+        images, labels = tf.cast(data[0], self.precision), tf.cast(data[1], tf.int64)
+        labels = whole_batch(labels)
+        logits = whole_batch(self.network(images, training=False))
         terms = self.objective(logits, labels)
         return self._track(_measures(terms, logits, labels), tf.shape(images)[0])
 
@@ -173,76 +192,97 @@ class RegularizedModel(keras.Model):
         """Take one optimiser step; the measures of this batch alone.
 
         Args:
-            images: (B, H, W, C) in pixel units.
+            images: (B, H, W, C) in pixel units; under a strategy this replica's part of the batch.
             labels: (B,) int.
 
         Returns:
-            A dict of () tensors with the keys of `train_step`.
+            A dict of () tensors with the keys of `train_step`, of the whole batch.
         """
         step = tf.cast(self.optimizer.iterations, tf.int64)
-        images = tf.cast(images, tf.float32)
+        images = tf.cast(images, self.precision)
         labels = tf.cast(labels, tf.int64)
         if self.augment:
-            images = random_crop_and_flip(images, self._random_seed(step, _CROP))
+            draws = self._random_numbers("unit", images, (3,), step, _CROP)
+            images = random_crop_and_flip(images, draws)
         if isinstance(self.adversary, PGDAdversary):
             images = self._attack(self.adversary, images, labels, step)
         if isinstance(self.adversary, FreeAdversary):
-            perturbation = self.perturbation.value[: tf.shape(images)[0]]
-            images = tf.clip_by_value(images + perturbation, *self.bounds)
+            images = tf.clip_by_value(images + self._own_perturbation(images), *self.bounds)
         images = self._add_noise(images, step)
 
         variables = self.network.trainable_variables
         sources = [variable.value for variable in variables]
+        all_labels = whole_batch(labels)
         with tf.GradientTape() as tape:
             if isinstance(self.adversary, FreeAdversary):
                 tape.watch(images)
                 sources.append(images)
-            logits = self.network(images, training=True)
-            terms = self.objective(logits, labels)
-            total = terms.total
+            logits = whole_batch(self.network(images, training=True))
+            terms = self.objective(logits, all_labels)
+            total = loss = terms.total
             if self.weight_decay:
-                total += self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)
-        gradients = tape.gradient(total, sources)
+                decay = self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)
+                total += decay
+                # The optimiser sums over the replicas, and each one sees the whole decay.
+                loss += decay / _num_replicas()
+        gradients = tape.gradient(loss, sources)
         if isinstance(self.adversary, FreeAdversary):
             self._move_perturbation(gradients.pop(), self.adversary.threat.epsilon)
         self.optimizer.apply(gradients, variables)
-        return _measures(terms._replace(total=total), logits, labels)
+        if _num_replicas() > 1:
+            averages = self._moving_averages
+            for variable, mean in zip(averages, average([v.value for v in averages]), strict=True):
+                variable.assign(mean)
+        return _measures(terms._replace(total=total), logits, all_labels)
 
     def _attack(self, adversary: PGDAdversary, images, labels, step):
         attack = adversary.attack
-        scale = tf.constant(1.0)
+        scale = tf.constant(1.0, self.precision)
         if adversary.ramp_steps:
-            scale = tf.minimum(1.0, tf.cast(step + 1, tf.float32) / adversary.ramp_steps)
+            scale = tf.minimum(scale, tf.cast(step + 1, self.precision) / adversary.ramp_steps)
         is_training = adversary.batch_norm == "training"
-        shape, seed = tf.shape(images), self._random_seed(step, _START)
-        if attack.threat.norm == "linf":
-            noise = tf.random.stateless_uniform(shape, seed, -1.0, 1.0)
-        else:
-            noise = tf.random.stateless_normal(shape, seed)
-        radius = tf.random.stateless_uniform(
-            (shape[0], 1, 1, 1), self._random_seed(step, _RADIUS), 0.0, 1.0
-        )
+        distribution = "uniform" if attack.threat.norm == "linf" else "normal"
         return attack.perturb(
             lambda x: self.network(x, training=is_training),
             images,
             labels,
-            noise=noise,
-            radius=radius,
+            noise=self._random_numbers(distribution, images, images.shape[1:], step, _START),
+            radius=self._random_numbers("unit", images, (1, 1, 1), step, _RADIUS),
             scale=scale,
         )
 
     def _add_noise(self, images, step):
         if not self.noise_stddev:
             return images
-        seed = self._random_seed(step, _NOISE)
-        images += self.noise_stddev * tf.random.stateless_normal(tf.shape(images), seed)
+        noise = self._random_numbers("normal", images, images.shape[1:], step, _NOISE)
+        images += self.noise_stddev * noise
         return tf.clip_by_value(images, *self.bounds) if self.clip_noise else images
 
+    def _own_perturbation(self, images):
+        size = tf.shape(images)[0] * _num_replicas()
+        return own_slice(self.perturbation.value[:size])
+
     def _move_perturbation(self, gradient, epsilon):
-        size = tf.shape(gradient)[0]
-        moved = self.perturbation.value[:size] + epsilon * tf.sign(gradient)
-        moved = tf.clip_by_value(moved, -epsilon, epsilon)
-        self.perturbation.assign(tf.concat([moved, self.perturbation.value[size:]], axis=0))
+        moved = self._own_perturbation(gradient) + epsilon * tf.sign(gradient)
+        moved = whole_batch(tf.clip_by_value(moved, -epsilon, epsilon))
+        rest = self.perturbation.value[tf.shape(moved)[0] :]
+        self.perturbation.assign(tf.concat([moved, rest], axis=0))
+
+    def _random_numbers(self, distribution, images, shape, step, draw):
+        """Numbers of a shape for each image: "normal", "uniform" on [-1, 1), "unit" on [0, 1).
+
+        They depend on the seed, the step and the image's place in the whole batch, so every
+        replica draws all of them and keeps its own: a millisecond for a batch of MNIST. They are
+        float32 numbers in either precision.
+        """
+        shape = (tf.shape(images)[0] * _num_replicas(), *shape)
+        seed = self._random_seed(step, draw)
+        if distribution == "normal":
+            numbers = tf.random.stateless_normal(shape, seed)
+        else:
+            lower = -1.0 if distribution == "uniform" else 0.0
+            numbers = tf.random.stateless_uniform(shape, seed, lower, 1.0)
+        return tf.cast(own_slice(numbers), self.precision)
 
     def _random_seed(self, step, draw):
         """A seed of its own for each step and each of its draws."""
@@ -256,12 +296,12 @@ class RegularizedModel(keras.Model):
         return {tracker.name: tracker.result() for tracker in self._trackers}
 
 
-def random_crop_and_flip(images, seed):
+def random_crop_and_flip(images, draws):
     """Pad by 2 pixels a side with zeros, crop back at random, flip half of the images.
 
     Args:
         images: (B, H, W, C) float.
-        seed: (2,) integer seed of stateless random numbers.
+        draws: (B, 3) float, uniform on [0, 1): row, column and flip of each image.
 
     Returns:
         (B, H, W, C) float.
@@ -269,8 +309,7 @@ def random_crop_and_flip(images, seed):
     Source:
         MadryLab cifar10_challenge `cifar10_input.py` (32 -> 36 -> 32).
     """
-    batch_size, height, width = tf.unstack(tf.shape(images)[:3])
-    draws = tf.random.stateless_uniform((batch_size, 3), seed, 0.0, 1.0)
+    height, width = tf.unstack(tf.shape(images)[1:3])
     padded = tf.pad(images, [[0, 0], [2, 2], [2, 2], [0, 0]])
     offsets = tf.cast(draws[:, :2] * 5.0, tf.int32)
     rows = offsets[:, :1] + tf.range(height)
@@ -279,6 +318,10 @@ def random_crop_and_flip(images, seed):
     cropped = tf.gather(cropped, columns, axis=2, batch_dims=1)
     flip = tf.reshape(draws[:, 2] < 0.5, (-1, 1, 1, 1))
     return tf.where(flip, tf.reverse(cropped, axis=[2]), cropped)
+
+
+def _num_replicas() -> int:
+    return tf.distribute.get_replica_context().num_replicas_in_sync
 
 
 def _measures(terms, logits, labels):

@@ -1,10 +1,13 @@
 """A training run: its settings with all defaults resolved, its name, its parts, its folder."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import tensorflow as tf
 
 import logit_reg
 from logit_reg.attacks import PGD
+from logit_reg.distribution import Workers
 from logit_reg.files import atomic_path, read_json
 from logit_reg.loop import LoopSettings, run_folder, train
 from logit_reg.objectives import Objective
@@ -32,6 +36,7 @@ from madry_compat.tf1_checkpoints import (
 )
 
 ADVERSARIES = ("none", "pgd", "free")
+TRAIN_DTYPES = ("float32", "float64")
 
 _PAPER_BATCH_SIZE = 128
 _DEMO_STEPS = 1000
@@ -43,6 +48,8 @@ _PAPER_CIFAR_STRETCH = 2
 _FREE_REPLAYS = 8
 # The attack of "7-step adversarial training"; on MNIST with a ramp, see `RunSettings.ramp_steps`.
 _ADVERSARIAL_STEPS = 7
+# Settings of later versions; where they have their defaults, runs keep the names they had before.
+_LATER_SETTINGS = ("train_dtype", "max_to_keep")
 _ADVERSARIAL_STEP_SIZE = {"mnist": 0.1, "cifar10": 2.0, "cifar100": 2.0}
 
 
@@ -82,6 +89,8 @@ class RunSettings:
     num_summary_steps: int = 100
     num_checkpoint_steps: int = 300
     keep_checkpoint_steps: tuple[int, ...] = ()
+    train_dtype: str = "float32"
+    max_to_keep: int = 3
 
     @property
     def challenge(self) -> Challenge:
@@ -137,6 +146,9 @@ class RunSettings:
         settings = dataclasses.asdict(self)
         # --extend raises the number of steps of the same run.
         settings.pop("max_num_training_steps")
+        for name in _LATER_SETTINGS:
+            if settings[name] == _DEFAULTS[name]:
+                settings.pop(name)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         if self.width:
             words.append(f"width{self.width}")
@@ -144,6 +156,13 @@ class RunSettings:
             words.append(f"sigma{self.sigma:g}")
         words += [f"{self.max_num_training_steps}steps", f"seed{self.random_seed}", digest[:6]]
         return "-".join(words)
+
+
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(RunSettings)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False) -> RunSettings:
@@ -232,12 +251,26 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
 
 
 def build_network(settings: RunSettings):
-    """The untrained network of a run, initialised from its seed."""
+    """The untrained network of a run, initialised from its seed, in its precision."""
     keras.utils.set_random_seed(settings.random_seed)
     challenge = settings.challenge
-    if challenge.name == "mnist":
-        return mnist_cnn()
-    return wide_resnet(settings.width, challenge.num_classes)
+    with _default_dtype(settings.train_dtype):
+        if challenge.name == "mnist":
+            return mnist_cnn()
+        return wide_resnet(settings.width, challenge.num_classes)
+
+
+@contextlib.contextmanager
+def _default_dtype(name: str) -> Iterator[None]:
+    """What Keras builds inside has this dtype, its inputs included."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(name)
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
 
 
 def build_model(settings: RunSettings, network) -> RegularizedModel:
@@ -286,6 +319,8 @@ def train_run(
     *,
     data_dir: str | None = None,
     extend: bool = False,
+    strategy: tf.distribute.Strategy | None = None,
+    deterministic: bool = True,
     show_progress: bool = True,
 ) -> int:
     """Train a run in its folder, or go on with it.
@@ -294,9 +329,12 @@ def train_run(
         settings: what to compute.
         images: (N, H, W, C) uint8 training images.
         labels: (N,) int.
-        model_dir: gets what DESIGN's contract lists for `train.py`.
+        model_dir: gets what DESIGN's contract lists for `train.py`, from the chief alone if there
+            are several workers.
         data_dir: where the data came from, for the record.
         extend: accept that an existing run had a smaller `max_num_training_steps`.
+        strategy: from `make_strategy`; None for one device.
+        deterministic: make steps repeatable bit for bit.
         show_progress: draw a progress bar.
 
     Returns:
@@ -304,50 +342,71 @@ def train_run(
 
     Raises:
         TrainingError: see `run_folder` and `train`.
+        ValueError: if this worker has other settings or data than the chief.
+        WorkerLost: if another worker is gone.
     """
-    record = run_record(settings, data_dir)
-    with run_folder(model_dir, record, extend=extend) as folder:
-        network = build_network(settings)
-        model = build_model(settings, network)
-        if extend or not (folder / "config.json").exists():
-            write_config(
-                folder / "config.json",
-                settings.challenge,
-                {
-                    "model_dir": str(model_dir),
-                    "random_seed": settings.random_seed,
-                    "max_num_training_steps": settings.max_num_training_steps,
-                    "num_output_steps": settings.num_output_steps,
-                    "num_summary_steps": settings.num_summary_steps,
-                    "num_checkpoint_steps": settings.num_checkpoint_steps,
-                    "training_batch_size": settings.training_batch_size,
-                    "step_size_schedule": settings.step_size_schedule,
-                    "weight_decay": settings.weight_decay,
-                    "momentum": settings.momentum,
-                    "epsilon": settings.epsilon,
-                },
-            )
+    strategy = strategy or tf.distribute.get_strategy()
+    workers = Workers(strategy)
+    images, labels = images[settings.first_example :], labels[settings.first_example :]
+    # Where training starts is the chief's business.
+    same = dataclasses.asdict(settings) | {"init_checkpoint": ""}
+    workers.check_same(same, images, labels)
+    with contextlib.ExitStack() as stack:
+        folder = Path(model_dir)
+        if workers.is_chief:
+            record = run_record(settings, data_dir, execution(strategy, deterministic))
+            held = run_folder(model_dir, record, extend=extend, defaults=_DEFAULTS)
+            folder = stack.enter_context(held)
+        with strategy.scope():
+            network = build_network(settings)
+            model = build_model(settings, network)
         reduction: dict[str, Any] = {
             "loss_reduction": settings.loss_reduction,
             "batch_size": settings.training_batch_size,
         }
-        if settings.init_checkpoint and not saved_steps(folder):
-            start_from_checkpoint(model, Path(settings.init_checkpoint), reduction)
+        if workers.is_chief:
+            if extend or not (folder / "config.json").exists():
+                _write_challenge_config(folder, settings, str(model_dir))
+            if settings.init_checkpoint and not saved_steps(folder):
+                start_from_checkpoint(model, Path(settings.init_checkpoint), reduction)
 
         def export(step):
             with atomic_path(folder / "model.keras") as temporary:
                 network.save(temporary)
             save_network(network, folder, step, optimizer=model.optimizer, **reduction)
 
+        def remove_export(step):
+            for path in folder.glob(f"checkpoint-{step}.*"):
+                path.unlink(missing_ok=True)
+
         return train(
             model,
-            images[settings.first_example :],
-            labels[settings.first_example :],
+            images,
+            labels,
             settings.loop,
             folder,
             on_checkpoint=export,
+            on_removal=remove_export,
+            deterministic=deterministic,
             show_progress=show_progress,
         )
+
+
+def _write_challenge_config(folder: Path, settings: RunSettings, model_dir: str) -> None:
+    names = (
+        "random_seed",
+        "max_num_training_steps",
+        "num_output_steps",
+        "num_summary_steps",
+        "num_checkpoint_steps",
+        "training_batch_size",
+        "step_size_schedule",
+        "weight_decay",
+        "momentum",
+        "epsilon",
+    )
+    values = {name: getattr(settings, name) for name in names}
+    write_config(folder / "config.json", settings.challenge, {"model_dir": model_dir, **values})
 
 
 def start_from_checkpoint(model: RegularizedModel, path: Path, reduction: dict) -> int:
@@ -375,8 +434,8 @@ def start_from_checkpoint(model: RegularizedModel, path: Path, reduction: dict) 
     return load_training_state(path, model.network, model.optimizer, **reduction)
 
 
-def run_record(settings: RunSettings, data_dir: str | None) -> dict:
-    """What `run.json` says: settings, seed, versions, commit."""
+def run_record(settings: RunSettings, data_dir: str | None, executed: dict) -> dict:
+    """What `run.json` says: settings, seed, versions, commit, and what `execution` gives."""
     return {
         "schema": 1,
         "name": settings.description,
@@ -384,6 +443,7 @@ def run_record(settings: RunSettings, data_dir: str | None) -> dict:
         "seed": settings.random_seed,
         "data_dir": data_dir,
         "versions": versions(),
+        "execution": executed,
         "commit": commit(),
     }
 
@@ -418,6 +478,32 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "machine": platform.machine(),
     }
+
+
+def execution(strategy: tf.distribute.Strategy, deterministic: bool) -> dict[str, Any]:
+    """What, besides settings and versions, the last bits of a run depend on."""
+    num_cores = len(os.sched_getaffinity(0))
+    return {
+        "num_workers": Workers(strategy).count,
+        "num_replicas": strategy.num_replicas_in_sync,
+        "deterministic": deterministic,
+        "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads()
+        or int(os.environ.get("TF_NUM_INTEROP_THREADS", num_cores)),
+        "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads()
+        or int(os.environ.get("TF_NUM_INTRAOP_THREADS", num_cores)),
+        "processor": _processor(),
+        "gpus": len(tf.config.list_logical_devices("GPU")),
+    }
+
+
+def _processor() -> str:
+    """The model of the CPU, whose instructions decide how sums are split."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def commit() -> str | None:
@@ -470,6 +556,10 @@ def _check_settings(settings: RunSettings) -> None:
     if settings.adversary not in ADVERSARIES:
         raise ValueError(
             f"adversary must be one of {', '.join(ADVERSARIES)}; got {settings.adversary!r}."
+        )
+    if settings.train_dtype not in TRAIN_DTYPES:
+        raise ValueError(
+            f"train_dtype must be one of {', '.join(TRAIN_DTYPES)}; got {settings.train_dtype!r}."
         )
     _ = settings.objective, settings.threat, settings.loop
     piecewise_constant(settings.step_size_schedule)

@@ -6,14 +6,21 @@ takes the paper's settings where it states them, then the challenge's. All value
 units: [0, 1] for MNIST, [0, 255] for CIFAR.
 
 Stop it with Ctrl-C or kill it; the same command goes on where it was.
+
+Several machines: the same command on each, with --strategy=multi_worker and $TF_CONFIG. Workers
+that die are started again; the first one, the chief, writes the run's folder.
 """
 
 import dataclasses
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 from absl import flags
 
+from logit_reg import supervisor
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
 
@@ -81,18 +88,59 @@ flags.DEFINE_integer("num_output_steps", None, "steps between rows of log.csv (1
 flags.DEFINE_integer("num_summary_steps", None, "steps between points of TensorBoard (100)")
 flags.DEFINE_integer("num_checkpoint_steps", None, "steps between checkpoints (300 or 1000)")
 flags.DEFINE_list("keep_checkpoint_steps", None, "steps whose checkpoints are kept, as 100,200")
+flags.DEFINE_integer("max_to_keep", None, "checkpoints that stay besides those to keep (3)")
 flags.DEFINE_string(
     "init_checkpoint", None, "challenge checkpoint (folder or prefix) to go on from"
 )
 flags.DEFINE_bool("extend", False, "go on with a run to a larger --max_num_training_steps")
+flags.DEFINE_enum(
+    "strategy",
+    "none",
+    ["none", "mirrored", "multi_worker"],
+    "one device, all GPUs of this machine, or the workers of $TF_CONFIG; BatchNorm normalises "
+    "each replica's part of the batch by itself",
+)
+flags.DEFINE_enum(
+    "train_dtype", None, ["float32", "float64"], "precision of all of training (float32)"
+)
+flags.DEFINE_bool("deterministic", True, "repeatable bit for bit, for up to 6 % of the time")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
+
+# What every command sets before it starts TensorFlow; a worker starts it later than the others.
+_WORKER_ENVIRONMENT = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "KERAS_BACKEND": "tensorflow",
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+}
 
 # A newcomer's first run ends within minutes.
 _BARE_STEPS = 1000
 
 
 def main() -> None:
-    """Train as the flags say."""
+    """Train as the flags say, under a supervisor if other workers take part."""
+    if FLAGS.strategy != "multi_worker":
+        _train()
+        return
+    if not supervisor.is_supervised():
+        os.environ.update(_WORKER_ENVIRONMENT | os.environ)
+        command = (sys.executable, "-m", "logit_reg_scripts.train", *sys.argv[1:])
+        raise SystemExit(supervisor.supervise(command))
+    supervisor.follow_supervisor()
+    # Until training looks after signals itself, one ends the process whatever it waits for.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from logit_reg.distribution import WorkerLost
+
+    try:
+        _train()
+    except WorkerLost as error:
+        command_line.notice(str(error))
+        # Nothing here can still end in an orderly way: TensorFlow would wait for the others.
+        os._exit(supervisor.RESTART)
+
+
+def _train() -> None:
+    from logit_reg.distribution import Workers, make_strategy
     from logit_reg_scripts.attack_flags import apply_config
     from logit_reg_scripts.runs import RunSettings, resolve_settings, train_run
     from logit_reg_scripts.sources import RUNS, choose_dataset, load_split
@@ -110,9 +158,13 @@ def main() -> None:
         given["max_num_training_steps"] = _BARE_STEPS
     given["step_size_schedule"] = _schedule(FLAGS.step_size_schedule)
     given["keep_checkpoint_steps"] = _steps(FLAGS.keep_checkpoint_steps)
+    if FLAGS.extend:
+        given["ramp_steps"] = _ramp_of_extended_run(given["ramp_steps"])
     given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
     settings = resolve_settings({"dataset": name, **given}, is_challenge_config=config is not None)
 
+    # Before anything else that starts TensorFlow.
+    strategy = make_strategy(FLAGS.strategy)
     training_set = load_split(name, "train", data_dir, download=FLAGS.download)
     model_dir = Path(FLAGS.model_dir) if FLAGS.model_dir else RUNS / settings.name
     print(f"run:  {settings.description}, {settings.max_num_training_steps} steps -> {model_dir}")
@@ -124,7 +176,9 @@ def main() -> None:
         model_dir,
         data_dir=data_dir and str(Path(data_dir).resolve()),
         extend=FLAGS.extend,
-        show_progress=FLAGS.progress,
+        strategy=strategy,
+        deterministic=FLAGS.deterministic,
+        show_progress=FLAGS.progress and Workers(strategy).is_chief,
     )
     if step < settings.max_num_training_steps:
         raise KeyboardInterrupt
@@ -132,16 +186,25 @@ def main() -> None:
     print(f" --model_dir={model_dir}" if FLAGS.model_dir else "")
 
 
+def _ramp_of_extended_run(ramp_steps: int | None) -> int | None:
+    """The ramp of the run in --model_dir: its default would grow with the number of steps."""
+    from logit_reg_scripts.runs import read_run
+
+    if not FLAGS.model_dir:
+        raise command_line.UsageError("--extend needs the folder of the run: --model_dir.")
+    return ramp_steps if ramp_steps is not None else read_run(FLAGS.model_dir).ramp_steps or None
+
+
 def _checkpoint_in_model_dir() -> str | None:
     """The challenge's checkpoint that a named --model_dir holds, to go on from."""
     if not FLAGS.model_dir:
         return None
-    from logit_reg.files import read_json
+    from logit_reg_scripts.runs import read_run
 
     folder = Path(FLAGS.model_dir)
     if (folder / "run.json").exists():
         # The run may have begun that way; the same command has to name the same settings.
-        return read_json(folder / "run.json").get("settings", {}).get("init_checkpoint")
+        return read_run(folder).init_checkpoint
     if not any(folder.glob("*.index")):
         return None
     command_line.notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
@@ -191,7 +254,9 @@ def _steps(value):
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__)
+    # A worker's strategy has to come before TensorFlow starts, its supervisor needs none.
+    is_worker = any("multi_worker" in argument for argument in sys.argv)
+    command_line.run(main, __doc__, needs_tensorflow=not is_worker)
 
 
 if __name__ == "__main__":

@@ -775,6 +775,8 @@ OFF = {
     "random_start": True,
     "loss_func": "xent",
     "attack_batch_norm": "training",
+    "train_dtype": "float32",
+    "max_to_keep": 3,
 }
 MNIST_TRAINING = OFF | {
     "dataset": "mnist",

@@ -1,5 +1,8 @@
 """The training step: noise, augmentation, weight decay, adversaries, one trace."""
 
+import dataclasses
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from logit_reg.training import (
     RegularizedModel,
     random_crop_and_flip,
 )
+from logit_reg_scripts.runs import read_run, resolve_settings, train_run
 
 THREAT = ThreatModel("linf", 0.3, 0.0, 1.0)
 
@@ -120,7 +124,8 @@ def test_weight_decay_is_half_the_squared_norm_of_kernels_only():
 def test_augmentation_shifts_by_at_most_two_and_flips_half():
     image = np.arange(36, dtype=np.float32).reshape(1, 6, 6, 1) + 1
     images = np.repeat(image, 400, axis=0)
-    augmented = random_crop_and_flip(tf.constant(images), (1, 2)).numpy()
+    draws = np.random.default_rng(0).random((400, 3), np.float32)
+    augmented = random_crop_and_flip(tf.constant(images), draws).numpy()
     padded = np.pad(image, [(0, 0), (2, 2), (2, 2), (0, 0)])[0]
     crops = {}
     for y in range(5):
@@ -228,3 +233,46 @@ def test_impossible_settings_are_refused(settings, message):
 def test_free_training_in_l2_is_refused():
     with pytest.raises(ValueError, match="defined in linf"):
         FreeAdversary(ThreatModel("l2", 1.0), 8)
+
+
+@pytest.mark.slow
+def test_float64_networks_train_in_float64_and_load_in_safe_mode(tmp_path):
+    settings = resolve_settings(
+        {
+            "dataset": "mnist",
+            "adversary": "pgd",
+            "reg": "squeeze",
+            "beta": 0.5,
+            "train_dtype": "float64",
+            "training_batch_size": 4,
+            "max_num_training_steps": 2,
+        }
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 28, 28, 1), np.uint8)
+    train_run(settings, images, rng.integers(0, 10, 8), tmp_path, show_progress=False)
+    with np.load(tmp_path / "state-2.npz") as state:
+        arrays = [state[name] for name in state.files if state[name].dtype.kind == "f"]
+    # Weights and Adam's two slots; counts and the like are integers.
+    assert len(arrays) >= 8 * 3 and {array.dtype for array in arrays} <= {np.dtype("float64")}
+    network = keras.saving.load_model(tmp_path / "model.keras", compile=False, safe_mode=True)
+    np.testing.assert_array_equal(network.get_weights()[0], arrays[0])
+    assert network(images[:2] / 255.0).dtype == tf.float64
+    # What is built afterwards is unaffected.
+    assert keras.config.floatx() == "float32" and keras.layers.Dense(1).dtype == "float32"
+
+
+def test_settings_of_older_runs_keep_their_names_and_are_still_read():
+    """A run's default folder is named after its settings: new settings must not move it."""
+    settings = resolve_settings({"dataset": "mnist_5k", "reg": "squeeze", "beta": 2.0})
+    assert settings.name == "mnist_5k-squeeze-beta2-noise-sigma0.5-100000steps-seed0-ac0bb8"
+    other = dataclasses.replace(settings, train_dtype="float64")
+    assert other.name != settings.name
+    results = Path(__file__).parents[1] / "results"
+    for path in results.glob("*/*/run.json"):
+        assert read_run(path.parent).train_dtype == "float32"
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="train_dtype must be one of float32, float64"):
+        resolve_settings({"dataset": "mnist", "train_dtype": "float16"})
