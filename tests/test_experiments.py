@@ -128,7 +128,7 @@ def cut_short(words, steps=200):
 ON_MNIST = [words for words in SWEEPS if "--dataset=mnist" in words]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("words", random.Random(6).sample(ON_MNIST, 3), ids=lambda w: w[2])
 def test_a_command_cut_to_200_steps_runs(words, tmp_path):
     short = [word for word in cut_short(words) if not word.startswith("--data_dir")]
