@@ -48,25 +48,51 @@ def test_changes_below_the_spacing_of_cross_entropy_are_seen():
     assert rank[1] > rank[0]
 
 
-# Neither loss is sure to head for the nearest of many boundaries: that takes targets.
-@pytest.mark.parametrize(("loss", "num_classes"), [("xent", 2), ("dlr", 3)])
+@pytest.mark.parametrize("box_is_active", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_finds_what_lies_just_within_the_budget(norm, loss, num_classes):
-    classifier = LinearClassifier(num_classes)
+def test_finds_what_lies_just_within_the_budget_of_two_classes(norm, box_is_active):
+    check_closed_form(APGD, LinearClassifier(2), norm, box_is_active=box_is_active, pool=2000)
+
+
+# Without a target both losses may head for another boundary than the nearest. Shares of 40 such
+# images that fall to the public code (3 seeds) and to this one: DLR .90 to 1.00 and .93 to 1.00;
+# cross-entropy .38 and .40 (linf), .03 and .03 (l2) with 3 classes, .05 and .05, 0 and 0 with 10.
+@pytest.mark.parametrize(
+    ("loss", "num_classes", "norm", "share"),
+    [
+        ("dlr", 3, "linf", 0.9),
+        ("dlr", 3, "l2", 0.9),
+        ("dlr", 10, "linf", 0.9),
+        ("dlr", 10, "l2", 0.9),
+        ("xent", 3, "linf", 0.3),
+        ("xent", 3, "l2", 0.0),
+        ("xent", 10, "linf", 0.0),
+    ],
+)
+def test_without_a_target_finds_as_much_of_it_as_the_public_code(loss, num_classes, norm, share):
     check_closed_form(
-        lambda threat: APGD(threat, loss, num_steps=50), classifier, norm, box_is_active=False
+        lambda threat: APGD(threat, loss),
+        LinearClassifier(num_classes),
+        norm,
+        box_is_active=False,
+        share=share,
+        pool=2000,
+        count=40,
     )
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_finds_what_lies_just_within_the_budget_at_the_edge_of_the_pixel_range(norm):
-    check_closed_form(APGD, LinearClassifier(2), norm, box_is_active=True)
-
-
+@pytest.mark.parametrize("num_classes", [4, 10])
 @pytest.mark.parametrize("box_is_active", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_targets_find_what_lies_just_within_the_budget(norm, box_is_active):
-    check_closed_form(APGDTargeted, LinearClassifier(10), norm, box_is_active=box_is_active)
+def test_targets_find_what_lies_just_within_the_budget(norm, box_is_active, num_classes):
+    classifier = LinearClassifier(num_classes)
+    check_closed_form(APGDTargeted, classifier, norm, box_is_active=box_is_active, pool=2000)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (4, 4, 1), (28, 28, 1)])
+def test_targets_find_it_whatever_the_shape_of_the_images(shape):
+    classifier = LinearClassifier(10, shape=shape)
+    check_closed_form(APGDTargeted, classifier, "linf", box_is_active=True, pool=200)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -135,10 +161,15 @@ def test_directions_may_come_from_another_network():
 def test_too_few_classes_are_refused():
     classifier = LinearClassifier(2)
     images, labels = classifier.examples(3, box_is_active=False)
-    with pytest.raises(ValueError, match="DLR needs at least 3 classes; got 2"):
+    with pytest.raises(
+        ValueError, match="DLR needs at least 3 classes; got 2: use APGD with loss 'xent'"
+    ):
         APGD(LINF, "dlr").run(classifier, images, labels, seed=0)
     with pytest.raises(ValueError, match="targeted DLR needs at least 4 classes; got 2"):
         APGDTargeted(LINF).run(classifier, images, labels, seed=0)
+    images, labels = LinearClassifier(3).examples(3, box_is_active=False)
+    with pytest.raises(ValueError, match="targeted DLR needs at least 4 classes; got 3"):
+        APGDTargeted(LINF).run(LinearClassifier(3), images, labels, seed=0)
 
 
 @pytest.mark.parametrize(

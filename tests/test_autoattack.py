@@ -5,7 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from exact_margins import LinearClassifier, check_is_traced_once, curved, curved_examples
+from exact_margins import (
+    LinearClassifier,
+    check_closed_form,
+    check_is_traced_once,
+    curved,
+    curved_examples,
+)
 from golden import GOLDEN500_BROKEN, GOLDEN500_CLEAN, GOLDEN500_STANDING, trades_network
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
@@ -51,21 +57,41 @@ def test_versions_are_the_published_cascades():
 
 
 @pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+@pytest.mark.parametrize("box_is_active", [False, True])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_finds_what_lies_just_within_the_budget(norm, box_is_active, num_classes):
+    check_closed_form(
+        lambda threat: AutoAttack(threat, num_queries=20),
+        LinearClassifier(num_classes),
+        norm,
+        box_is_active=box_is_active,
+        pool=500,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.parametrize("threat", [LINF, ThreatModel("l2", 0.1), ThreatModel("linf", 8, 0, 255)])
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
-def test_each_stage_leaves_fewer_standing(version):
+def test_each_stage_leaves_fewer_standing(version, threat):
+    def model(images):
+        return curved(images / threat.upper)
+
     images, labels = curved_examples(30)
+    images *= threat.upper
     labels[0] = (labels[0] + 1) % 5
-    attack = AutoAttack(LINF, version, **LIGHT)
-    result = attack.run(curved, images, labels, seed=0)
+    attack = AutoAttack(threat, version, **LIGHT)
+    result = attack.run(model, images, labels, seed=0)
     assert [name for name, _ in result.stages] == list(attack.attacks(5))
     standing = np.arange(30) > 0
     for _, after in result.stages:
         assert not np.any(after & ~standing)
         standing = after
+    assert 3 < standing.sum() < 27
     np.testing.assert_array_equal(standing, ~result.fooled)
-    check_threat("autoattack", result.adversarial, images, np.arange(30), LINF)
+    check_threat("autoattack", result.adversarial, images, np.arange(30), threat)
     np.testing.assert_array_equal(result.adversarial[0], images[0])
-    fools = np.argmax(curved(result.adversarial).numpy(), axis=-1) != labels
+    fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
     np.testing.assert_array_equal(fools, result.fooled)
     forwards, backwards = attack.cost()
     assert result.forwards <= 30 * forwards
@@ -128,6 +154,21 @@ def test_a_randomised_network_is_noticed():
     assert "randomised" not in names
 
 
+def test_a_network_that_takes_gradients_itself_is_noticed():
+    def purified(images):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            confidence = tf.reduce_sum(tf.reduce_max(curved(images), axis=-1))
+        return curved(images + 0.01 * tape.gradient(confidence, images))
+
+    images, labels = curved_examples(5)
+    for model in (purified, tf.function(purified)):
+        findings = AutoAttack(LINF, **LIGHT).checks(model, images, labels)
+        assert {f.name: f for f in findings}["dynamic"].value > 0
+    names = {f.name for f in AutoAttack(LINF, **LIGHT).checks(curved, images, labels)}
+    assert "dynamic" not in names
+
+
 def test_vanishing_gradients_and_what_square_finds_behind_them_are_noticed():
     def quantised(images):
         return curved(tf.round(images * 50.0) / 50.0)
@@ -148,31 +189,74 @@ def test_a_sound_network_raises_no_warning():
     assert findings_of(attack, curved, images, labels) == {}
 
 
+class ScaledAndShifted:
+    """scale * logits + shift of a network, traced once for all values, in float32."""
+
+    def __init__(self, network):
+        self._network = network
+        self._scale, self._shift = tf.Variable(1.0), tf.Variable(0.0)
+
+    def __call__(self, images):
+        return self._scale * self._network(images) + self._shift
+
+    def robust_accuracies(self, attack, images, labels):
+        """Per cent robust under each scale and shift; first as the network is."""
+        robust = []
+        for scale, shift in ((1, 0), (1e-6, 0), (1e6, 0), (1, 100), (1, -100), (1, 3)):
+            self._scale.assign(scale)
+            self._shift.assign(shift)
+            fooled = attack.run(self, images, labels, seed=0).fooled
+            robust.append(100 * (1 - fooled.mean()))
+        return robust
+
+
+# As they are the logits are about 4; squeezed, about 0.04, where the float32 numbers around 100
+# are 8e-6 apart.
 @pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.parametrize("squeezed_by", [1, 100])
 @pytest.mark.parametrize(
     "attack",
     [
-        APGD(LINF, "dlr", num_steps=30),
-        FAB(LINF, num_steps=30, early_stop=True),
+        APGD(LINF, "dlr", num_steps=20),
+        APGD(ThreatModel("l2", 0.12), "dlr", num_steps=20),
+        APGDTargeted(LINF, num_steps=20),
+        FAB(LINF, num_steps=20, early_stop=True),
+        FABTargeted(ThreatModel("l2", 0.12), num_steps=20, early_stop=True),
         Square(LINF, num_queries=150),
-        AutoAttack(LINF, num_steps=30, num_queries=150),
+        Square(ThreatModel("l2", 0.12), num_queries=150),
+        AutoAttack(LINF, num_steps=20, num_queries=100),
     ],
-    ids=lambda attack: type(attack).__name__,
+    ids=lambda attack: f"{type(attack).__name__}-{attack.threat.norm}",
 )
-def test_scale_and_shift_of_the_logits_do_not_matter(attack):
-    scale, shift = tf.Variable(1.0), tf.Variable(0.0)
+def test_scale_and_shift_of_the_logits_do_not_matter(attack, squeezed_by):
+    model = ScaledAndShifted(lambda images: curved(images) / squeezed_by)
+    images, labels = curved_examples(500)
+    robust = model.robust_accuracies(attack, images, labels)
+    assert 20 < robust[0] < 80
+    assert max(robust) - min(robust) <= 0.6, robust
 
-    def model(images):
-        return scale * curved(images) + shift
 
-    images, labels = curved_examples(200)
-    robust = {}
-    for settings in ((1.0, 0.0), (1e-6, 0.0), (1e6, 0.0), (1.0, 100.0), (1.0, -100.0)):
-        scale.assign(settings[0])
-        shift.assign(settings[1])
-        robust[settings] = 100 * (1 - attack.run(model, images, labels, seed=0).fooled.mean())
-    assert 20 < robust[1.0, 0.0] < 80
-    assert max(robust.values()) - min(robust.values()) <= 0.6, robust
+def test_cross_entropy_notes_progress_that_float32_does_not_show():
+    # Near 0 its direction is that of the logits less their mean, whatever their scale; at 1e-9 its
+    # value is ln 5 to float32, wherever the image goes.
+    images, labels = curved_examples(500)
+    attack = APGD(ThreatModel("linf", 0.05), num_steps=10)
+    robust = [
+        100 * (1 - attack.run(model, images, labels, seed=0).fooled.mean())
+        for model in (lambda x: 1e-3 * curved(x), lambda x: 1e-9 * curved(x))
+    ]
+    assert 20 < robust[0] < 80
+    assert robust[1] == pytest.approx(robust[0], abs=0.6)
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_scale_and_shift_do_not_matter_to_a_squeezed_mnist_network(shared, tfds_dir):
+    network, images, labels = _golden(shared, tfds_dir, 200)
+    model = ScaledAndShifted(lambda images: 0.01 * network(images, training=False))
+    robust = model.robust_accuracies(APGD(ThreatModel(), "dlr", 20), images, labels)
+    assert 85 < robust[0] < 97
+    assert max(robust) - min(robust) <= 0.6, robust
 
 
 @pytest.mark.shared

@@ -10,8 +10,8 @@ from exact_margins import (
     check_is_traced_once,
     curved,
     curved_examples,
-    length,
-    shortest_move,
+    lengths,
+    shortest_moves,
 )
 
 from logit_reg.attacks.fab import FAB, FABTargeted, project_on_hyperplane
@@ -39,11 +39,10 @@ def test_projection_is_the_shortest_move_within_the_pixel_range(norm, lower, upp
     moves = project_on_hyperplane(
         points.astype("f"), (scale * normal).astype("f"), (scale * value).astype("f"), threat
     ).numpy()
-    for point, direction, gap, move in zip(points, normal, value, moves, strict=True):
-        side = np.sign(gap)
-        exact = shortest_move(point, side * direction, side * gap, norm, lower, upper)
-        assert length(move, norm) == pytest.approx(length(exact, norm), rel=1e-4)
-        np.testing.assert_allclose(move, exact, atol=1e-4 * (upper - lower))
+    side = np.sign(value)
+    exact = shortest_moves(points, side[:, None] * normal, side * value, norm, lower, upper)
+    np.testing.assert_allclose(lengths(moves, norm), lengths(exact, norm), rtol=1e-4)
+    np.testing.assert_allclose(moves, exact, atol=1e-4 * (upper - lower))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -55,22 +54,15 @@ def test_projection_goes_as_far_as_it_can_where_the_hyperplane_is_out_of_reach(n
     np.testing.assert_allclose(move, [[-0.25, 0.5, 0.0], [0.0, 0.0, 0.0]], atol=1e-7)
 
 
-# Without a target it heads for the boundary that is nearest without the pixel range, as published.
-@pytest.mark.parametrize(
-    ("make", "num_classes", "box_is_active"),
-    [
-        (FAB, 2, False),
-        (FAB, 2, True),
-        (FAB, 10, False),
-        (FABTargeted, 2, True),
-        (FABTargeted, 10, False),
-        (FABTargeted, 10, True),
-    ],
-)
+# The public code's FAB is off by up to 7 % where the box is active: it measures the distance to
+# boundaries without it.
+@pytest.mark.parametrize("box_is_active", [False, True])
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+@pytest.mark.parametrize("make", [FAB, FABTargeted])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_distance_is_within_two_per_cent_of_the_exact_one(norm, make, num_classes, box_is_active):
     classifier = LinearClassifier(num_classes)
-    images, labels = classifier.examples(20, box_is_active=box_is_active)
+    images, labels = classifier.examples(60, box_is_active=box_is_active)
     margins = classifier.margins(images, labels, norm)
     result = make(ThreatModel(norm, 10.0), num_steps=50).run(classifier, images, labels, seed=0)
     found = distances(result.adversarial, images, norm)
@@ -80,13 +72,16 @@ def test_distance_is_within_two_per_cent_of_the_exact_one(norm, make, num_classe
     assert np.all(found[reachable] <= margins[reachable] * 1.02)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 16), (6, 6, 1), (28, 28, 1)])
+@pytest.mark.parametrize("make", [FAB, FABTargeted])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_finds_what_lies_just_within_the_budget(norm):
+def test_finds_what_lies_just_within_the_budget(norm, make, shape):
     check_closed_form(
-        lambda threat: FABTargeted(threat, num_steps=50, early_stop=True),
-        LinearClassifier(10),
+        lambda threat: make(threat, early_stop=True),
+        LinearClassifier(10, shape=shape),
         norm,
         box_is_active=True,
+        pool=200,
     )
 
 
