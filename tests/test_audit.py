@@ -469,7 +469,7 @@ def test_a_full_audit_uses_its_controls_and_may_say_holds():
 
 
 @pytest.mark.shared
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_golden_model_is_not_refuted_and_raises_no_false_alarm(shared, tfds_dir):
     digits = data.load("mnist", "test", tfds_dir)
     images, labels = data.to_pixels(digits.images[:60], "mnist"), digits.labels[:60]

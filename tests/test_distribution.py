@@ -135,7 +135,7 @@ def train_by_command(folder, flags, *, num_workers=1):
 _SQUEEZE = ("--dataset=mnist_5k", "--reg=squeeze", "--beta=2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_have_the_losses_of_one_process_in_float32(tmp_path):
     flags = [*_SQUEEZE, "--training_batch_size=16", "--max_num_training_steps=10"]
     train_by_command(tmp_path / "one", flags)

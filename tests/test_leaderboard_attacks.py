@@ -212,7 +212,7 @@ def test_mifpe_has_a_gradient_where_logits_tie(scale):
 
 
 @pytest.mark.shared
-@pytest.mark.slow
+@pytest.mark.long
 def test_verdicts_on_the_golden_network_do_not_depend_on_scale_and_shift(shared, tfds_dir):
     test = data.load("mnist", "test", str(tfds_dir))
     chosen = np.union1d(np.arange(30), GOLDEN500_BROKEN[-30:])

@@ -256,7 +256,7 @@ def golden_case(shared, count):
 
 
 @pytest.mark.shared
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_a_real_network_the_estimate_follows_the_gradient_and_lowers_the_margin(shared):
     network, images, labels = golden_case(shared, 20)
     threat = ThreatModel("linf", 0.3)
