@@ -429,13 +429,12 @@ class _Run:
         books.count(1 + len(first) * forwards, len(first) * backwards, seconds)
         is_standing = np.zeros(len(self._images), bool)
         is_standing[rows] = True
+        before = is_standing.copy()
         for stage, attack in cascade.attacks(num_classes).items():
-            before = is_standing.copy()
             self._attack_all(books, f"{name}: {stage}", attack, np.flatnonzero(is_standing))
             is_standing &= ~books.fooled
             books.stages[stage] = is_standing.copy()
-            if stage == "square":
-                warn(check_square(before, is_standing))
+        warn(check_square(before, books.stages.items()))
 
     def _attack_batch(self, name, attack, batch):
         """Attack one batch, or take its result from the state; either way it passes the gate."""

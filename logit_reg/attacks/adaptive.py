@@ -7,6 +7,7 @@ import tensorflow as tf
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.attack import Attack, AttackResult, attack_inputs
 from logit_reg.attacks.autoattack import AutoAttack
+from logit_reg.attacks.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.checks import Finding
 from logit_reg.attacks.fab import FABTargeted
 from logit_reg.attacks.logit_scaling import ScaledPGD
@@ -25,7 +26,6 @@ _STEP_SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2, 0.65, 1.0, 2.0)
 _LOGIT_SCALES = (1e-2, 1e-1, 1e1, 1e2, 1e3, 1e4)
 _BEST_STEP_SHARE = 0.5
 _SQUARE_SHARES = (0.3, 0.8)
-_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,7 @@ class Adaptive:
 
     def attacks(self, num_classes: int) -> dict[str, Attack]:
         """The stages by name, in order; what is not defined for so few classes is left out."""
-        return {
-            name: attack
-            for name, attack in self._all_attacks().items()
-            if num_classes >= _LEAST_CLASSES.get(name, 2)
-        }
+        return stages_for(self._all_attacks(), num_classes)
 
     def run(
         self,
@@ -84,24 +80,18 @@ class Adaptive:
         """
         images, labels, indices = attack_inputs(images, labels, indices)
         standing = Standing(logits_fn, images, labels)
-        stages = []
-        for name, attack in self.attacks(standing.clean_logits.shape[1]).items():
-            rows = standing.rows
-            if len(rows):
-                found = attack.run(
-                    logits_fn,
-                    images[rows],
-                    labels[rows],
-                    seed=seed,
-                    indices=indices[rows],
-                    restart=restart,
-                    gradient_logits_fn=gradient_logits_fn,
-                )
-                standing.record(rows, found.adversarial, found.fooled)
-                standing.forwards += found.forwards
-                standing.backwards += found.backwards
-            stages.append((name, ~standing.fooled))
-        return standing.result(tuple(stages))
+        stages = run_stages(
+            self.attacks(standing.clean_logits.shape[1]),
+            standing,
+            logits_fn,
+            images,
+            labels,
+            seed=seed,
+            indices=indices,
+            restart=restart,
+            gradient_logits_fn=gradient_logits_fn,
+        )
+        return standing.result(stages)
 
     def __call__(self, logits_fn, images, labels, *, seed):
         """Return the adversarial images as a tensor (N, H, W, C)."""
@@ -110,12 +100,7 @@ class Adaptive:
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
         ten_classes = dataclasses.replace(self, num_targets=min(self.num_targets, 9))
-        costs = [attack.cost() for attack in ten_classes._all_attacks().values()]
-        forwards, backwards = self.cost_of_checks()
-        return (
-            forwards + 1 + sum(cost[0] for cost in costs),
-            backwards + sum(cost[1] for cost in costs),
-        )
+        return cost_of_stages(ten_classes._all_attacks(), self.cost_of_checks())
 
     def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
         """What can be seen before the attacks that makes their figure doubtful: AutoAttack's."""

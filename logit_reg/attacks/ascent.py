@@ -12,8 +12,8 @@ from logit_reg.attacks.attack import (
     batch_spec,
     call_logits,
     compiled,
-    example_noise,
     is_fooled,
+    uniform_in_ball,
 )
 from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
@@ -144,15 +144,9 @@ class Ascent:
     def _start(self, images, indices, stream, restart):
         if not self.random_start:
             return tf.identity(images)
-        threat, shape = self.attack.threat, images.shape[1:]
-        draw = {"indices": indices, "restart": restart}
-        if threat.norm == "linf":
-            noise = example_noise("uniform", shape, stream=stream, **draw)
-            return threat.random_start(images, noise, 1.0)
-        noise = example_noise("normal", shape, stream=stream, **draw)
-        # A stream of its own: the same one would tie the radius to the first pixels.
-        radius = example_noise("unit", (1, 1, 1), stream=stream + 1, **draw)
-        return threat.random_start(images, noise, radius)
+        return uniform_in_ball(
+            self.attack.threat, images, stream=stream, indices=indices, restart=restart
+        )
 
     def _advance(
         self,

@@ -265,6 +265,30 @@ def random_stream(seed: int, *names: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def uniform_in_ball(threat: ThreatModel, images, *, stream, indices, restart, scale=1.0):
+    """A point drawn uniformly from each image's ball, clipped to the pixel range.
+
+    Args:
+        threat: norm, budget and pixel range.
+        images: (N, H, W, C) float32, pixel units.
+        stream: () int64 from `random_stream`; the stream after it is used, too.
+        indices: (N,) int64 places of the images in their data set.
+        restart: () int64 number of the restart.
+        scale: () or (N, 1, 1, 1) fraction of epsilon.
+
+    Returns:
+        (N, H, W, C) float32.
+    """
+    shape, draw = images.shape[1:], {"indices": indices, "restart": restart}
+    if threat.norm == "linf":
+        noise = example_noise("uniform", shape, stream=stream, **draw)
+        return threat.random_start(images, noise, 1.0, scale)
+    noise = example_noise("normal", shape, stream=stream, **draw)
+    # A stream of its own: the same one would tie the radius to the first pixels.
+    radius = example_noise("unit", (1, 1, 1), stream=stream + 1, **draw)
+    return threat.random_start(images, noise, radius, scale)
+
+
 @functools.lru_cache(maxsize=64)
 def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
     """The traced form of `attack.method(*functions, *tensors)`: one trace for any batch size.

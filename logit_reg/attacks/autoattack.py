@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.attack import Attack, AttackResult, attack_inputs
+from logit_reg.attacks.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.checks import (
     Finding,
     check_dynamic,
@@ -26,7 +27,6 @@ VERSIONS = ("standard", "plus", "rand")
 _NUM_PASSES = 5
 _NUM_RESTARTS = 5
 _NUM_SAMPLES = 20
-_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,7 @@ class AutoAttack:
         Args:
             num_classes: K, at least 2; what is not defined for so few classes is left out.
         """
-        return {
-            name: attack
-            for name, attack in self._all_attacks().items()
-            if num_classes >= _LEAST_CLASSES.get(name, 2)
-        }
+        return stages_for(self._all_attacks(), num_classes)
 
     def run(
         self,
@@ -96,26 +92,20 @@ class AutoAttack:
         standing = Standing(logits_fn, images, labels)
         forwards, backwards = self.cost_of_checks()
         standing.count(len(images), forwards=forwards, backwards=backwards)
-        stages = []
-        for name, attack in self.attacks(standing.clean_logits.shape[1]).items():
-            before, rows = ~standing.fooled, standing.rows
-            if len(rows):
-                found = attack.run(
-                    logits_fn,
-                    images[rows],
-                    labels[rows],
-                    seed=seed,
-                    indices=indices[rows],
-                    restart=restart,
-                    gradient_logits_fn=gradient_logits_fn,
-                )
-                standing.record(rows, found.adversarial, found.fooled)
-                standing.forwards += found.forwards
-                standing.backwards += found.backwards
-            stages.append((name, ~standing.fooled))
-            if name == "square":
-                warn(check_square(before, ~standing.fooled))
-        return standing.result(tuple(stages))
+        before = ~standing.fooled
+        stages = run_stages(
+            self.attacks(standing.clean_logits.shape[1]),
+            standing,
+            logits_fn,
+            images,
+            labels,
+            seed=seed,
+            indices=indices,
+            restart=restart,
+            gradient_logits_fn=gradient_logits_fn,
+        )
+        warn(check_square(before, stages))
+        return standing.result(stages)
 
     def __call__(self, logits_fn, images, labels, *, seed):
         """Return the adversarial images as a tensor (N, H, W, C)."""
@@ -123,12 +113,7 @@ class AutoAttack:
 
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
-        costs = [attack.cost() for attack in self._all_attacks().values()]
-        forwards, backwards = self.cost_of_checks()
-        return (
-            forwards + 1 + sum(cost[0] for cost in costs),
-            backwards + sum(cost[1] for cost in costs),
-        )
+        return cost_of_stages(self._all_attacks(), self.cost_of_checks())
 
     def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
         """What can be seen before the attacks that makes their figure doubtful.

@@ -148,24 +148,27 @@ def check_zero_gradients(gradients: np.ndarray) -> list[Finding]:
     ]
 
 
-def check_square(before: np.ndarray, after: np.ndarray) -> list[Finding]:
-    """Whether the attack without gradients breaks what those with gradients leave.
+def check_square(before: np.ndarray, stages: Iterable[tuple[str, np.ndarray]]) -> list[Finding]:
+    """Whether the attack without gradients breaks what those before it leave.
 
     Args:
-        before: (N,) bool standing before Square.
-        after: (N,) bool standing after it.
+        before: (N,) bool standing before the first stage.
+        stages: (name, (N,) bool standing after it) of a cascade, in order.
 
     Returns:
-        A finding if Square breaks more than 0.2 % of the N examples.
+        A finding if the stage "square" breaks more than 0.2 % of the N examples.
     """
-    share = float(np.sum(before & ~after)) / max(len(before), 1)
-    if share <= _SQUARE_SHARE:
-        return []
-    return [
-        Finding(
-            "square_lowers",
-            f"Square breaks {100 * share:.1f} points that the attacks with gradients leave "
-            "standing: these may be misled; run Square with more queries, or an adaptive attack.",
-            share,
-        )
-    ]
+    for name, after in stages:
+        share = float(np.sum(before & ~after)) / max(len(before), 1)
+        if name == "square" and share > _SQUARE_SHARE:
+            return [
+                Finding(
+                    "square_lowers",
+                    f"Square breaks {100 * share:.1f} points that the attacks with gradients "
+                    "leave standing: these may be misled; run Square with more queries, or an "
+                    "adaptive attack.",
+                    share,
+                )
+            ]
+        before = after
+    return []

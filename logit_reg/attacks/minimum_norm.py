@@ -15,8 +15,8 @@ from logit_reg.attacks.attack import (
     compiled,
     is_fooled,
     random_stream,
+    uniform_in_ball,
 )
-from logit_reg.attacks.random_noise import uniform_in_ball
 from logit_reg.attacks.standing import Standing, ranked_targets, take
 from logit_reg.threat import ThreatModel
 

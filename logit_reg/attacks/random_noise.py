@@ -13,6 +13,7 @@ from logit_reg.attacks.attack import (
     example_noise,
     is_fooled,
     random_stream,
+    uniform_in_ball,
 )
 from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
@@ -112,27 +113,3 @@ class RandomNoise:
         signs = tf.where(noise < 0, -1.0, 1.0)
         delta = self.threat.epsilon * self.threat.ascent_direction(signs)
         return self.threat.project(images + delta, images)
-
-
-def uniform_in_ball(threat: ThreatModel, images, *, stream, indices, restart, scale=1.0):
-    """A point drawn uniformly from each image's ball, clipped to the pixel range.
-
-    Args:
-        threat: norm, budget and pixel range.
-        images: (N, H, W, C) float32, pixel units.
-        stream: () int64 from `random_stream`; the stream after it is used, too.
-        indices: (N,) int64 places of the images in their data set.
-        restart: () int64 number of the restart.
-        scale: () or (N, 1, 1, 1) fraction of epsilon.
-
-    Returns:
-        (N, H, W, C) float32.
-    """
-    shape, draw = images.shape[1:], {"indices": indices, "restart": restart}
-    if threat.norm == "linf":
-        noise = example_noise("uniform", shape, stream=stream, **draw)
-        return threat.random_start(images, noise, 1.0, scale)
-    noise = example_noise("normal", shape, stream=stream, **draw)
-    # A stream of its own: the same one would tie the radius to the first pixels.
-    radius = example_noise("unit", (1, 1, 1), stream=stream + 1, **draw)
-    return threat.random_start(images, noise, radius, scale)

@@ -16,8 +16,8 @@ from logit_reg.attacks.attack import (
     is_fooled,
     margin,
     random_stream,
+    uniform_in_ball,
 )
-from logit_reg.attacks.random_noise import uniform_in_ball
 from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
 

@@ -10,8 +10,14 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.attack import Attack, AttackResult, Classifier, LogitsFn, attack_inputs
-from logit_reg.attacks.autoattack import AutoAttack
+from logit_reg.attacks.attack import (
+    Attack,
+    AttackResult,
+    Cascade,
+    Classifier,
+    LogitsFn,
+    attack_inputs,
+)
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.standing import Standing
 from logit_reg.files import one_line, read_arrays
@@ -293,4 +299,4 @@ def _check_header(file, size):
 def _follows_gradients(attack: Attack) -> bool:
     while isinstance(attack, Restarts):
         attack = attack.attack
-    return attack.cost()[1] > 0 and not isinstance(attack, AutoAttack)
+    return attack.cost()[1] > 0 and not isinstance(attack, Cascade)

@@ -8,8 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks import PGD
-from logit_reg.attacks.attack import call_logits
-from logit_reg.attacks.random_noise import uniform_in_ball
+from logit_reg.attacks.attack import (
+    call_logits,
+    uniform_in_ball,
+)
 from logit_reg.attacks.standing import clean_margin
 from logit_reg.audit.bench import Bench, Diagnostic, Outcome, Plan, in_float64, is_within
 from logit_reg.audit.intervals import paired_gap
