@@ -51,6 +51,24 @@ def protocol_attacks(name: str, family: str) -> dict[str, Attack]:
     return PROTOCOLS[name](family)
 
 
+def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
+    """The attacks of a protocol that needs nothing but a threat model, for data of one's own.
+
+    Args:
+        name: one of `ANY_THREAT`.
+        threat: norm, budget and pixel range.
+
+    Returns:
+        Attacks by name.
+
+    Raises:
+        ValueError: if the protocol is another.
+    """
+    if name not in ANY_THREAT:
+        raise ValueError(f"protocol must be one of {', '.join(ANY_THREAT)}; got {name!r}.")
+    return {name: ANY_THREAT[name](threat)}
+
+
 def linf_threat(family: str) -> ThreatModel:
     """The challenges' own threat model of a family."""
     return _LINF[family]
@@ -108,7 +126,7 @@ def _paper_spsa(family):
 
 
 def _autoattack(family):
-    return {"autoattack": AutoAttack(_LINF[family])}
+    return any_threat_attacks("autoattack", _LINF[family])
 
 
 def _autoattack_l2(family):
@@ -116,7 +134,7 @@ def _autoattack_l2(family):
 
 
 def _adaptive(family):
-    return {"adaptive": Adaptive(_LINF[family])}
+    return any_threat_attacks("adaptive", _LINF[family])
 
 
 def _madry(family, num_steps, step_size):
@@ -137,6 +155,11 @@ def _paper(family, num_steps, step_size):
         for loss in ("xent", "cw")
     }
 
+
+ANY_THREAT: dict[str, Callable[[ThreatModel], Attack]] = {
+    "autoattack": AutoAttack,
+    "adaptive": Adaptive,
+}
 
 PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
     "madry-mnist": functools.partial(_madry_mnist, num_steps=40),

@@ -1,7 +1,8 @@
 """Measure what attacks leave of a network's accuracy.
 
 With nothing else it evaluates the newest run under its challenge's protocol. --protocol names
-frozen protocols; without it the attack flags (--epsilon, --num_steps, ...) describe one attack.
+frozen protocols (autoattack and adaptive also take --norm, --epsilon and data of your own);
+without it the attack flags (--epsilon, --num_steps, ...) describe one attack.
 --attack_file scores a submission as the challenge's run_attack.py does. --model and --data take
 a network and images of your own. All values are in pixel units: [0, 1] for MNIST, [0, 255] for
 CIFAR.
@@ -136,48 +137,16 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
-    from logit_reg.threat import ThreatModel
-    from logit_reg_scripts.attack_flags import attack_from_flags
     from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
-    from logit_reg_scripts.sources import load_keras, load_own_images
+    from logit_reg_scripts.own_models import load_own_model
 
-    missing = [
-        f"--{name}" for name in ("model", "data", "bounds", "epsilon") if not FLAGS[name].value
-    ]
-    if missing:
-        raise UsageError(
-            f"your own model and data need --model, --data, --bounds and --epsilon together; "
-            f"missing {', '.join(missing)}."
-        )
-    if FLAGS.protocol:
-        raise UsageError(
-            "--protocol is frozen to a challenge's pixel units; describe the attack on your own "
-            "data with --num_steps, --step_size, --loss_func and --restarts."
-        )
-    lower, upper = _bounds()
-    threat = ThreatModel(FLAGS.norm or "linf", FLAGS.epsilon, lower, upper)
-    network = load_keras(command_line.existing_path("model", FLAGS.model))
-    path = command_line.existing_path("data", FLAGS.data)
-    images, labels = load_own_images(path, (lower, upper))
-    if tuple(network.input_shape[1:]) != images.shape[1:]:
-        raise UsageError(
-            f"{path}: images have shape {images.shape[1:]}, the network takes "
-            f"{tuple(network.input_shape[1:])}."
-        )
-    num_classes = network.output_shape[-1]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UsageError(
-            f"{path}: labels span {labels.min()} to {labels.max()}, the network has "
-            f"{num_classes} classes."
-        )
-    test = TestImages(path.stem, images, labels, (lower, upper))
-    test = test.first(command_line.num_examples(FLAGS.num_eval_examples, len(images)))
-    protocols = {"flags": attack_from_flags(threat, None)}
-    output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{Path(FLAGS.model).stem}-{path.stem}")
+    own = load_own_model()
+    test = TestImages(own.path.stem, own.images, own.labels, (own.threat.lower, own.threat.upper))
+    output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{own.name}")
     _, result = evaluate_protocols(
-        network,
+        own.network,
         test,
-        protocols,
+        _own_protocols(own.threat),
         output_dir,
         batch_size=FLAGS.eval_batch_size or 200,
         seed=FLAGS.random_seed,
@@ -203,19 +172,22 @@ def _store(images, dataset=None, challenge=None) -> None:
 
 def _protocols(model, challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
-    from logit_reg.protocols import protocol_attacks
-    from logit_reg_scripts.attack_flags import ATTACK_FLAGS, attack_from_flags, challenge_threat
+    from logit_reg.protocols import any_threat_attacks, protocol_attacks
+    from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
 
     family = "mnist" if challenge.name == "mnist" else "cifar"
-    given = [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]
-    if FLAGS.protocol:
-        if given:
-            raise UsageError(
-                f"a protocol is frozen; leave out --{given[0]} or --protocol="
-                f"{','.join(FLAGS.protocol)}."
-            )
-        names = [name.strip() for name in FLAGS.protocol]
+    names = [name.strip() for name in FLAGS.protocol or ()]
+    given = _given_attack_flags()
+    if names and not given:
         return {name: protocol_attacks(name, family) for name in names}
+    if names:
+        _refuse_attack_flags(names, given)
+        threat = challenge_threat(challenge)
+        suffix = f"{threat.norm}-{threat.epsilon:g}"
+        # Another threat model is another attack: it never shares a column with the protocol's.
+        return {
+            name: {f"{name}-{suffix}": any_threat_attacks(name, threat)[name]} for name in names
+        }
     if not given:
         name = "madry-mnist" if family == "mnist" else "madry-cifar10"
         print(f"protocol: {name}, the challenge's own (choose with --protocol)")
@@ -223,14 +195,40 @@ def _protocols(model, challenge):
     return {"flags": attack_from_flags(challenge_threat(challenge), challenge)}
 
 
-def _bounds() -> tuple[float, float]:
-    try:
-        lower, upper = (float(value) for value in FLAGS.bounds)
-    except ValueError as error:
+def _own_protocols(threat):
+    """Attacks by protocol and name on a threat model of the user's own."""
+    from logit_reg.protocols import any_threat_attacks
+    from logit_reg_scripts.attack_flags import attack_from_flags
+
+    if not FLAGS.protocol:
+        return {"flags": attack_from_flags(threat, None)}
+    names = [name.strip() for name in FLAGS.protocol]
+    _refuse_attack_flags(names, _given_attack_flags())
+    return {name: any_threat_attacks(name, threat) for name in names}
+
+
+def _given_attack_flags() -> list[str]:
+    from logit_reg_scripts.attack_flags import ATTACK_FLAGS
+
+    return [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]
+
+
+def _refuse_attack_flags(names, given) -> None:
+    """A protocol is frozen; the cascades alone take another threat model, and nothing else."""
+    from logit_reg.protocols import ANY_THREAT
+
+    frozen = [name for name in names if name not in ANY_THREAT]
+    if frozen:
         raise UsageError(
-            f"--bounds must be two numbers, as 0,1; got {','.join(FLAGS.bounds)!r}."
-        ) from error
-    return lower, upper
+            f"--protocol={frozen[0]}: a protocol is frozen to its challenge's threat model; leave "
+            f"out --{given[0]}, or choose from {', '.join(ANY_THREAT)}, or describe the attack with "
+            f"--num_steps, --step_size, --loss_func and --restarts."
+        )
+    other = [name for name in given if name not in ("norm", "epsilon")]
+    if other:
+        raise UsageError(
+            f"a protocol is frozen; leave out --{other[0]} or --protocol={','.join(names)}."
+        )
 
 
 def _is_contaminated(model, name) -> bool:

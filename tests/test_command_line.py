@@ -179,6 +179,14 @@ def test_your_own_model_and_data(bare, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "out" / "result.json").read_text())["num_examples"] == 6
+    strong = ("--bounds=-1,1", "--protocol=autoattack", "--norm=l2", "--output_dir=strong")
+    process = command("eval_challenge", *own, *strong, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "strong" / "result.json").read_text())
+    (attack,) = result["protocols"]["autoattack"]["attacks"].values()
+    assert attack["settings"]["threat"]["norm"] == "l2"
+    frozen = command("eval_challenge", *own, "--bounds=-1,1", "--protocol=paper-l2", cwd=tmp_path)
+    assert_one_line_error(frozen, "--protocol=paper-l2: a protocol is frozen")
     outside = command("eval_challenge", *own, "--bounds=0,1", cwd=tmp_path)
     assert_one_line_error(outside, "outside --bounds=0,1")
     missing = command("eval_challenge", *own[:2], cwd=tmp_path)
