@@ -186,7 +186,11 @@ def _protocols(model, challenge):
         suffix = f"{threat.norm}-{threat.epsilon:g}"
         # Another threat model is another attack: it never shares a column with the protocol's.
         return {
-            name: {f"{name}-{suffix}": any_threat_attacks(name, threat)[name]} for name in names
+            name: {
+                f"{key}-{suffix}": attack
+                for key, attack in any_threat_attacks(name, threat).items()
+            }
+            for name in names
         }
     if not given:
         name = "madry-mnist" if family == "mnist" else "madry-cifar10"
@@ -221,7 +225,7 @@ def _refuse_attack_flags(names, given) -> None:
     if frozen:
         raise UsageError(
             f"--protocol={frozen[0]}: a protocol is frozen to its challenge's threat model; leave "
-            f"out --{given[0]}, or choose from {', '.join(ANY_THREAT)}, or describe the attack with "
+            f"out --{given[0]}, choose from {', '.join(ANY_THREAT)}, or describe the attack with "
             f"--num_steps, --step_size, --loss_func and --restarts."
         )
     other = [name for name in given if name not in ("norm", "epsilon")]
