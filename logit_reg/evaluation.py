@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import nullcontext
 
 import keras
 import numpy as np
@@ -22,13 +22,13 @@ from logit_reg.attacks.attack import (
 from logit_reg.attacks.checks import check_square, warn
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.standing import clean_logits
-from logit_reg.files import read_arrays, write_arrays
+from logit_reg.evaluation_state import EvaluationState
 from logit_reg.threat import ThreatModel
 
 # Relative slack of an attack's own output: float32 cannot keep a ball to the last bit.
 _RELATIVE_SLACK = 1e-6
-# Of a finished batch: its adversarial images, mostly.
-_MAX_STATE_BYTES = 4 * 2**30
+# What is kept of a finished batch.
+_SAVED = {"adversarial", "fooled", "last", "counts"}
 
 _CLASSIFIER = Classifier()
 
@@ -94,45 +94,6 @@ class Evaluation:
     def backwards(self) -> int:
         """Gradients computed by all attacks."""
         return sum(record.backwards for record in self.records.values())
-
-
-class EvaluationState:
-    """Finished batches of an evaluation, kept in a folder so that a killed one goes on.
-
-    A batch is found again only for the same network, data, settings, seed and batch.
-    """
-
-    def __init__(self, folder: Path | str, key: str):
-        """Use a folder.
-
-        Args:
-            folder: made when the first batch is saved.
-            key: hash of the network, see `network_hash`.
-        """
-        self._folder = Path(folder)
-        self._key = key
-
-    def load(self, description: str) -> dict[str, np.ndarray] | None:
-        """The arrays saved under a description, or None; a damaged file counts as none."""
-        try:
-            return read_arrays(self._path(description), max_bytes=_MAX_STATE_BYTES)
-        except ValueError:
-            return None
-
-    def save(self, description: str, arrays: dict[str, np.ndarray]) -> None:
-        """Keep arrays under a description."""
-        write_arrays(self._path(description), arrays)
-
-    def clear(self) -> None:
-        """Remove what was kept, once the results are written."""
-        for path in self._folder.glob("*.npz"):
-            path.unlink(missing_ok=True)
-        if self._folder.is_dir() and not any(self._folder.iterdir()):
-            self._folder.rmdir()
-
-    def _path(self, description):
-        digest = hashlib.sha256(f"{self._key} {description}".encode()).hexdigest()
-        return self._folder / f"{digest[:32]}.npz"
 
 
 def evaluate(
@@ -410,10 +371,22 @@ class _Run:
         return books
 
     def _attack_all(self, books, name, attack, rows):
+        """Attack batch by batch; what another worker is at comes last, from what it saved."""
         starts = range(0, len(rows), self._batch_size)
-        for start in tqdm(starts, desc=name, unit="batch", disable=not self._show_progress):
-            batch = rows[start : start + self._batch_size]
-            books.add(batch, *self._attack_batch(name, attack, batch))
+        batches = [rows[start : start + self._batch_size] for start in starts]
+        with tqdm(
+            total=len(batches), desc=name, unit="batch", disable=not self._show_progress
+        ) as bar:
+            for wait in (False, True):
+                taken = []
+                for batch in batches:
+                    found = self._attack_batch(name, attack, batch, wait=wait)
+                    if found is None:
+                        taken.append(batch)
+                    else:
+                        books.add(batch, *found)
+                        bar.update()
+                batches = taken
 
     def _attack_in_stages(self, books, name, cascade, rows):
         """Each stage on all that still stand, so that batches stay full as examples fall."""
@@ -436,34 +409,48 @@ class _Run:
             books.stages[stage] = is_standing.copy()
         warn(check_square(before, books.stages.items()))
 
-    def _attack_batch(self, name, attack, batch):
-        """Attack one batch, or take its result from the state; either way it passes the gate."""
+    def _attack_batch(self, name, attack, batch, *, wait):
+        """Attack one batch, or take its result from the state; either way it passes the gate.
+
+        Returns:
+            What was found and the seconds that it took, or None if another worker is at it and
+            `wait` is off.
+        """
         images, labels, indices = self._images[batch], self._labels[batch], self._indices[batch]
         description = f"{self._data_key} {attack!r} {self._seed} {_hash_of(batch)}"
-        saved = self._state.load(description) if self._state else None
-        if saved is not None and {"adversarial", "fooled", "last", "counts"} <= saved.keys():
-            forwards, backwards, seconds = saved["counts"]
-            found = AttackResult(
-                saved["adversarial"],
-                saved["fooled"],
-                saved["last"],
-                int(forwards),
-                int(backwards),
-            )
-        else:
-            started = time.monotonic()
-            found = attack.run(self._logits_fn, images, labels, seed=self._seed, indices=indices)
-            seconds = time.monotonic() - started
-            if self._state:
-                arrays = {
-                    "adversarial": found.adversarial,
-                    "fooled": found.fooled,
-                    "last": found.last_iterate_fooled,
-                    "counts": np.array([found.forwards, found.backwards, seconds]),
-                }
-                self._state.save(description, arrays)
+        arrays = self._saved(description)
+        if arrays is None:
+            claim = self._state.claim(description, wait=wait) if self._state else nullcontext(True)
+            with claim as is_mine:
+                if not is_mine:
+                    return None
+                # Another worker may have finished it meanwhile.
+                arrays = self._saved(description)
+                if arrays is None:
+                    arrays = self._compute(attack, images, labels, indices)
+                    if self._state:
+                        self._state.save(description, arrays)
+        forwards, backwards, seconds = arrays["counts"]
+        found = AttackResult(
+            arrays["adversarial"], arrays["fooled"], arrays["last"], int(forwards), int(backwards)
+        )
         check_threat(name, found.adversarial, images, indices, attack.threat)
         return _confirm(self._logits_fn, found, labels, self._batch_size), float(seconds)
+
+    def _saved(self, description):
+        arrays = self._state.load(description) if self._state else None
+        return arrays if arrays is not None and arrays.keys() >= _SAVED else None
+
+    def _compute(self, attack, images, labels, indices):
+        started = time.monotonic()
+        found = attack.run(self._logits_fn, images, labels, seed=self._seed, indices=indices)
+        seconds = time.monotonic() - started
+        return {
+            "adversarial": found.adversarial,
+            "fooled": found.fooled,
+            "last": found.last_iterate_fooled,
+            "counts": np.array([found.forwards, found.backwards, seconds]),
+        }
 
 
 def _confirm(logits_fn, found, labels, batch_size):

@@ -43,7 +43,8 @@ flags.DEFINE_bool("progress", True, "draw a progress bar")
 
 def main() -> None:
     """Attack as the flags say."""
-    from logit_reg.evaluation import EvaluationState, evaluate, network_hash, predict
+    from logit_reg.evaluation import evaluate, network_hash, predict
+    from logit_reg.evaluation_state import EvaluationState
     from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import prepare_output, write_adversarial

@@ -7,7 +7,8 @@ without it the attack flags (--epsilon, --num_steps, ...) describe one attack.
 a network and images of your own. All values are in pixel units: [0, 1] for MNIST, [0, 255] for
 CIFAR.
 
-An interrupted evaluation goes on when the same command is given again.
+An interrupted evaluation goes on when the same command is given again. --num_workers shares it
+among processes, here or on a Ray cluster; the result is the same.
 """
 
 from pathlib import Path
@@ -52,6 +53,11 @@ flags.DEFINE_list("attack_file", None, "score these attack.npy files instead of 
 flags.DEFINE_string("pred_path", "pred.npy", "where --attack_file writes the predictions")
 flags.DEFINE_string("store_adv_path", None, "write the worst-case images found to this .npy")
 flags.DEFINE_string("output_dir", None, "folder for result.json and ledger.csv")
+flags.DEFINE_integer("num_workers", 1, "processes that share the work", lower_bound=1)
+flags.DEFINE_enum("runner", "local", ["local", "ray"], "where they run: here, or a Ray cluster")
+flags.DEFINE_float("num_cpus", 1, "--runner=ray: cores that a worker reserves", lower_bound=0)
+flags.DEFINE_float("num_gpus", 0, "--runner=ray: GPUs that a worker reserves", lower_bound=0)
+flags.DEFINE_bool("worker", False, "compute batches for another process of this command only")
 flags.DEFINE_bool("progress", True, "draw progress bars")
 
 
@@ -74,12 +80,7 @@ def main() -> None:
 
 
 def _evaluate_challenge() -> None:
-    from logit_reg_scripts.evaluations import (
-        TestImages,
-        evaluate_protocols,
-        print_result,
-        published_beside,
-    )
+    from logit_reg_scripts.evaluations import TestImages, print_result, published_beside
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import score_files
     from madry_compat.challenges import challenge_for
@@ -118,18 +119,17 @@ def _evaluate_challenge() -> None:
         "release": model.release,
     }
     output_dir = _output_dir(model, protocols)
-    _, result = evaluate_protocols(
+    result = _evaluate(
         model.network,
         test,
         protocols,
         output_dir,
-        batch_size=batch_size,
-        seed=FLAGS.random_seed,
-        settings=settings,
-        worst_case_only=FLAGS.worst_case_only,
-        show_progress=FLAGS.progress,
+        batch_size,
+        settings,
         store=lambda images: _store(images, dataset, challenge),
     )
+    if result is None:
+        return
     print_result(result, published_beside(model.release, dataset))
     print(f"ledger: {output_dir / 'ledger.csv'}")
     if model.is_squeezed and not any(name.startswith("autoattack") for name in protocols):
@@ -137,26 +137,44 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
-    from logit_reg_scripts.evaluations import TestImages, evaluate_protocols, print_result
+    from logit_reg_scripts.evaluations import TestImages, print_result
     from logit_reg_scripts.own_models import load_own_model
 
     own = load_own_model()
     test = TestImages(own.path.stem, own.images, own.labels, (own.threat.lower, own.threat.upper))
     output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{own.name}")
-    _, result = evaluate_protocols(
-        own.network,
-        test,
-        _own_protocols(own.threat),
-        output_dir,
-        batch_size=FLAGS.eval_batch_size or 200,
-        seed=FLAGS.random_seed,
-        settings={"model": FLAGS.model, "data": FLAGS.data},
-        worst_case_only=FLAGS.worst_case_only,
-        show_progress=FLAGS.progress,
-        store=_store,
+    protocols = _own_protocols(own.threat)
+    settings = {"model": FLAGS.model, "data": FLAGS.data}
+    result = _evaluate(
+        own.network, test, protocols, output_dir, FLAGS.eval_batch_size or 200, settings, _store
     )
+    if result is None:
+        return
     print_result(result)
     print(f"ledger: {output_dir / 'ledger.csv'}")
+
+
+def _evaluate(network, test, protocols, output_dir, batch_size, settings, store) -> dict | None:
+    """The content of `result.json`, or None in a worker, which leaves batches only."""
+    from logit_reg_scripts.evaluations import compute_batches, evaluate_protocols, print_estimate
+    from logit_reg_scripts.workers import run_workers
+
+    options = {
+        "batch_size": batch_size,
+        "seed": FLAGS.random_seed,
+        "worst_case_only": FLAGS.worst_case_only,
+        "show_progress": FLAGS.progress,
+    }
+    print_estimate(network, test, protocols, batch_size=batch_size)
+    if FLAGS.worker:
+        compute_batches(network, test, protocols, output_dir, **options)
+        return None
+    if FLAGS.num_workers > 1:
+        run_workers(output_dir)
+    _, result = evaluate_protocols(
+        network, test, protocols, output_dir, settings=settings, store=store, **options
+    )
+    return result
 
 
 def _store(images, dataset=None, challenge=None) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 from logit_reg.attacks import Attack
 from logit_reg.evaluation import (
     Evaluation,
-    EvaluationState,
     content_hash,
     estimate_seconds,
     evaluate,
     network_hash,
     predict,
 )
+from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
 from logit_reg_scripts.runs import commit, versions
@@ -79,24 +79,14 @@ def evaluate_protocols(
     Returns:
         The evaluation and the content of `result.json`.
     """
-    attacks = {name: attack for attacks in protocols.values() for name, attack in attacks.items()}
-    key = network_hash(network)
-    state = EvaluationState(output_dir / ".state", key)
-    seconds = estimate_seconds(network, attacks, test.images, test.labels, batch_size=batch_size)
-    print(
-        f"estimate: at most {_duration(seconds)} for {len(attacks)} attacks on "
-        f"{len(test.images)} images (kept batch by batch; the same command goes on)",
-        flush=True,
-    )
-    evaluation = evaluate(
+    evaluation = compute_batches(
         network,
-        attacks,
-        test.images,
-        test.labels,
+        test,
+        protocols,
+        output_dir,
         batch_size=batch_size,
         seed=seed,
         worst_case_only=worst_case_only,
-        state=state,
         show_progress=show_progress,
     )
     result = build_result(
@@ -105,7 +95,7 @@ def evaluate_protocols(
         dataset=test.dataset,
         settings={
             **settings,
-            "network_sha256": key,
+            "network_sha256": network_hash(network),
             "images_sha256": content_hash(test.images),
             "eval_batch_size": batch_size,
             "worst_case_only": worst_case_only,
@@ -118,8 +108,75 @@ def evaluate_protocols(
     write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
     if store is not None:
         store(evaluation.adversarial)
-    state.clear()
+    EvaluationState(state_folder(output_dir), "").clear()
     return evaluation, result
+
+
+def compute_batches(
+    network: keras.Model,
+    test: TestImages,
+    protocols: Mapping[str, Mapping[str, Attack]],
+    output_dir: Path,
+    *,
+    batch_size: int,
+    seed: int,
+    worst_case_only: bool = False,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Attack all batches that are not in `output_dir/.state` yet, and keep them there.
+
+    Processes that do so at the same time share the work.
+
+    Args:
+        network: images in pixel units -> logits.
+        test: what to attack.
+        protocols: attacks by protocol and name.
+        output_dir: made if need be.
+        batch_size: most images sent through the network at once.
+        seed: of the attacks.
+        worst_case_only: see `logit_reg.evaluation.evaluate`.
+        show_progress: draw progress bars.
+    """
+    return evaluate(
+        network,
+        _attacks(protocols),
+        test.images,
+        test.labels,
+        batch_size=batch_size,
+        seed=seed,
+        worst_case_only=worst_case_only,
+        state=EvaluationState(state_folder(output_dir), network_hash(network)),
+        show_progress=show_progress,
+    )
+
+
+def print_estimate(
+    network: keras.Model,
+    test: TestImages,
+    protocols: Mapping[str, Mapping[str, Attack]],
+    *,
+    batch_size: int,
+) -> None:
+    """Print how long one process takes at most.
+
+    Args:
+        network: images in pixel units -> logits.
+        test: what to attack.
+        protocols: attacks by protocol and name.
+        batch_size: most images sent through the network at once.
+    """
+    attacks = _attacks(protocols)
+    seconds = estimate_seconds(network, attacks, test.images, test.labels, batch_size=batch_size)
+    print(
+        f"estimate: at most {_duration(seconds)} for {len(attacks)} attacks on "
+        f"{len(test.images)} images (kept batch by batch; the same command goes on)",
+        flush=True,
+    )
+
+
+def state_folder(output_dir: Path) -> Path:
+    """Where an evaluation keeps its finished batches until its results are written."""
+    return output_dir / ".state"
 
 
 def published_beside(release: str | None, dataset: Dataset) -> Mapping[str, float]:
@@ -180,6 +237,10 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
         f"seed {result['seed']}, {result['forwards']} forwards, {result['backwards']} gradients, "
         f"{_duration(result['seconds'])})"
     )
+
+
+def _attacks(protocols) -> dict[str, Attack]:
+    return {name: attack for attacks in protocols.values() for name, attack in attacks.items()}
 
 
 def _write_examples(output_dir, network, evaluation, test, batch_size):

@@ -193,29 +193,69 @@ def test_your_own_model_and_data(bare, tmp_path):
     assert_one_line_error(missing, "missing --bounds, --epsilon")
 
 
-@pytest.mark.slow
-def test_a_killed_evaluation_ends_with_the_identical_ledger(bare, tmp_path):
+@pytest.mark.long
+def test_four_workers_write_the_ledger_of_one(bare, tmp_path):
     folder, _ = bare
     flags = [
         f"--model_dir={the_run(folder)}",
         "--dataset=mnist_5k",
-        "--protocol=paper-fgsm,paper-mnist",
-        "--num_eval_examples=60",
-        "--eval_batch_size=10",
+        "--protocol=paper-fgsm,autoattack",
+        "--num_eval_examples=50",
+        "--eval_batch_size=5",
     ]
-    whole = command("eval_challenge", *flags, "--output_dir=whole", cwd=tmp_path)
+    one = command("eval_challenge", *flags, "--output_dir=one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+
+    four = command("eval_challenge", *flags, "--output_dir=four", "--num_workers=4", cwd=tmp_path)
+
+    assert four.returncode == 0, four.stderr
+    assert "workers: 4" in four.stdout
+    written = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "four")
+    ]
+    assert written[0].keys() == written[1].keys()
+    assert written[0]["ledger.csv"] == written[1]["ledger.csv"]
+
+
+def kill_when_kept(command_line, folder, num_batches):
+    """Start the command; SIGKILL once so many batches are kept."""
+    process = subprocess.Popen(
+        command_line, cwd=folder.parent, env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
+    while process.poll() is None:
+        if len(list(folder.glob(".state/*.npz"))) >= num_batches:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.02)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("flags", "kills"),
+    [
+        pytest.param(["--protocol=paper-fgsm,paper-mnist"], (1, 3), marks=pytest.mark.slow),
+        pytest.param(["--protocol=autoattack-each"], range(1, 31, 3), marks=pytest.mark.long),
+        pytest.param(
+            ["--protocol=autoattack-each", "--num_workers=3"], (1, 9, 20), marks=pytest.mark.long
+        ),
+    ],
+)
+def test_a_killed_evaluation_ends_with_the_identical_ledger(bare, tmp_path, flags, kills):
+    folder, _ = bare
+    flags = [
+        f"--model_dir={the_run(folder)}",
+        "--dataset=mnist_5k",
+        "--num_eval_examples=60",
+        "--eval_batch_size=6",
+        *flags,
+    ]
+    one_process = [*flags, "--output_dir=whole", "--num_workers=1"]
+    whole = command("eval_challenge", *one_process, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    code = [sys.executable, str(ROOT / "scripts" / "eval_challenge.py"), *flags]
-    for kept in (1, 3):
-        process = subprocess.Popen(
-            [*code, "--output_dir=killed"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE
-        )
-        while process.poll() is None:
-            if len(list((tmp_path / "killed").glob(".state/*.npz"))) >= kept:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.02)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    again = [sys.executable, str(ROOT / "scripts" / "eval_challenge.py"), *flags]
+    for num_batches in kills:
+        kill_when_kept([*again, "--output_dir=killed"], tmp_path / "killed", num_batches)
     assert command("eval_challenge", *flags, "--output_dir=killed", cwd=tmp_path).returncode == 0
     ledgers = [(tmp_path / name / "ledger.csv").read_text() for name in ("whole", "killed")]
     assert ledgers[0] == ledgers[1]

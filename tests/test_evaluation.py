@@ -1,8 +1,11 @@
 """Evaluation: worst case per example, the gate, the books, resume."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,6 @@ from linear import SHAPE, Linear
 
 from logit_reg.attacks import PGD, AttackResult, Restarts
 from logit_reg.evaluation import (
-    EvaluationState,
     GateError,
     check_threat,
     content_hash,
@@ -19,6 +21,7 @@ from logit_reg.evaluation import (
     evaluate,
     wilson_interval,
 )
+from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_json
 from logit_reg.ledger import build_result, read_ledger, write_ledger
 from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
@@ -196,6 +199,48 @@ def test_an_interrupted_evaluation_goes_on_and_ends_alike(tmp_path):
     assert (whole.forwards, whole.backwards) == (again.forwards, again.backwards)
     state.clear()
     assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_workers_that_share_a_folder_compute_each_batch_once_and_agree(tmp_path):
+    model, attacks, images, labels = linear_case()
+    whole = evaluate(model, attacks, images, labels, batch_size=4)
+    saved = []
+
+    class Counting(EvaluationState):
+        def save(self, description, arrays):
+            super().save(description, arrays)
+            saved.append(description)
+
+    def work(_):
+        state = Counting(tmp_path, "key")
+        return evaluate(model, attacks, images, labels, batch_size=4, state=state)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        shared = list(pool.map(work, range(4)))
+
+    assert len(saved) == len(set(saved)) == len(attacks) * 10
+    for one in shared:
+        np.testing.assert_array_equal(whole.adversarial, one.adversarial)
+        np.testing.assert_array_equal(whole.robust, one.robust)
+        assert (whole.forwards, whole.backwards) == (one.forwards, one.backwards)
+
+
+def test_the_claim_of_a_process_that_was_killed_ends(tmp_path):
+    code = (
+        "import sys, time\nfrom logit_reg.evaluation_state import EvaluationState\n"
+        "with EvaluationState(sys.argv[1], 'key').claim('batch', wait=False) as is_mine:\n"
+        "    print(is_mine, flush=True)\n    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    state = EvaluationState(tmp_path, "key")
+    with state.claim("batch", wait=False) as is_mine:
+        assert not is_mine
+    process.kill()
+    process.wait()
+    with state.claim("batch", wait=True) as is_mine:
+        assert is_mine
 
 
 def test_kept_batches_of_other_data_seed_or_network_are_not_taken(tmp_path):
