@@ -9,6 +9,7 @@ import tensorflow as tf
 from logit_reg.attacks.ascent import logits_and_gradient
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     attack_loss,
     batch_spec,
@@ -36,7 +37,7 @@ _GRADIENT = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class APGD:
+class APGD(ImageAttack):
     """Auto-PGD on the cross-entropy or on the difference of logits ratio (DLR).
 
     An image is left once it is fooled, at any iterate.
@@ -91,10 +92,6 @@ class APGD:
         )
         return standing.result()
 
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
-
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
         forwards, backwards = self._ascent().cost()
@@ -127,7 +124,7 @@ class APGD:
 
 
 @dataclasses.dataclass(frozen=True)
-class APGDTargeted:
+class APGDTargeted(ImageAttack):
     """Auto-PGD on the targeted DLR, one target class after the other.
 
     Targets are the wrong classes with the largest clean logits. Needs at least 4 classes.
@@ -178,10 +175,6 @@ class APGDTargeted:
                 restart=restart,
             )
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

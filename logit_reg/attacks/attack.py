@@ -91,6 +91,14 @@ class Attack(Protocol):
         ...
 
 
+class ImageAttack:
+    """Lets an `Attack` be called as a function from images to adversarial images."""
+
+    def __call__(self: Attack, logits_fn: LogitsFn, images, labels, *, seed: int) -> tf.Tensor:
+        """Return `run(...).adversarial` as a tensor (N, H, W, C)."""
+        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+
 @runtime_checkable
 class Cascade(Protocol):
     """An attack made of attacks, each for what the ones before leave standing.

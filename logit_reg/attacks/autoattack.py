@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import tensorflow as tf
-
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.attack import Attack, AttackResult, attack_inputs
+from logit_reg.attacks.attack import Attack, AttackResult, ImageAttack, attack_inputs
 from logit_reg.attacks.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.checks import (
     Finding,
@@ -30,7 +28,7 @@ _NUM_SAMPLES = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoAttack:
+class AutoAttack(ImageAttack):
     """The cascade whose worst case the field quotes.
 
     "standard": APGD-CE, APGD-T, FAB-T, Square. "plus": APGD-CE and APGD-DLR with 5 restarts,
@@ -106,10 +104,6 @@ class AutoAttack:
         )
         warn(check_square(before, stages))
         return standing.result(stages)
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""

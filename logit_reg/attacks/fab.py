@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     batch_spec,
     call_logits,
@@ -27,7 +28,7 @@ _MAX_ROUNDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class FAB:
+class FAB(ImageAttack):
     """Fast adaptive boundary attack towards the nearest linearised boundary of all classes.
 
     The returned image is the closest that fools, if it lies within epsilon; else the image
@@ -89,10 +90,6 @@ class FAB:
         )
         return closest.result(self.threat.epsilon)
 
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
-
     def cost(self, num_classes: int = 10):
         """Return the most forwards and backwards that one image can take.
 
@@ -103,7 +100,7 @@ class FAB:
 
 
 @dataclasses.dataclass(frozen=True)
-class FABTargeted:
+class FABTargeted(ImageAttack):
     """Fast adaptive boundary attack towards one target class after the other.
 
     Targets are the wrong classes with the largest clean logits. The returned image is the closest
@@ -164,10 +161,6 @@ class FABTargeted:
                 early_stop=self.early_stop,
             )
         return closest.result(self.threat.epsilon)
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

@@ -2,15 +2,13 @@
 
 import dataclasses
 
-import tensorflow as tf
-
-from logit_reg.attacks.attack import AttackResult
+from logit_reg.attacks.attack import AttackResult, ImageAttack
 from logit_reg.attacks.pgd import PGD
 from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
-class FGSM:
+class FGSM(ImageAttack):
     """One step of length epsilon from the image itself.
 
     Source:
@@ -27,10 +25,6 @@ class FGSM:
     def run(self, logits_fn, images, labels, **options) -> AttackResult:
         """Attack a batch; see `Attack.run`."""
         return self._as_pgd().run(logits_fn, images, labels, **options)
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the forwards and backwards that one image takes."""

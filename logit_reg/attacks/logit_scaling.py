@@ -6,7 +6,13 @@ import math
 import tensorflow as tf
 
 from logit_reg.attacks.ascent import Ascent, check_steps
-from logit_reg.attacks.attack import AttackResult, attack_inputs, attack_loss, random_stream
+from logit_reg.attacks.attack import (
+    AttackResult,
+    ImageAttack,
+    attack_inputs,
+    attack_loss,
+    random_stream,
+)
 from logit_reg.attacks.standing import Standing
 from logit_reg.threat import ThreatModel
 
@@ -15,7 +21,7 @@ _SMALLEST_GAP = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledPGD:
+class ScaledPGD(ImageAttack):
     """PGD on cross-entropy where the logits are first multiplied by a factor.
 
     Cross-entropy has no gradient left in float32 where logits are large and says little where
@@ -67,10 +73,6 @@ class ScaledPGD:
             restart=restart,
         )
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

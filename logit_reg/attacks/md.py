@@ -6,7 +6,13 @@ import math
 import tensorflow as tf
 
 from logit_reg.attacks.ascent import Ascent, check_steps
-from logit_reg.attacks.attack import AttackResult, attack_inputs, margin_terms, random_stream
+from logit_reg.attacks.attack import (
+    AttackResult,
+    ImageAttack,
+    attack_inputs,
+    margin_terms,
+    random_stream,
+)
 from logit_reg.attacks.standing import Standing
 from logit_reg.threat import ThreatModel
 
@@ -14,7 +20,7 @@ TERMS = ("label", "other")
 
 
 @dataclasses.dataclass(frozen=True)
-class MD:
+class MD(ImageAttack):
     """PGD on one term of the margin for the first half of the steps, then on the margin.
 
     Where the gradient of one term drowns the other's, the margin alone leads astray. Run both
@@ -65,10 +71,6 @@ class MD:
             restart=restart,
         )
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

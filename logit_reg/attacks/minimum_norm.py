@@ -9,6 +9,7 @@ import tensorflow as tf
 from logit_reg.attacks.ascent import climb, logits_and_gradient
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     batch_spec,
     call_logits,
@@ -42,7 +43,7 @@ class ClosestImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class MinimumNorm:
+class MinimumNorm(ImageAttack):
     """PGD on the difference of two logits, in a ball of its own radius for each image.
 
     The radius is doubled from epsilon, at most until the ball covers the pixel range, until
@@ -89,10 +90,6 @@ class MinimumNorm:
             fooled[:, None, None, None], found.adversarial, np.asarray(images, np.float32)
         )
         return AttackResult(adversarial, fooled, fooled.copy(), found.forwards, found.backwards)
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

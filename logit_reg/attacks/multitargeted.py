@@ -5,13 +5,13 @@ import dataclasses
 import tensorflow as tf
 
 from logit_reg.attacks.ascent import Ascent, check_steps
-from logit_reg.attacks.attack import AttackResult, attack_inputs, random_stream
+from logit_reg.attacks.attack import AttackResult, ImageAttack, attack_inputs, random_stream
 from logit_reg.attacks.standing import Standing, ranked_targets
 from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiTargeted:
+class MultiTargeted(ImageAttack):
     """PGD on the difference of a wrong class' logit and the true one, one class after the other.
 
     The wrong class with the largest clean logit comes first. An image is left once it is fooled,
@@ -63,10 +63,6 @@ class MultiTargeted:
                 restart=restart,
             )
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self, num_classes: int = 10):
         """Return the most forwards and backwards that one image can take.

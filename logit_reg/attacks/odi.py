@@ -7,6 +7,7 @@ import tensorflow as tf
 from logit_reg.attacks.ascent import Ascent, check_steps
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     batch_spec,
     compiled,
@@ -19,7 +20,7 @@ from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
-class ODI:
+class ODI(ImageAttack):
     """First a few steps of length epsilon up a random mixture of logits, then PGD on the margin.
 
     The mixture w . z has weights w uniform on [-1, 1), drawn for each image and restart: wrap it
@@ -73,10 +74,6 @@ class ODI:
             restart=restart,
         )
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

@@ -7,6 +7,7 @@ import tensorflow as tf
 from logit_reg.attacks.ascent import Ascent, check_steps, climb, logits_and_gradient
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     attack_loss,
     check_loss,
@@ -16,7 +17,7 @@ from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD:
+class PGD(ImageAttack):
     """Projected gradient descent (ascent of the loss) on all images at once.
 
     Source:
@@ -73,10 +74,6 @@ class PGD:
             stream=random_stream(seed, type(self).__name__, self.loss),
             restart=restart,
         )
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the forwards and backwards that one image takes."""

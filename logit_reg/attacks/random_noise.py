@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     batch_spec,
     call_logits,
@@ -25,7 +26,7 @@ _DRAWS_PER_CHUNK = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomNoise:
+class RandomNoise(ImageAttack):
     """Noise drawn again and again until an image is fooled.
 
     Needs forwards only. The draws of a smaller `num_draws` are the first of a larger one.
@@ -81,10 +82,6 @@ class RandomNoise:
             standing.count(len(rows), forwards=count)
             rows = rows[standing.record(rows, candidates.numpy(), fooled.numpy())]
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

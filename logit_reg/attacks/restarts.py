@@ -3,14 +3,13 @@
 import dataclasses
 
 import numpy as np
-import tensorflow as tf
 
-from logit_reg.attacks.attack import Attack, AttackResult, attack_inputs
+from logit_reg.attacks.attack import Attack, AttackResult, ImageAttack, attack_inputs
 from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
-class Restarts:
+class Restarts(ImageAttack):
     """An attack repeated with fresh random numbers on the images that still stand.
 
     The first restart that fools an image counts: candidates are never compared by their loss.
@@ -60,10 +59,6 @@ class Restarts:
             forwards += found.forwards
             backwards += found.backwards
         return AttackResult(adversarial, fooled, last_fooled, forwards, backwards)
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     batch_spec,
     call_logits,
@@ -32,7 +33,7 @@ _SIGNS_PER_NUMBER = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class SPSA:
+class SPSA(ImageAttack):
     """Simultaneous perturbation stochastic approximation on the margin.
 
     The gradient is estimated from the margin at pairs of points on either side of the iterate, in
@@ -128,10 +129,6 @@ class SPSA:
             )
             standing.count(len(rows), forwards=self.num_samples + 1)
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.attack import (
     AttackResult,
+    ImageAttack,
     attack_inputs,
     batch_spec,
     call_logits,
@@ -32,7 +33,7 @@ _BLOCK = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Square:
+class Square(ImageAttack):
     """Square attack on the margin: a random square is kept if it lowers the margin.
 
     Needs forwards only. An image is left once it is fooled; else the point with the lowest
@@ -106,10 +107,6 @@ class Square:
             )
             standing.count(int(num_sent), forwards=1)
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import tensorflow as tf
 
 from logit_reg.attacks.attack import (
     Attack,
     AttackResult,
     Cascade,
     Classifier,
+    ImageAttack,
     LogitsFn,
     attack_inputs,
 )
@@ -31,7 +31,7 @@ _CLASSIFIER = Classifier()
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer:
+class Transfer(ImageAttack):
     """An attack on a source network, whose images are judged on the attacked network.
 
     By default the attacked network sees one image only, the one that the attack returns: for most
@@ -107,10 +107,6 @@ class Transfer:
         standing.backwards += found.backwards
         return standing.result()
 
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
-
     def cost(self):
         """Return the most forwards and backwards that one image can take, on both networks."""
         forwards, backwards = self.attack.cost()
@@ -118,7 +114,7 @@ class Transfer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay:
+class Replay(ImageAttack):
     """Images that were made before, judged once: `images[i]` for the image of index i.
 
     Source:
@@ -198,10 +194,6 @@ class Replay:
         standing.count(len(rows), forwards=1)
         standing.record(rows, replayed, fooled)
         return standing.result()
-
-    def __call__(self, logits_fn, images, labels, *, seed):
-        """Return the adversarial images as a tensor (N, H, W, C)."""
-        return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
