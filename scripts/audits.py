@@ -9,8 +9,9 @@ import numpy as np
 
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
+from logit_reg.audit.bench import CONTROL_KINDS
 from logit_reg.audit_page import write_audit_page
-from logit_reg.evaluation import EvaluationState
+from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_json
 from logit_reg.objectives import collapse_threshold
 from logit_reg.protocols import PROTOCOLS, protocol_attacks
@@ -18,13 +19,19 @@ from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line
 from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.controls import (
+    KINDS,
+    LEAST_STEPS,
+    control_settings,
+    is_cheap,
+    trained_controls,
+)
+from logit_reg_scripts.own_models import load_own_model
 from logit_reg_scripts.runs import commit, versions
 from logit_reg_scripts.sources import (
     Model,
     dataset_for,
-    load_keras,
     load_model,
-    load_own_images,
     load_split,
 )
 from madry_compat.challenges import challenge_for
@@ -32,7 +39,8 @@ from madry_compat.data import to_pixels
 
 # Flags that describe an attack, beyond the threat model that they share with the audit.
 _ATTACK_FLAGS = ("num_steps", "step_size", "random_start", "loss_func", "confidence", "restarts")
-_KINDS = ("natural", "noise_only", "adversarial", "same_recipe", "squeezed")
+# Of --controls, beside names of models: train what is missing, and train nothing.
+_TRAIN, _NONE = "train", "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,7 @@ def audited_challenge() -> Audited:
         images=to_pixels(dataset.images[:count], name),
         labels=dataset.labels[:count],
         attacks=attacks,
-        controls=_controls(model),
+        controls=_controls(model, name),
         batch_size=FLAGS.eval_batch_size or challenge.eval_batch_size,
         output_dir=Path(FLAGS.output_dir or folder / "audits" / FLAGS.budget),
         settings={"model": str(model.path), "release": model.release, "dataset": name},
@@ -98,43 +106,15 @@ def audited_challenge() -> Audited:
 
 def audited_own() -> Audited:
     """The network of --model on the images of --data."""
-    needed = ("model", "data", "bounds", "epsilon")
-    missing = [f"--{name}" for name in needed if not FLAGS[name].value]
-    if missing:
-        raise UsageError(
-            f"your own model and data need --model, --data, --bounds and --epsilon together; "
-            f"missing {', '.join(missing)}."
-        )
-    try:
-        lower, upper = (float(value) for value in FLAGS.bounds)
-    except ValueError as error:
-        raise UsageError(
-            f"--bounds must be two numbers, as 0,1; got {','.join(FLAGS.bounds)!r}."
-        ) from error
-    threat = ThreatModel(FLAGS.norm or "linf", FLAGS.epsilon, lower, upper)
-    network = load_keras(command_line.existing_path("model", FLAGS.model))
-    path = command_line.existing_path("data", FLAGS.data)
-    images, labels = load_own_images(path, (lower, upper))
-    if tuple(network.input_shape[1:]) != images.shape[1:]:
-        raise UsageError(
-            f"{path}: images have shape {images.shape[1:]}, the network takes "
-            f"{tuple(network.input_shape[1:])}."
-        )
-    num_classes = network.output_shape[-1]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UsageError(
-            f"{path}: labels span {labels.min()} to {labels.max()}, the network has "
-            f"{num_classes} classes."
-        )
-    count = command_line.num_examples(FLAGS.num_eval_examples, len(images))
-    default = Path("runs/audits") / f"{Path(FLAGS.model).stem}-{path.stem}" / FLAGS.budget
+    own = load_own_model()
+    default = Path("runs/audits") / own.name / FLAGS.budget
     return Audited(
-        network=network,
-        threat=threat,
-        images=images[:count],
-        labels=labels[:count],
-        attacks=attack_from_flags(threat, None) if _is_attack_given() else {},
-        controls=_controls(None),
+        network=own.network,
+        threat=own.threat,
+        images=own.images,
+        labels=own.labels,
+        attacks=attack_from_flags(own.threat, None) if _is_attack_given() else {},
+        controls=_controls(None, None),
         batch_size=FLAGS.eval_batch_size or 200,
         output_dir=Path(FLAGS.output_dir or default),
         settings={"model": FLAGS.model, "dataset": FLAGS.data},
@@ -193,22 +173,75 @@ def _print_verdict(found: Audit) -> None:
     )
 
 
-def _controls(audited: Model | None) -> tuple[Control, ...]:
-    return tuple(_control(value.strip(), audited) for value in FLAGS.controls)
+def _controls(audited: Model | None, dataset: str | None) -> tuple[Control, ...]:
+    """The controls that are named, and those that are trained.
+
+    Args:
+        audited: the audited model, if it is that of a challenge.
+        dataset: the data set of the audit, if it is one of the project's.
+    """
+    values = [value.strip() for value in FLAGS.controls or ()]
+    named = tuple(_control(value, audited) for value in values if value not in (_TRAIN, _NONE))
+    if FLAGS.budget not in KINDS or _NONE in values:
+        return named
+    if dataset is None:
+        if _TRAIN in values:
+            command_line.notice("--controls=train: your own data have no training images.")
+        return named
+    if _TRAIN not in values and (values or not is_cheap(dataset)):
+        if not values:
+            command_line.notice(
+                f"controls: none, so the tests that need them are skipped; --controls=train trains "
+                f"them on {dataset}, which may take hours."
+            )
+        return named
+    return named + _missing_controls(audited, dataset, {control.kind for control in named})
+
+
+def _missing_controls(audited: Model | None, dataset: str, given: set[str]) -> tuple[Control, ...]:
+    num_steps = FLAGS.control_steps
+    if num_steps is not None and num_steps < LEAST_STEPS:
+        raise UsageError(f"--control_steps must be at least {LEAST_STEPS}; got {num_steps}.")
+    data_dir = FLAGS.data_dir or (audited.usable_data_dir if audited else None)
+    settings = control_settings(dataset, num_steps, audited.run if audited else None)
+    return trained_controls(
+        {kind: settings[kind] for kind in KINDS[FLAGS.budget] if kind not in given},
+        lambda: load_split(dataset, "train", data_dir, download=FLAGS.download),
+        data_dir=data_dir and str(Path(data_dir).resolve()),
+        announce=lambda line: print(line, flush=True),
+        show_progress=FLAGS.progress,
+    )
 
 
 def _control(value: str, audited: Model | None) -> Control:
     kind, separator, path = value.partition(":")
-    if separator and kind in _KINDS:
+    if separator and kind == "reference":
+        return _reference(value, path)
+    if separator and kind in CONTROL_KINDS:
         return Control(value, kind, load_model(path).network)
     model = load_model(value)
     known = _kind(model, audited)
     if known is None:
         raise UsageError(
             f"--controls={value}: neither a run nor a released model says what it is; write "
-            f"KIND:{value} with a kind of {', '.join(_KINDS)}."
+            f"KIND:{value} with a kind of {', '.join(CONTROL_KINDS)}."
         )
     return Control(value, known, model.network)
+
+
+def _reference(value: str, rest: str) -> Control:
+    """A control as reference:PERCENT:PATH."""
+    accuracy, _, path = rest.partition(":")
+    try:
+        published = float(accuracy) / 100
+    except ValueError:
+        published = -1.0
+    if not (0 <= published <= 1 and path):
+        raise UsageError(
+            f"--controls={value}: a reference needs its published accuracy under APGD-CE in per "
+            f"cent, as reference:93.60:PATH."
+        )
+    return Control(path, "reference", load_model(path).network, published)
 
 
 def _kind(model: Model, audited: Model | None) -> str | None:

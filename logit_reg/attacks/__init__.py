@@ -5,12 +5,14 @@ from logit_reg.attacks.apgd import APGD as APGD
 from logit_reg.attacks.apgd import APGDTargeted as APGDTargeted
 from logit_reg.attacks.attack import Attack as Attack
 from logit_reg.attacks.attack import AttackResult as AttackResult
+from logit_reg.attacks.attack import ImageAttack as ImageAttack
 from logit_reg.attacks.attack import margin as margin
 from logit_reg.attacks.autoattack import AutoAttack as AutoAttack
 from logit_reg.attacks.checks import AttackWarning as AttackWarning
 from logit_reg.attacks.fab import FAB as FAB
 from logit_reg.attacks.fab import FABTargeted as FABTargeted
 from logit_reg.attacks.fgsm import FGSM as FGSM
+from logit_reg.attacks.hop_skip_jump import HopSkipJump as HopSkipJump
 from logit_reg.attacks.logit_scaling import ScaledPGD as ScaledPGD
 from logit_reg.attacks.md import MD as MD
 from logit_reg.attacks.minimum_norm import ClosestImages as ClosestImages

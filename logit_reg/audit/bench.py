@@ -25,12 +25,15 @@ from logit_reg.attacks.standing import clean_logits, clean_margin
 from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
 from logit_reg.evaluation import (
     Evaluation,
-    EvaluationState,
     GateError,
     evaluate,
     network_hash,
 )
+from logit_reg.evaluation_state import EvaluationState
 from logit_reg.threat import ThreatModel
+
+# Most images that attacks without gradients are tried on, of those that stand.
+NUM_LEFT = 100
 
 BUDGETS = ("quick", "standard", "full")
 CONTROL_KINDS = ("natural", "noise_only", "adversarial", "same_recipe", "squeezed", "reference")
@@ -39,6 +42,14 @@ CONTROL_KINDS = ("natural", "noise_only", "adversarial", "same_recipe", "squeeze
 _MNIST_SHAPE = (28, 28, 1)
 # The smallest probability that is told from 0, so that its logarithm is finite.
 _LEAST_PROBABILITY = 1e-37
+# How near to probabilities up to scale and offset outputs have to be, of their range.
+_PROBABILITY_SLACK = 1e-3
+_SURE = 0.99
+# Logits whose median margin is larger are divided before they are attacked, at most by so much.
+_LARGE_MARGIN = 200.0
+_MOST_DIVIDED = 10.0
+# Entries of the gradient of cross-entropy below which that of the true class is lost to rounding.
+_SATURATED = 1e-13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,8 @@ class Plan:
     """Of the plain PGD that the ladder starts from, pixel units."""
     median_margin: float
     """Median over the clean images of the largest minus the second largest logit."""
+    divisor: float
+    """What the logits are divided by before they are attacked; see `precise`."""
     claimed: Mapping[str, Attack]
     """The claimant's own attacks by name."""
     controls: tuple[Control, ...]
@@ -130,6 +143,8 @@ class Diagnostic:
     """Controls that it attacks in the same way."""
     passes: Callable[[Plan], float] = lambda plan: 0.0
     """Forward passes of single images outside attacks; a gradient counts as two."""
+    passes_each: Callable[[Plan], float] = lambda plan: 0.0
+    """The same for each of the first `NUM_LEFT` images that the attacks before leave."""
 
 
 class Bench:
@@ -163,14 +178,19 @@ class Bench:
         self._state_dir, self._show_progress = state_dir, show_progress
         self.outputs = _in_batches(logits_fn, images, batch_size)
         """(N, K) what `logits_fn` returns for the clean images."""
-        self.is_probabilities = _is_probabilities(self.outputs)
-        self.logits_fn = log_of(logits_fn) if self.is_probabilities else logits_fn
-        """Logits: the logarithm of the outputs where these are probabilities."""
-        self.precise = precise(self.logits_fn)
-        """The same in float64, for gradients that float32 would lose; see `precise`."""
-        self.logits = self.outputs
-        if self.is_probabilities:
-            self.logits = np.log(np.maximum(self.outputs, _LEAST_PROBABILITY))
+        self.probabilities = probabilities(self.outputs)
+        """How the outputs are made of probabilities, None where they are logits."""
+        self.logits_fn, self.logits = logits_fn, self.outputs
+        """Logits: the logarithm of the probabilities where the outputs are made of these."""
+        if self.probabilities is not None:
+            self.logits_fn = log_of(logits_fn, self.probabilities)
+            self.logits = self.probabilities.logarithm(self.outputs).numpy()
+        # Logits that are not numbers have no margin.
+        large = np.nan_to_num(median_margin(self.logits) / _LARGE_MARGIN, nan=1.0)
+        self.divisor = float(np.clip(large, 1.0, _MOST_DIVIDED))
+        """What the logits are divided by before they are attacked."""
+        self.precise = precise(self.logits_fn, self.divisor)
+        """The logits in float64, for gradients that float32 would lose; see `precise`."""
         self.clean = clean_margin(self.logits, labels) > 0
         """(N,) bool."""
         self.robust = self.clean.copy()
@@ -329,16 +349,18 @@ class LossGradient:
         return gradient
 
 
-def precise(logits_fn: LogitsFn) -> LogitsFn:
+def precise(logits_fn: LogitsFn, divisor: float = 1.0) -> LogitsFn:
     """The same logits in float64, with a gradient that does not underflow on its way back.
 
     A saturated softmax leaves no gradient in float32 once the margin exceeds 88, although the
     network has one: a healthy network with logits times 30 would look masked. In float64 that
-    happens at 745. On its way into a float32 network the gradient of an image is scaled so that
-    its largest entry is 1, which no attack that follows directions notices.
+    happens at 745, and with a divisor of 10, the most that an audit takes, at 7,450. Dividing
+    logits changes no decision. On its way into a float32 network the gradient of an image is
+    scaled so that its largest entry is 1, which no attack that follows directions notices.
 
     Args:
         logits_fn: images -> logits.
+        divisor: what the logits are divided by, above 0.
 
     Returns:
         images -> (N, K) float64.
@@ -348,14 +370,32 @@ def precise(logits_fn: LogitsFn) -> LogitsFn:
     def widen(logits):
         def backward(upstream):
             largest = tf.reduce_max(tf.abs(upstream), axis=-1, keepdims=True)
+            # No other loss has gradients as small.
+            is_saturated = largest < _SATURATED
+            upstream = tf.where(is_saturated, _balanced(upstream, logits), upstream)
+            largest = tf.reduce_max(tf.abs(upstream), axis=-1, keepdims=True)
             return tf.cast(tf.math.divide_no_nan(upstream, largest), logits.dtype)
 
-        return tf.cast(logits, tf.float64), backward
+        return tf.cast(logits, tf.float64) / divisor, backward
 
     def precise_logits(images):
         return widen(call_logits(logits_fn, images))
 
     return precise_logits
+
+
+def _balanced(gradient, logits):
+    """The gradient with an entry at the largest logit that makes its sum 0: (N, K) -> (N, K)."""
+    num_classes = logits.shape[-1] or tf.shape(logits)[-1]
+    predicted = tf.one_hot(tf.argmax(logits, axis=-1), num_classes, dtype=gradient.dtype)
+    others = gradient * (1 - predicted)
+    return others - predicted * tf.reduce_sum(others, axis=-1, keepdims=True)
+
+
+def median_margin(logits: np.ndarray) -> float:
+    """Median over the images of the largest minus the second largest logit: (N, K) -> ()."""
+    ordered = np.sort(logits, axis=1)
+    return float(np.median(ordered[:, -1] - ordered[:, -2]))
 
 
 def in_float64(network: keras.Model) -> LogitsFn | None:
@@ -375,11 +415,49 @@ def in_float64(network: keras.Model) -> LogitsFn | None:
     return float64_logits
 
 
-def log_of(logits_fn: LogitsFn) -> LogitsFn:
-    """Logits of a function that returns probabilities: their logarithm."""
+@dataclasses.dataclass(frozen=True)
+class Probabilities:
+    """Outputs that are `scale` times probabilities plus `offset`."""
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def logarithm(self, outputs):
+        """Logits that these outputs may come from: (N, K) -> (N, K) tensor."""
+        return tf.math.log(tf.maximum((outputs - self.offset) / self.scale, _LEAST_PROBABILITY))
+
+
+def probabilities(outputs: np.ndarray) -> Probabilities | None:
+    """How outputs are made of probabilities, or None where they are logits.
+
+    Probabilities that are scaled and shifted are told by rows which all have the same sum and by
+    an image of which the network is sure: the one large output is then as far above the smallest
+    as the sum allows. Two logits of opposite sign would look the same, so that there only plain
+    probabilities count.
+
+    Args:
+        outputs: (N, K) float.
+    """
+    try:
+        refuse_probabilities(outputs)
+    except ValueError:
+        return Probabilities()
+    wide = outputs.astype(np.float64)
+    sums, num_classes = wide.sum(axis=1), wide.shape[1]
+    offset, span = float(wide.min()), float(np.ptp(wide))
+    scale = float(sums.mean()) - num_classes * offset
+    is_constant = np.ptp(sums) <= _PROBABILITY_SLACK * span
+    is_sure = _SURE * scale <= span <= (1 + _PROBABILITY_SLACK) * scale
+    if num_classes < 3 or span == 0 or not (is_constant and is_sure):
+        return None
+    return Probabilities(scale, offset)
+
+
+def log_of(logits_fn: LogitsFn, form: Probabilities) -> LogitsFn:
+    """Logits of a function that returns probabilities of this form: their logarithm."""
 
     def log_probabilities(images):
-        return tf.math.log(tf.maximum(call_logits(logits_fn, images), _LEAST_PROBABILITY))
+        return form.logarithm(call_logits(logits_fn, images))
 
     return log_probabilities
 
@@ -405,14 +483,6 @@ def _with_float64(config):
     if isinstance(config, list | tuple):
         return type(config)(_with_float64(item) for item in config)
     return config
-
-
-def _is_probabilities(outputs):
-    try:
-        refuse_probabilities(outputs)
-    except ValueError:
-        return True
-    return False
 
 
 def _in_batches(logits_fn, images, batch_size):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from logit_reg.attacks import APGD, FGSM, PGD, Attack, Restarts
-from logit_reg.audit.bench import Bench, Diagnostic
+from logit_reg.audit.bench import NUM_LEFT, Bench, Diagnostic
 from logit_reg.audit.records import Cost
 
 _PROBED_IMAGES = 100
@@ -45,7 +45,8 @@ def estimate(bench: Bench, diagnostics: Iterable[Diagnostic]) -> Cost:
     counted: set = set()
     forwards = backwards = passes = 0.0
     for diagnostic in diagnostics:
-        passes += diagnostic.passes(plan)
+        num_left = min(num_images * probe.after_apgd, NUM_LEFT)
+        passes += diagnostic.passes(plan) + num_left * diagnostic.passes_each(plan)
         controls = plan.controls_of(*diagnostic.control_kinds)
         for attack in diagnostic.attacks(plan).values():
             targets = [None, *controls]

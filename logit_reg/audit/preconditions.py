@@ -13,7 +13,15 @@ from logit_reg.attacks.attack import (
     uniform_in_ball,
 )
 from logit_reg.attacks.standing import clean_margin
-from logit_reg.audit.bench import Bench, Diagnostic, Outcome, Plan, in_float64, is_within
+from logit_reg.audit.bench import (
+    Bench,
+    Diagnostic,
+    Outcome,
+    Plan,
+    in_float64,
+    is_within,
+    median_margin,
+)
 from logit_reg.audit.intervals import paired_gap
 from logit_reg.audit.records import SqueezeDiagnostics
 from logit_reg.evaluation import wilson_interval
@@ -40,6 +48,9 @@ _LEAST_SPAN = 0.05
 def normalised_spread(first: np.ndarray, second: np.ndarray) -> float:
     """Largest l2 distance between two versions of the images' logits, each scaled to length 1.
 
+    The mean of an image's logits, on which no decision depends, is taken off before: behind a
+    large one a difference would not show.
+
     Args:
         first: (N, K) logits.
         second: (N, K) logits of the same images.
@@ -50,10 +61,7 @@ def normalised_spread(first: np.ndarray, second: np.ndarray) -> float:
 def squeeze_diagnostics(bench: Bench, beta=None, threshold=None) -> SqueezeDiagnostics:
     """The scale of the clean logits and what it does to the cross-entropy."""
     logits = bench.logits.astype(np.float64)
-    # log sum exp without overflow.
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    cross_entropy = np.maximum(-log_softmax[np.arange(len(logits)), bench.labels], 0.0).mean()
+    cross_entropy = _cross_entropy(logits, bench.labels).mean()
     return SqueezeDiagnostics(
         mean_logit_norm=_finite(np.linalg.norm(logits, axis=1).mean()),
         median_margin=_finite(median_margin(logits)),
@@ -64,10 +72,11 @@ def squeeze_diagnostics(bench: Bench, beta=None, threshold=None) -> SqueezeDiagn
     )
 
 
-def median_margin(logits: np.ndarray) -> float:
-    """Median over the images of the largest minus the second largest logit: (N, K) -> ()."""
-    ordered = np.sort(logits, axis=1)
-    return float(np.median(ordered[:, -1] - ordered[:, -2]))
+def _cross_entropy(logits, labels):
+    # log sum exp without overflow.
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.maximum(-log_softmax[np.arange(len(logits)), labels], 0.0)
 
 
 def _logits_not_probabilities(bench: Bench) -> Outcome:
@@ -75,7 +84,7 @@ def _logits_not_probabilities(bench: Bench) -> Outcome:
         "lowest_output": _finite(bench.outputs.min()),
         "highest_output": _finite(bench.outputs.max()),
     }
-    if bench.is_probabilities:
+    if bench.probabilities is not None:
         return Outcome(
             "fail",
             "the outputs are probabilities; the audit goes on with their logarithm",
@@ -180,10 +189,13 @@ def _clean_accuracy(bench: Bench) -> Outcome:
 
 def _squeeze(bench: Bench) -> Outcome:
     found = bench.squeeze
+    # Of a confident network's few mistakes alone the mean is large.
+    median = float(np.median(_cross_entropy(bench.logits.astype(np.float64), bench.labels)))
     figure = {
         "mean_logit_norm": found.mean_logit_norm,
         "median_margin": found.median_margin,
         "clean_cross_entropy": found.clean_cross_entropy,
+        "median_cross_entropy": _finite(median),
         "log_num_classes": found.log_num_classes,
         "beta": found.beta,
         "collapse_threshold": found.collapse_threshold,
@@ -191,10 +203,10 @@ def _squeeze(bench: Bench) -> Outcome:
     warnings = []
     if found.clean_cross_entropy is None or found.median_margin is None:
         warnings.append("the clean logits are not finite")
-    elif found.clean_cross_entropy >= _COLLAPSED * found.log_num_classes:
+    elif median >= _COLLAPSED * found.log_num_classes:
         warnings.append(
-            f"the clean cross-entropy {found.clean_cross_entropy:.3f} is that of logits which say "
-            f"nothing (ln K = {found.log_num_classes:.3f})"
+            f"the median clean cross-entropy {median:.3f} is that of logits which say nothing "
+            f"(ln K = {found.log_num_classes:.3f})"
         )
     if (
         found.beta is not None
@@ -217,7 +229,7 @@ def _squeeze(bench: Bench) -> Outcome:
 def _precision(bench: Bench) -> Outcome:
     network = bench.given_logits_fn
     wide = in_float64(network) if isinstance(network, keras.Model) else None
-    if wide is None or bench.is_probabilities:
+    if wide is None or bench.probabilities is not None:
         return Outcome(
             "skipped",
             "only a Keras network that ends in logits can be rebuilt in float64",
@@ -295,6 +307,7 @@ def _batch_independence(bench: Bench) -> Outcome:
 
 def _unit(logits):
     logits = logits.astype(np.float64)
+    logits = logits - logits.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(logits, axis=1, keepdims=True)
     return logits / np.where(lengths > 0, lengths, 1.0)
 
@@ -342,7 +355,8 @@ PRECONDITIONS = (
         1,
         "Logits, not probabilities",
         "preconditions",
-        "The outputs are not all in [0, 1] with each row summing to 1.",
+        "The outputs are not all in [0, 1] with each row summing to 1, nor a multiple of that, "
+        "shifted.",
         "src",
         "quick",
         _logits_not_probabilities,
@@ -391,7 +405,7 @@ PRECONDITIONS = (
         6,
         "Squeeze diagnostics",
         "preconditions",
-        f"The clean cross-entropy is below {_COLLAPSED:g} ln K, and beta below the collapse "
+        f"The median clean cross-entropy is below {_COLLAPSED:g} ln K, and beta below the collapse "
         f"threshold.",
         "prop",
         "quick",

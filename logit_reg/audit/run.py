@@ -12,11 +12,19 @@ import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.attacks.attack import attack_inputs
-from logit_reg.audit.bench import BUDGETS, Bench, Control, Diagnostic, Outcome, Plan
+from logit_reg.audit.bench import (
+    BUDGETS,
+    Bench,
+    Control,
+    Diagnostic,
+    Outcome,
+    Plan,
+    median_margin,
+)
 from logit_reg.audit.estimate import estimate
 from logit_reg.audit.geometry import GEOMETRY
 from logit_reg.audit.other_attacks import OTHER_ATTACKS
-from logit_reg.audit.preconditions import PRECONDITIONS, median_margin, squeeze_diagnostics
+from logit_reg.audit.preconditions import PRECONDITIONS, squeeze_diagnostics
 from logit_reg.audit.records import DECISIVE, Audit, Cost, Curve, TestRecord, WorstCase
 from logit_reg.audit.sanity import SANITY
 from logit_reg.audit.strength import STRENGTH
@@ -195,6 +203,7 @@ def prepare(
         image_shape=images.shape[1:],
         step_size=_step_size(threat, images.shape[1:], claimed),
         median_margin=median_margin(bench.logits),
+        divisor=bench.divisor,
         claimed=claimed,
         controls=() if budget == "quick" else tuple(controls),
     )
