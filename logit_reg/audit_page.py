@@ -9,6 +9,7 @@ import numpy as np
 
 from logit_reg import audit_figures, html_page
 from logit_reg.audit.records import DECISIVE, GROUPS, Audit, TestRecord
+from logit_reg.durations import in_words
 from logit_reg.files import write_text
 from logit_reg.landscape import Comparison, Landscape
 from logit_reg.threat import ThreatModel
@@ -157,7 +158,7 @@ def _facts(audit):
         "images": str(audit.num_examples),
         "budget": audit.budget,
         "seed": str(audit.seed),
-        "took": _duration(cost.seconds),
+        "took": in_words(cost.seconds),
         "gradients": f"{cost.backwards:,}",
     }
     if isinstance(threat, dict) and {"norm", "epsilon"} <= threat.keys():
@@ -197,7 +198,7 @@ def _row(test: TestRecord):
     decisive = '<span class="note">decisive</span>' if test.decisive else ""
     tone = _STATUS_TONES.get(test.status, "plain")
     origin = _ORIGINS[test.threshold_origin]
-    seconds = _duration(test.cost.seconds) if test.cost.seconds else "–"
+    seconds = in_words(test.cost.seconds) if test.cost.seconds else "–"
     return (
         f'<tr><th scope="row">{test.number} {_text(test.name)}{decisive}</th>'
         f'<td class="status {tone}" data-label="status">{_status(test.status)}</td>'
@@ -318,7 +319,3 @@ def _status(name):
 
 def _percent(fraction):
     return f"{100 * fraction:.1f} %"
-
-
-def _duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from logit_reg.audit import Control
+from logit_reg.durations import in_words
 from logit_reg.loop import traced_train_step
 from logit_reg.state import saved_steps
 from logit_reg_scripts.runs import (
@@ -119,12 +120,12 @@ def trained_controls(
         seconds = _seconds(missing, folders, data)
         announce(
             f"controls to train first: {', '.join(missing)} (estimate: about "
-            f"{max(1, round(sum(seconds.values()) / 60))} min; --controls=none does without)"
+            f"{in_words(sum(seconds.values()))}; --controls=none does without)"
         )
         for kind, settings in missing.items():
             announce(
                 f"control {kind}: {settings.max_num_training_steps:,} steps -> {folders[kind]}, "
-                f"about {max(1, round(seconds[kind] / 60))} min"
+                f"about {in_words(seconds[kind])}"
             )
             step = train_run(
                 settings,

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from logit_reg.attacks import Attack
+from logit_reg.durations import in_words
 from logit_reg.evaluation import (
     Evaluation,
     content_hash,
@@ -168,7 +169,7 @@ def print_estimate(
     attacks = _attacks(protocols)
     seconds = estimate_seconds(network, attacks, test.images, test.labels, batch_size=batch_size)
     print(
-        f"estimate: at most {_duration(seconds)} for {len(attacks)} attacks on "
+        f"estimate: at most {in_words(seconds)} for {len(attacks)} attacks on "
         f"{len(test.images)} images (kept batch by batch; the same command goes on)",
         flush=True,
     )
@@ -235,7 +236,7 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
         f"{result['dataset']}, worst case of all attacks "
         f"(95% interval {100 * interval['low']:.2f} to {100 * interval['high']:.2f}; "
         f"seed {result['seed']}, {result['forwards']} forwards, {result['backwards']} gradients, "
-        f"{_duration(result['seconds'])})"
+        f"{in_words(result['seconds'])})"
     )
 
 
@@ -259,9 +260,3 @@ def _write_examples(output_dir, network, evaluation, test, batch_size):
         "bounds": np.array(test.bounds, np.float32),
     }
     write_arrays(output_dir / "examples.npz", examples)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

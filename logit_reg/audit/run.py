@@ -28,6 +28,7 @@ from logit_reg.audit.preconditions import PRECONDITIONS, squeeze_diagnostics
 from logit_reg.audit.records import DECISIVE, Audit, Cost, Curve, TestRecord, WorstCase
 from logit_reg.audit.sanity import SANITY
 from logit_reg.audit.strength import STRENGTH
+from logit_reg.durations import in_words
 from logit_reg.evaluation import GateError, content_hash, network_hash
 from logit_reg.ledger import attack_settings
 from logit_reg.threat import ThreatModel
@@ -248,7 +249,7 @@ def _announcement(plan: Plan, running: Sequence[Diagnostic], expected: Cost) -> 
     ]
     if left_out:
         lines.append(f"left out by this budget: {', '.join(left_out)}")
-    lines.append(f"estimate: about {_duration(expected.seconds)}, {expected.backwards:,} gradients")
+    lines.append(f"estimate: about {in_words(expected.seconds)}, {expected.backwards:,} gradients")
     return lines
 
 
@@ -301,7 +302,3 @@ def _check(images, threat, claim, budget, batch_size):
             f"[{threat.lower:g}, {threat.upper:g}]; images, epsilon and bounds must share pixel "
             f"units."
         )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
