@@ -1,0 +1,56 @@
+"""Who takes part in which kind of case."""
+
+from collections.abc import Callable
+
+from benchmarks import attack_contenders, other_contenders
+from benchmarks.problem import Outcome, Problem
+
+Contender = Callable[[Problem], Callable[[], Outcome]]
+"""Gets ready, warm-up included, and returns what does one repetition. It imports its own library
+and no other, so that its process holds nothing else."""
+
+CONTENDERS: dict[str, dict[str, Contender]] = {
+    "pgd": {
+        "ours": attack_contenders.pgd_ours,
+        "foolbox": attack_contenders.pgd_foolbox,
+        "art": attack_contenders.pgd_art,
+        "pytorch": attack_contenders.pgd_pytorch,
+        "cleverhans": attack_contenders.pgd_cleverhans,
+    },
+    "restarts": {
+        "ours": attack_contenders.restarts_ours,
+        "foolbox": attack_contenders.restarts_foolbox,
+        "art": attack_contenders.pgd_art,
+        "pytorch": attack_contenders.pgd_pytorch,
+    },
+    "autoattack": {
+        "ours": attack_contenders.autoattack_ours,
+        "reference": attack_contenders.autoattack_reference,
+    },
+    "spsa": {
+        "ours": attack_contenders.spsa_ours,
+        "cleverhans": attack_contenders.spsa_cleverhans,
+    },
+    "training": {
+        "ours": other_contenders.training_ours,
+        "keras": other_contenders.training_keras,
+    },
+    "adversarial_training": {
+        "ours": other_contenders.adversarial_training_ours,
+        "keras": other_contenders.adversarial_training_keras,
+        "plain step": other_contenders.training_ours,
+    },
+    "startup": {
+        "ours": other_contenders.startup_ours,
+        "tensorflow": other_contenders.startup_tensorflow,
+    },
+    "matrix_peak": {
+        "tensorflow": other_contenders.matrix_peak_tensorflow,
+        "pytorch": other_contenders.matrix_peak_pytorch,
+    },
+}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Who takes part in a kind of case; "ours", the measure of the others, first."""
+    return tuple(CONTENDERS[kind])

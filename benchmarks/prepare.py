@@ -1,0 +1,100 @@
+"""Makes the files of a `Problem`, in a process of its own so that no contender pays for it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.cases import Case
+from benchmarks.networks import export, forward_flops, load_network
+from logit_reg.attacks.attack import call_logits, random_stream, uniform_in_ball
+from logit_reg.evaluation import network_hash
+from logit_reg.files import write_arrays
+from logit_reg.threat import ThreatModel
+from madry_compat.data import is_available, load, to_pixels
+
+# Images whose logits every PyTorch contender has to reproduce.
+_NUM_LOGITS = 8
+
+
+def prepare(request: dict) -> dict:
+    """Train or load a network, and write it and the images to a folder.
+
+    Args:
+        request: case, data_dir, networks_dir and folder.
+
+    Returns:
+        forward_flops, network_sha256 and data, a sentence on the images.
+    """
+    case = Case(**request["case"])
+    network = load_network(case.network, Path(request["networks_dir"]))
+    images, labels, sentence = _examples(network, case, request["data_dir"])
+    folder = Path(request["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    network.save(folder / "network.keras")
+    write_arrays(folder / "weights.npz", export(network))
+    logits = np.asarray(call_logits(network, images[:_NUM_LOGITS]))
+    write_arrays(folder / "data.npz", {"images": images, "labels": labels, "logits": logits})
+    if case.kind in ("pgd", "restarts"):
+        write_arrays(folder / "starts.npz", {"starts": starts(case, images)})
+    return {
+        "forward_flops": forward_flops(network),
+        "network_sha256": network_hash(network),
+        "data": sentence,
+    }
+
+
+def starts(case: Case, images: np.ndarray) -> np.ndarray:
+    """Where our PGD starts: (N, num_restarts, H, W, C), for the peers to start there, too.
+
+    Starts of their own would leave other images standing, by chance, and more of them than the
+    accuracies may differ by.
+    """
+    threat = ThreatModel("linf", case.epsilon, 0.0, case.upper)
+    stream = random_stream(case.seed, "PGD", "xent")
+
+    @tf.function
+    def draw(restart):
+        indices = tf.range(len(images), dtype=tf.int64)
+        return uniform_in_ball(threat, images, stream=stream, indices=indices, restart=restart)
+
+    restarts = range(case.num_restarts)
+    return np.stack([draw(tf.constant(number, tf.int64)).numpy() for number in restarts], axis=1)
+
+
+def _examples(network, case, data_dir):
+    """Images in pixel units, labels, and a sentence on where they come from."""
+    count = case.num_images
+    is_mnist = network.input_shape[1:] == (28, 28, 1)
+    name = "mnist" if is_mnist else "cifar10"
+    if is_mnist and not is_available("mnist", data_dir):
+        name = "mnist_5k"
+    if name == "cifar10" and not is_available("cifar10", data_dir):
+        generator = np.random.default_rng(0)
+        images = generator.uniform(0, case.upper, (count, *network.input_shape[1:]))
+        images, sentence = images.astype(np.float32), "uniform noise"
+    else:
+        dataset = load(name, "test", data_dir)
+        images, sentence = to_pixels(dataset.images[:count], name), dataset.source
+    if name == "cifar10":
+        # Its weights are fresh ones: only what the network itself says can be attacked.
+        labels = np.asarray(call_logits(network, images)).argmax(axis=1)
+        return images, labels, f"{sentence}; labels are the network's own"
+    labels = dataset.labels[:count]
+    if len(images) < count:
+        sentence += f"; the {len(images)} images are repeated"
+        rows = np.arange(count) % len(images)
+        images, labels = images[rows], labels[rows]
+    return images, labels, sentence
+
+
+if __name__ == "__main__":
+    # Libraries and trainings print what they like; only the answer goes to standard output.
+    answer_file = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    keras.config.disable_interactive_logging()
+    json.dump(prepare(json.loads(sys.argv[1])), answer_file)
