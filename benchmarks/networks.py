@@ -57,7 +57,7 @@ def load_network(name: str, folder: Path) -> keras.Model:
     if name.endswith(".keras") and Path(name).is_file():
         return keras.saving.load_model(name, compile=False)
     if name.endswith(".npz") and Path(name).is_file():
-        return _trades_network(Path(name))
+        return trades_network(Path(name))
     raise ValueError(
         f"network {name!r}: expected {', '.join(TRAININGS)}, mnist_cnn, wide_resnet-N, or an "
         "existing .keras or TRADES .npz file."
@@ -80,6 +80,17 @@ def trades_cnn() -> keras.Model:
     for _ in range(2):
         x = layers.Dense(200, activation="relu")(x)
     return keras.Model(images, layers.Dense(10)(x), name="trades_cnn")
+
+
+def trades_network(path: Path) -> keras.Model:
+    """`trades_cnn` with the arrays w0, b0, ... w6, b6 of a converted PyTorch checkpoint."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = [file[f"{kind}{i}"] for i in range(7) for kind in "wb"]
+    # Its first dense layer counts channels first, Keras' channels last.
+    arrays[8] = arrays[8].reshape(64, 4, 4, -1).transpose(1, 2, 0, 3).reshape(1024, -1)
+    network = trades_cnn()
+    network.set_weights(arrays)
+    return network
 
 
 def forward_flops(network: keras.Model) -> int:
@@ -148,14 +159,3 @@ def _trained(name: str, model_dir: Path) -> keras.Model:
     # What it prints is for people; standard output belongs to the caller's answer.
     subprocess.run(command, check=True, stdout=sys.stderr)
     return keras.saving.load_model(model_dir / "model.keras", compile=False)
-
-
-def _trades_network(path: Path) -> keras.Model:
-    """`trades_cnn` with the arrays w0, b0, ... w6, b6 of a converted PyTorch checkpoint."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = [file[f"{kind}{i}"] for i in range(7) for kind in "wb"]
-    # Its first dense layer counts channels first, Keras' channels last.
-    arrays[8] = arrays[8].reshape(64, 4, 4, -1).transpose(1, 2, 0, 3).reshape(1024, -1)
-    network = trades_cnn()
-    network.set_weights(arrays)
-    return network

@@ -1,8 +1,8 @@
 """The published TRADES MNIST network and what the official AutoAttack makes of it."""
 
 import keras
-import numpy as np
-from keras import layers
+
+from benchmarks import networks
 
 # Of the first 500 canonical test images, those that the official AutoAttack (standard, linf .3,
 # seed 0) breaks in the end, the misclassified ones included.
@@ -18,22 +18,4 @@ GOLDEN500_STANDING = {"apgd-ce": 91.6, "apgd-t": 91.0, "fab-t": 91.0, "square": 
 
 def trades_network(shared) -> keras.Model:
     """The network of `trades_mnist_smallcnn.npz` in stock layers: [0, 1] pixels to logits."""
-    with np.load(shared / "reference" / "trades_mnist_smallcnn.npz", allow_pickle=False) as file:
-        arrays = [file[f"{kind}{i}"] for i in range(7) for kind in "wb"]
-    # Its dense part flattens channels first, Keras' channels last.
-    dense = arrays[8].reshape(64, 4, 4, -1)
-    arrays[8] = dense.transpose(1, 2, 0, 3).reshape(1024, -1)
-
-    inputs = keras.Input((28, 28, 1))
-    x = layers.Conv2D(32, 3, activation="relu")(inputs)
-    x = layers.Conv2D(32, 3, activation="relu")(x)
-    x = layers.MaxPooling2D()(x)
-    x = layers.Conv2D(64, 3, activation="relu")(x)
-    x = layers.Conv2D(64, 3, activation="relu")(x)
-    x = layers.MaxPooling2D()(x)
-    x = layers.Flatten()(x)
-    x = layers.Dense(200, activation="relu")(x)
-    x = layers.Dense(200, activation="relu")(x)
-    network = keras.Model(inputs, layers.Dense(10)(x))
-    network.set_weights(arrays)
-    return network
+    return networks.trades_network(shared / "reference" / "trades_mnist_smallcnn.npz")
