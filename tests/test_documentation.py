@@ -64,7 +64,12 @@ def test_the_python_example_of_the_readme_runs():
 
 
 @pytest.mark.parametrize(
-    ("section", "folder"), [("results", "demo"), ("results-mnist", "mnist-3000")]
+    ("section", "folder"),
+    [
+        ("results", "demo"),
+        ("results-mnist", "mnist-3000"),
+        ("results-mnist-20000", "mnist-20000"),
+    ],
 )
 def test_the_results_tables_are_what_the_committed_ledgers_give(section, folder):
     from logit_reg.report import replace_marked_section, results_table

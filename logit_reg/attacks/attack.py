@@ -264,7 +264,9 @@ def example_noise(distribution: str, shape, *, stream, indices, restart):
         return tf.random.stateless_uniform(shape, seed, lower, 1.0)
 
     signature = tf.TensorSpec(shape, tf.float32)
-    return tf.map_fn(draw, indices, fn_output_signature=signature, parallel_iterations=2)
+    # Outside of a graph TensorFlow warns that it cannot.
+    at_once = 1 if tf.executing_eagerly() else 2
+    return tf.map_fn(draw, indices, fn_output_signature=signature, parallel_iterations=at_once)
 
 
 def random_stream(seed: int, *names: str) -> int:
