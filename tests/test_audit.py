@@ -320,7 +320,7 @@ HEALTHY = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 8, 12, 13, 14, 24, 33])
 @pytest.mark.parametrize("name", HEALTHY)
 def test_no_false_alarm_on_healthy_logits_of_other_scales(name, number, dense):

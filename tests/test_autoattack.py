@@ -250,7 +250,7 @@ def test_cross_entropy_notes_progress_that_float32_does_not_show():
 
 
 @pytest.mark.shared
-@pytest.mark.slow
+@pytest.mark.long
 def test_scale_and_shift_do_not_matter_to_a_squeezed_mnist_network(shared, tfds_dir):
     network, images, labels = _golden(shared, tfds_dir, 200)
     model = ScaledAndShifted(lambda images: 0.01 * network(images, training=False))
