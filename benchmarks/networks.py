@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from logit_reg_scripts.keras_files import read_keras
 from madry_compat.networks import mnist_cnn, wide_resnet
 
 # Flags of scripts/train.py: short trainings on the embedded digits, as in the demo.
@@ -55,7 +56,7 @@ def load_network(name: str, folder: Path) -> keras.Model:
     if kind == "wide_resnet" and width.isdigit():
         return wide_resnet(int(width))
     if name.endswith(".keras") and Path(name).is_file():
-        return keras.saving.load_model(name, compile=False)
+        return read_keras(Path(name))
     if name.endswith(".npz") and Path(name).is_file():
         return trades_network(Path(name))
     raise ValueError(
@@ -158,4 +159,4 @@ def _trained(name: str, model_dir: Path) -> keras.Model:
     command = [sys.executable, str(script), *TRAININGS[name], f"--model_dir={model_dir}"]
     # What it prints is for people; standard output belongs to the caller's answer.
     subprocess.run(command, check=True, stdout=sys.stderr)
-    return keras.saving.load_model(model_dir / "model.keras", compile=False)
+    return read_keras(model_dir / "model.keras")

@@ -30,7 +30,7 @@ class EvaluationState:
             key: hash of the network, see `network_hash`.
         """
         self._folder = Path(folder)
-        self._key = key
+        self.key = key
 
     def load(self, description: str) -> dict[str, np.ndarray] | None:
         """The arrays saved under a description, or None; a damaged file counts as none."""
@@ -72,5 +72,5 @@ class EvaluationState:
             self._folder.rmdir()
 
     def _path(self, description):
-        digest = hashlib.sha256(f"{self._key} {description}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.key} {description}".encode()).hexdigest()
         return self._folder / f"{digest[:32]}.npz"

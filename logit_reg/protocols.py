@@ -125,20 +125,12 @@ def _paper_spsa(family):
     return {"spsa20": SPSA(_LINF[family], num_steps=20, num_samples=128)}
 
 
-def _autoattack(family):
-    return any_threat_attacks("autoattack", _LINF[family])
-
-
-def _autoattack_each(family):
-    return any_threat_attacks("autoattack-each", _LINF[family])
-
-
 def _autoattack_l2(family):
     return {"autoattack-l2": AutoAttack(_AUTOATTACK_L2[family])}
 
 
-def _adaptive(family):
-    return any_threat_attacks("adaptive", _LINF[family])
+def _linf(family, *, name):
+    return any_threat_attacks(name, _LINF[family])
 
 
 def _madry(family, num_steps, step_size):
@@ -179,8 +171,8 @@ PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
     "paper-restarts": _paper_restarts,
     "paper-l2": _paper_l2,
     "paper-spsa": _paper_spsa,
-    "autoattack": _autoattack,
-    "autoattack-each": _autoattack_each,
+    "autoattack": functools.partial(_linf, name="autoattack"),
+    "autoattack-each": functools.partial(_linf, name="autoattack-each"),
     "autoattack-l2": _autoattack_l2,
-    "adaptive": _adaptive,
+    "adaptive": functools.partial(_linf, name="adaptive"),
 }

@@ -12,9 +12,9 @@ from logit_reg_scripts.command_line import FLAGS
 from madry_compat.challenges import Challenge
 from madry_compat.config import ChallengeConfig, load_config
 
+THREAT_FLAGS = ("norm", "epsilon")
 ATTACK_FLAGS = (
-    "norm",
-    "epsilon",
+    *THREAT_FLAGS,
     "num_steps",
     "step_size",
     "random_start",
@@ -49,6 +49,11 @@ def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
         values.pop("data_path")
     command_line.apply_config(values)
     return config
+
+
+def given_attack_flags() -> list[str]:
+    """Those of `ATTACK_FLAGS` that were given, on the command line or in --config."""
+    return [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]
 
 
 def challenge_threat(challenge: Challenge) -> ThreatModel:

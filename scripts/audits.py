@@ -17,7 +17,12 @@ from logit_reg.objectives import collapse_threshold
 from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line
-from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
+from logit_reg_scripts.attack_flags import (
+    THREAT_FLAGS,
+    attack_from_flags,
+    challenge_threat,
+    given_attack_flags,
+)
 from logit_reg_scripts.command_line import FLAGS, UsageError
 from logit_reg_scripts.controls import (
     KINDS,
@@ -37,8 +42,6 @@ from logit_reg_scripts.sources import (
 from madry_compat.challenges import challenge_for
 from madry_compat.data import to_pixels
 
-# Flags that describe an attack, beyond the threat model that they share with the audit.
-_ATTACK_FLAGS = ("num_steps", "step_size", "random_start", "loss_func", "confidence", "restarts")
 # Of --controls, beside names of models: train what is missing, and train nothing.
 _TRAIN, _NONE = "train", "none"
 
@@ -261,4 +264,4 @@ def _kind(model: Model, audited: Model | None) -> str | None:
 
 
 def _is_attack_given() -> bool:
-    return any(FLAGS[name].value is not None for name in _ATTACK_FLAGS)
+    return not set(THREAT_FLAGS).issuperset(given_attack_flags())

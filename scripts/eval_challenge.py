@@ -156,7 +156,12 @@ def _evaluate_own() -> None:
 
 def _evaluate(network, test, protocols, output_dir, batch_size, settings, store) -> dict | None:
     """The content of `result.json`, or None in a worker, which leaves batches only."""
-    from logit_reg_scripts.evaluations import compute_batches, evaluate_protocols, print_estimate
+    from logit_reg_scripts.evaluations import (
+        compute_batches,
+        evaluate_protocols,
+        open_state,
+        print_estimate,
+    )
     from logit_reg_scripts.workers import run_workers
 
     options = {
@@ -165,10 +170,10 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
         "worst_case_only": FLAGS.worst_case_only,
         "show_progress": FLAGS.progress,
     }
-    print_estimate(network, test, protocols, batch_size=batch_size)
     if FLAGS.worker:
-        compute_batches(network, test, protocols, output_dir, **options)
+        compute_batches(network, test, protocols, open_state(output_dir, network), **options)
         return None
+    print_estimate(network, test, protocols, batch_size=batch_size)
     if FLAGS.num_workers > 1:
         run_workers(output_dir)
     _, result = evaluate_protocols(
@@ -191,11 +196,15 @@ def _store(images, dataset=None, challenge=None) -> None:
 def _protocols(model, challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
     from logit_reg.protocols import any_threat_attacks, protocol_attacks
-    from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
+    from logit_reg_scripts.attack_flags import (
+        attack_from_flags,
+        challenge_threat,
+        given_attack_flags,
+    )
 
     family = "mnist" if challenge.name == "mnist" else "cifar"
     names = [name.strip() for name in FLAGS.protocol or ()]
-    given = _given_attack_flags()
+    given = given_attack_flags()
     if names and not given:
         return {name: protocol_attacks(name, family) for name in names}
     if names:
@@ -220,24 +229,19 @@ def _protocols(model, challenge):
 def _own_protocols(threat):
     """Attacks by protocol and name on a threat model of the user's own."""
     from logit_reg.protocols import any_threat_attacks
-    from logit_reg_scripts.attack_flags import attack_from_flags
+    from logit_reg_scripts.attack_flags import attack_from_flags, given_attack_flags
 
     if not FLAGS.protocol:
         return {"flags": attack_from_flags(threat, None)}
     names = [name.strip() for name in FLAGS.protocol]
-    _refuse_attack_flags(names, _given_attack_flags())
+    _refuse_attack_flags(names, given_attack_flags())
     return {name: any_threat_attacks(name, threat) for name in names}
-
-
-def _given_attack_flags() -> list[str]:
-    from logit_reg_scripts.attack_flags import ATTACK_FLAGS
-
-    return [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]
 
 
 def _refuse_attack_flags(names, given) -> None:
     """A protocol is frozen; the cascades alone take another threat model, and nothing else."""
     from logit_reg.protocols import ANY_THREAT
+    from logit_reg_scripts.attack_flags import THREAT_FLAGS
 
     frozen = [name for name in names if name not in ANY_THREAT]
     if frozen:
@@ -246,7 +250,7 @@ def _refuse_attack_flags(names, given) -> None:
             f"out --{given[0]}, choose from {', '.join(ANY_THREAT)}, or describe the attack with "
             f"--num_steps, --step_size, --loss_func and --restarts."
         )
-    other = [name for name in given if name not in ("norm", "epsilon")]
+    other = [name for name in given if name not in THREAT_FLAGS]
     if other:
         raise UsageError(
             f"a protocol is frozen; leave out --{other[0]} or --protocol={','.join(names)}."

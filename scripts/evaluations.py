@@ -80,11 +80,12 @@ def evaluate_protocols(
     Returns:
         The evaluation and the content of `result.json`.
     """
+    state = open_state(output_dir, network)
     evaluation = compute_batches(
         network,
         test,
         protocols,
-        output_dir,
+        state,
         batch_size=batch_size,
         seed=seed,
         worst_case_only=worst_case_only,
@@ -96,7 +97,7 @@ def evaluate_protocols(
         dataset=test.dataset,
         settings={
             **settings,
-            "network_sha256": network_hash(network),
+            "network_sha256": state.key,
             "images_sha256": content_hash(test.images),
             "eval_batch_size": batch_size,
             "worst_case_only": worst_case_only,
@@ -109,7 +110,7 @@ def evaluate_protocols(
     write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
     if store is not None:
         store(evaluation.adversarial)
-    EvaluationState(state_folder(output_dir), "").clear()
+    state.clear()
     return evaluation, result
 
 
@@ -117,14 +118,14 @@ def compute_batches(
     network: keras.Model,
     test: TestImages,
     protocols: Mapping[str, Mapping[str, Attack]],
-    output_dir: Path,
+    state: EvaluationState,
     *,
     batch_size: int,
     seed: int,
     worst_case_only: bool = False,
     show_progress: bool = True,
 ) -> Evaluation:
-    """Attack all batches that are not in `output_dir/.state` yet, and keep them there.
+    """Attack all batches that are not in the state yet, and keep them there.
 
     Processes that do so at the same time share the work.
 
@@ -132,7 +133,7 @@ def compute_batches(
         network: images in pixel units -> logits.
         test: what to attack.
         protocols: attacks by protocol and name.
-        output_dir: made if need be.
+        state: of `open_state`.
         batch_size: most images sent through the network at once.
         seed: of the attacks.
         worst_case_only: see `logit_reg.evaluation.evaluate`.
@@ -146,7 +147,7 @@ def compute_batches(
         batch_size=batch_size,
         seed=seed,
         worst_case_only=worst_case_only,
-        state=EvaluationState(state_folder(output_dir), network_hash(network)),
+        state=state,
         show_progress=show_progress,
     )
 
@@ -173,6 +174,11 @@ def print_estimate(
         f"{len(test.images)} images (kept batch by batch; the same command goes on)",
         flush=True,
     )
+
+
+def open_state(output_dir: Path, network: keras.Model) -> EvaluationState:
+    """The finished batches of a network's evaluation, in `output_dir/.state`."""
+    return EvaluationState(state_folder(output_dir), network_hash(network))
 
 
 def state_folder(output_dir: Path) -> Path:

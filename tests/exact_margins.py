@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.evaluation import check_threat
 from logit_reg.threat import ThreatModel
 
 SHAPE = (6, 6, 1)
@@ -145,3 +146,36 @@ def check_is_traced_once(attack):
     attack.run(model, images[:4], labels[:4], seed=0)
     attack.run(model, images[:7], labels[:7], seed=1, restart=1)
     assert num_calls == model.num_calls
+
+
+def check_never_asks_for_a_gradient(attack, count=20):
+    """An attack without gradients breaks something on a network that refuses to give one."""
+
+    @tf.custom_gradient
+    def without_gradient(images):
+        def refuse(upstream):
+            raise AssertionError("a gradient was asked for")
+
+        return tf.identity(images), refuse
+
+    images, labels = curved_examples(count)
+    result = attack.run(lambda x: curved(without_gradient(x)), images, labels, seed=0)
+    assert result.fooled.any()
+    assert result.backwards == 0
+
+
+def check_stays_within(attack):
+    """On the 0-255 scale: ball, pixel range, and what is called fooled is what fools."""
+    images, _ = curved_examples(20)
+    images = np.round(255 * images).astype(np.float32)
+
+    def model(images):
+        return curved(images / 255.0)
+
+    labels = np.argmax(model(images).numpy(), axis=-1)
+    result = attack.run(model, images, labels, seed=0)
+    check_threat(type(attack).__name__, result.adversarial, images, np.arange(20), attack.threat)
+    fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
+    np.testing.assert_array_equal(fools, result.fooled)
+    assert 0 < result.fooled.mean() < 1
+    assert attack(model, images, labels, seed=0).shape == (20, *SHAPE)

@@ -10,12 +10,13 @@ from exact_margins import (
     LinearClassifier,
     check_closed_form,
     check_is_traced_once,
+    check_never_asks_for_a_gradient,
+    check_stays_within,
     curved,
     curved_examples,
 )
 
 from logit_reg.attacks import HopSkipJump, MinimumNorm, Restarts
-from logit_reg.evaluation import check_threat
 from logit_reg.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.05)
@@ -48,18 +49,7 @@ def test_sees_only_the_predicted_class(threat):
 
 
 def test_never_asks_for_a_gradient():
-    @tf.custom_gradient
-    def without_gradient(images):
-        def refuse(upstream):
-            raise AssertionError("a gradient was asked for")
-
-        return tf.identity(images), refuse
-
-    images, labels = curved_examples(12)
-    result = HopSkipJump(LINF, num_steps=4).run(
-        lambda x: curved(without_gradient(x)), images, labels, seed=0
-    )
-    assert result.fooled.any() and result.backwards == 0
+    check_never_asks_for_a_gradient(HopSkipJump(LINF, num_steps=4), count=12)
 
 
 @each_threat
@@ -158,20 +148,7 @@ def test_the_same_settings_mean_the_same_on_both_pixel_scales(norm):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_stays_within_ball_and_pixel_range(norm):
     threat = ThreatModel(norm, 12.0 if norm == "linf" else 80.0, 0.0, 255.0)
-    images, _ = curved_examples(20)
-    images = np.round(255 * images).astype(np.float32)
-
-    def model(images):
-        return curved(images / 255.0)
-
-    labels = np.argmax(model(images).numpy(), axis=-1)
-    attack = HopSkipJump(threat, num_steps=5)
-    result = attack.run(model, images, labels, seed=0)
-    check_threat("hop skip jump", result.adversarial, images, np.arange(20), threat)
-    fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
-    np.testing.assert_array_equal(fools, result.fooled)
-    assert 0 < result.fooled.mean() < 1
-    assert attack(model, images, labels, seed=0).shape == (20, *SHAPE)
+    check_stays_within(HopSkipJump(threat, num_steps=5))
 
 
 def test_counts_forwards_only_and_no_more_than_it_says():

@@ -4,14 +4,12 @@ import dataclasses
 import math
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.ascent import Ascent, check_steps
+from logit_reg.attacks.ascent import Ascent
 from logit_reg.attacks.attack import (
     Attack,
     AttackResult,
     ImageAttack,
     attack_inputs,
-    example_noise,
-    margin,
     random_stream,
 )
 from logit_reg.attacks.autoattack import AutoAttack
@@ -56,7 +54,7 @@ class NoisyStart(ImageAttack):
     """Length of an update in the threat model's norm, pixel units."""
 
     def __post_init__(self):
-        check_steps(self.num_steps, self.step_size)
+        self._as_pgd()
         if not (math.isfinite(self.stddev) and self.stddev > 0):
             raise ValueError(f"stddev must be above 0, in pixel units; got {self.stddev}.")
 
@@ -73,7 +71,8 @@ class NoisyStart(ImageAttack):
     ) -> AttackResult:
         """Attack a batch; see `Attack.run`."""
         images, labels, indices = attack_inputs(images, labels, indices)
-        return _NoisyAscent(self, self.num_steps, stddev=self.stddev).run(
+        ascent = Ascent(self._as_pgd(), self.num_steps, start_stddev=self.stddev)
+        return ascent.run(
             (logits_fn, gradient_logits_fn or logits_fn),
             images,
             labels,
@@ -85,29 +84,10 @@ class NoisyStart(ImageAttack):
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
-        return self.num_steps + 1, self.num_steps
+        return self._as_pgd().cost()
 
-    def ascended_loss(self, step, logits, labels, guides):
-        """See `Climber.ascended_loss`; one loss at every step, without guides."""
-        del step, guides
-        return -margin(logits, labels)
-
-    def step_length(self, step):
-        """See `Climber.step_length`; the same at every step."""
-        del step
-        return self.step_size
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoisyAscent(Ascent):
-    """The ascent of a `NoisyStart`."""
-
-    stddev: float = 0.0
-
-    def _start(self, images, indices, stream, restart):
-        draw = {"stream": stream, "indices": indices, "restart": restart}
-        noise = example_noise("normal", images.shape[1:], **draw)
-        return self.attack.threat.project(images + self.stddev * noise, images)
+    def _as_pgd(self):
+        return PGD(self.threat, "cw", self.num_steps, self.step_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from logit_reg.attacks.attack import (
     batch_spec,
     call_logits,
     compiled,
+    example_noise,
     is_fooled,
     uniform_in_ball,
 )
@@ -59,6 +60,9 @@ class Ascent:
     """Start uniformly in the ball instead of at the image."""
     early_stop: bool = True
     """Leave an image once it is fooled; its last iterate is then the one that fools."""
+    start_stddev: float | None = None
+    """Standard deviation, pixel units, of Gaussian noise that a random start adds and cuts to ball
+    and pixel range; uniform in the ball if None."""
 
     def run(
         self, functions, images, labels, guides, indices, *, stream: int, restart: int
@@ -144,9 +148,11 @@ class Ascent:
     def _start(self, images, indices, stream, restart):
         if not self.random_start:
             return tf.identity(images)
-        return uniform_in_ball(
-            self.attack.threat, images, stream=stream, indices=indices, restart=restart
-        )
+        threat, draw = self.attack.threat, {"indices": indices, "restart": restart}
+        if self.start_stddev is None:
+            return uniform_in_ball(threat, images, stream=stream, **draw)
+        noise = example_noise("normal", images.shape[1:], stream=stream, **draw)
+        return threat.project(images + self.start_stddev * noise, images)
 
     def _advance(
         self,
