@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import assert_one_line_error, command
 from golden import trades_network
 from linear import SHAPE, Linear
-from test_command_line import assert_one_line_error, command
 
 import logit_reg.audit
 from logit_reg.attacks import FGSM, PGD

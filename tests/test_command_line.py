@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ENVIRONMENT, ROOT, assert_one_line_error, command
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "train",
     "eval_challenge",
@@ -26,25 +25,6 @@ SCRIPTS = (
     "export_checkpoint",
     "sweep",
 )
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TFDS_DATA_DIR": "", "HOME": "/none"}
-
-
-def command(script, *flags, cwd):
-    """Run a script; its finished process with text output."""
-    code = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *flags]
-    cache = {"LOGIT_REG_CACHE": str(Path(cwd) / "cache")}
-    return subprocess.run(
-        code, cwd=cwd, env=ENVIRONMENT | cache, capture_output=True, text=True, timeout=300
-    )
-
-
-def assert_one_line_error(process, *words, status=2):
-    lines = process.stderr.strip().splitlines()
-    assert process.returncode == status, process.stderr
-    assert "Traceback" not in process.stderr
-    assert lines[-1].startswith("error: "), process.stderr
-    for word in words:
-        assert word in lines[-1], lines[-1]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +197,7 @@ def test_four_workers_write_the_ledger_of_one(bare, tmp_path):
 def kill_when_kept(command_line, folder, num_batches):
     """Start the command; SIGKILL once so many batches are kept."""
     process = subprocess.Popen(
-        command_line, cwd=folder.parent, env=ENVIRONMENT, stderr=subprocess.PIPE
+        command_line, cwd=folder.parent, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE
     )
     while process.poll() is None:
         if len(list(folder.glob(".state/*.npz"))) >= num_batches:

@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import assert_one_line_error, command
 from linear import Linear
 from readable import check_html
-from test_command_line import assert_one_line_error, command
 
 from logit_reg.attacks import FGSM, PGD
 from logit_reg.curves import CurveSettings

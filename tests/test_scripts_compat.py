@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import command
 from test_data import digits, write_idx, write_test_batch
 from test_tf1_checkpoints import assert_same_values, keep_away_from_kinks, read_bundle
 from tf1_challenge_graphs import mnist_graph
@@ -41,22 +42,7 @@ from madry_compat.tf1_checkpoints import (
     tf1_names,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
-
-
-def command(script, *flags, cwd):
-    """Run a script; its finished process with text output."""
-    environment = os.environ | {"TFDS_DATA_DIR": "", "HOME": "/none"}
-    environment["LOGIT_REG_CACHE"] = str(Path(cwd) / "cache")
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *flags],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")

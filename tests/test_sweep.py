@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from commands import ROOT, command
 
 from logit_reg.sweep import (
     BAD_INPUT,
@@ -26,7 +26,6 @@ from logit_reg.sweep import (
     sweep_lines,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 LOCAL = functools.partial(run_local, num_parallel=2)
 RAY = functools.partial(run_on_ray, num_cpus=1, num_gpus=0)
 needs_ray = pytest.mark.skipif(
@@ -260,14 +259,6 @@ def test_without_ray_the_message_says_how_to_get_it(tmp_path):
 # The command
 
 
-def sweep(*words, cwd):
-    code = [sys.executable, str(ROOT / "scripts" / "sweep.py"), *words]
-    environment = os.environ | {"TFDS_DATA_DIR": "", "HOME": "/none"}
-    return subprocess.run(
-        code, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -285,7 +276,7 @@ def sweep(*words, cwd):
     ],
 )
 def test_mistakes_are_found_before_anything_runs(words, message, tmp_path):
-    process = sweep(*words, cwd=tmp_path)
+    process = command("sweep", *words, cwd=tmp_path)
     assert process.returncode == 2, process.stderr
     assert message in process.stderr.strip().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
@@ -299,7 +290,7 @@ def test_a_real_sweep_trains_evaluates_and_is_skipped_the_second_time(tmp_path):
     words += ["--evaluate=at: --num_eval_examples=20 --num_steps=1"]
     words += ["--evaluation_grid=checkpoint=2,4"]
 
-    first = sweep(*words, cwd=tmp_path)
+    first = command("sweep", *words, cwd=tmp_path)
 
     assert first.returncode == 0, first.stderr
     results = sorted(path for path in (tmp_path / "runs/s").glob("*/at@*/result.json"))
@@ -313,7 +304,7 @@ def test_a_real_sweep_trains_evaluates_and_is_skipped_the_second_time(tmp_path):
     assert "runs/s/beta-1/checkpoint-2" in models
     times = [path.stat().st_mtime for path in results]
 
-    second = sweep(*words, cwd=tmp_path)
+    second = command("sweep", *words, cwd=tmp_path)
 
     assert second.returncode == 0, second.stderr
     assert [path.stat().st_mtime for path in results] == times
@@ -324,7 +315,7 @@ def test_a_failed_run_is_reported_with_its_last_words_and_status_1(tmp_path):
     words = ["--sweep_dir=s", "--dataset=mnist_5k", "--max_num_training_steps=2"]
     words += ["--training_batch_size=16", "--grid=beta=-1,1", "--reg=squeeze"]
 
-    process = sweep(*words, cwd=tmp_path)
+    process = command("sweep", *words, cwd=tmp_path)
 
     assert process.returncode == 1
     *_, words, error = process.stderr.strip().splitlines()
@@ -346,7 +337,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
 
-    again = sweep(*words, cwd=tmp_path)
+    again = command("sweep", *words, cwd=tmp_path)
 
     assert again.returncode == 0, again.stderr
     log = (tmp_path / "s" / "run" / "log.csv").read_text().splitlines()

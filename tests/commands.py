@@ -1,0 +1,71 @@
+"""The commands as a user types them, each in a process of its own.
+
+Importing TensorFlow takes longer than most of these commands' work. Python's fork server imports
+it once, before it has a thread or a device, and every command is a fork of that process.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "TFDS_DATA_DIR": "", "HOME": "/none"}
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tensorflow", "keras"])
+
+
+def command(
+    script: str, *flags: object, cwd: Path, timeout: float = 600
+) -> subprocess.CompletedProcess:
+    """Run `python scripts/<script>.py` in the folder `cwd`.
+
+    Returns:
+        The finished process, with its exit status and its text output.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds; the process is killed.
+    """
+    arguments = [str(ROOT / "scripts" / f"{script}.py"), *map(str, flags)]
+    environment = {**os.environ, **ENVIRONMENT, "LOGIT_REG_CACHE": str(Path(cwd) / "cache")}
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        process = _SERVER.Process(
+            target=_run, args=(arguments, str(cwd), environment, out.name, err.name)
+        )
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, timeout, out.read(), err.read())
+        return subprocess.CompletedProcess(
+            arguments, process.exitcode, out.read().decode(), err.read().decode()
+        )
+
+
+def _run(arguments, cwd, environment, out, err) -> None:
+    """What the fork does: become the command."""
+    for name, descriptor in ((out, 1), (err, 2)):
+        # Written from C++ too, hence below Python's own files.
+        os.dup2(os.open(name, os.O_WRONLY | os.O_TRUNC), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = arguments
+    sys.path[0] = str(ROOT / "scripts")
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def assert_one_line_error(
+    process: subprocess.CompletedProcess, *words: str, status: int = 2
+) -> None:
+    """The command ended with this status and one line, without a traceback, that has the words."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == status, process.stderr
+    assert "Traceback" not in process.stderr
+    assert lines[-1].startswith("error: "), process.stderr
+    for word in words:
+        assert word in lines[-1], lines[-1]
