@@ -366,7 +366,7 @@ READERS = {
             _seed_tfds,
             {"mnist/*/*.tfrecord*": m.mutate_records, "mnist/*/*.json": m.mutate_json},
             _load_mnist,
-            share=0.2,
+            share=0.5,
         ),
     )
 }
