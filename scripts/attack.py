@@ -11,32 +11,20 @@ from absl import flags
 
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.flag_groups import (
+    define_attack_flags,
+    define_challenge_flags,
+    define_data_flags,
+    define_example_flags,
+    define_model_flag,
+)
 
-flags.DEFINE_string(
-    "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
-)
+define_model_flag()
 flags.DEFINE_string("target_model_dir", None, "another network to score the images on")
-flags.DEFINE_enum(
-    "dataset",
-    None,
-    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
-    "data set; the run's own if not given",
-)
-flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
-flags.DEFINE_string("data_path", None, "the challenges' name for --data_dir")
-flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
-flags.DEFINE_string("config", None, "a challenge's config.json")
-flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
-flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
-flags.DEFINE_integer("random_seed", 0, "seed of the attack")
-flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm (linf)")
-flags.DEFINE_float("epsilon", None, "budget, pixel units")
-flags.DEFINE_integer("num_steps", None, "steps of PGD (40 or 20)")
-flags.DEFINE_float("step_size", None, "step size, pixel units (.01 or 1)")
-flags.DEFINE_bool("random_start", None, "random start (on)")
-flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "loss (xent)")
-flags.DEFINE_float("confidence", None, "confidence of --loss_func=cw (50)")
-flags.DEFINE_integer("restarts", None, "number of random starts (1)")
+define_data_flags()
+define_challenge_flags()
+define_example_flags()
+define_attack_flags()
 flags.DEFINE_string("store_adv_path", "attack.npy", "where the images go")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
 

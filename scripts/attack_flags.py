@@ -1,7 +1,4 @@
-"""The attack flags that evaluating and attacking share, turned into records.
-
-Both commands define the same flags; this reads them, so that a flag means one thing.
-"""
+"""The attack flags of `flag_groups`, turned into records."""
 
 from pathlib import Path
 

@@ -18,21 +18,17 @@ from absl import flags
 
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.flag_groups import (
+    define_attack_flags,
+    define_data_flags,
+    define_example_flags,
+    define_model_flag,
+    define_own_model_flags,
+)
 
-flags.DEFINE_string(
-    "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
-)
-flags.DEFINE_enum(
-    "dataset",
-    None,
-    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
-    "data set; the run's own if not given",
-)
-flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
-flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
-flags.DEFINE_string("model", None, "a .keras file of your own, with --data, --bounds, --epsilon")
-flags.DEFINE_string("data", None, "an .npz file of your own, with arrays images and labels")
-flags.DEFINE_list("bounds", None, "lowest and highest pixel value of --data, as 0,1")
+define_model_flag()
+define_data_flags()
+define_own_model_flags()
 
 flags.DEFINE_float("claim", None, "the claimed robust accuracy, per cent")
 flags.DEFINE_string("claimed_by", None, "the protocol that the claim rests on, as paper-mnist")
@@ -45,17 +41,8 @@ flags.DEFINE_integer(
     None,
     "training steps of each trained control (1500, the adversarial one 5000; on CIFAR 20000)",
 )
-flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
-flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
-flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
-flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm of the claim (linf)")
-flags.DEFINE_float("epsilon", None, "epsilon of the claim, pixel units")
-flags.DEFINE_integer("num_steps", None, "the claimant's attack: steps of PGD")
-flags.DEFINE_float("step_size", None, "the claimant's attack: step size, pixel units")
-flags.DEFINE_bool("random_start", None, "the claimant's attack: random start (on)")
-flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "the claimant's attack: loss (xent)")
-flags.DEFINE_float("confidence", None, "the claimant's attack: confidence of cw (50)")
-flags.DEFINE_integer("restarts", None, "the claimant's attack: number of random starts (1)")
+define_example_flags()
+define_attack_flags("the claimant's attack: ")
 flags.DEFINE_string("output_dir", None, "where audit.json and audit.html go; audits/ of the run")
 flags.DEFINE_bool("progress", False, "draw a progress bar for each attack")
 

@@ -43,7 +43,11 @@ def run(
     names = {flag.name for module in own.values() for flag in module}
     arguments = sys.argv[1:]
     if {"-h", "-help", "--help", "--helpfull", "--helpshort"} & set(arguments):
-        _print_help(description, own)
+        try:
+            _print_help(description, own)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _stop_printing()
         sys.exit(0)
     try:
         rest = FLAGS(sys.argv)[1:]
@@ -59,6 +63,9 @@ def run(
         main(*([rest] if takes_arguments else []))
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped.", INTERRUPTED)
+    except BrokenPipeError:
+        _stop_printing()
+        sys.exit(FAILURE)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("LOGIT_REG_TRACEBACK"):
             raise
@@ -122,6 +129,11 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _stop_printing() -> None:
+    """Nobody reads on, as after `| head`: what Python still holds back goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_help(description: str, own: Mapping[str, list[flags.Flag]]) -> None:
     print(description.strip(), "\n\nFlags:", sep="")
     for module, module_flags in own.items():
@@ -131,8 +143,12 @@ def _print_help(description: str, own: Mapping[str, list[flags.Flag]]) -> None:
             default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
             choices = getattr(flag.parser, "enum_values", None)
             value = f"<{'|'.join(choices)}>" if choices else f"<{flag.flag_type()}>"
+            if flag.flag_type().startswith("comma separated"):
+                value = "<value,value,...>"
             name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={value}"
-            print(f"  {name}\n      {flag.help}{default}")
+            # absl puts the choices before what an enum says.
+            said = flag.help.removeprefix(f"{value}: ")
+            print(f"  {name}\n      {said}{default}")
 
 
 def _import_tensorflow_quietly() -> None:

@@ -17,37 +17,24 @@ from absl import flags
 
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.flag_groups import (
+    define_attack_flags,
+    define_challenge_flags,
+    define_data_flags,
+    define_example_flags,
+    define_model_flag,
+    define_own_model_flags,
+)
 
-flags.DEFINE_string(
-    "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
-)
-flags.DEFINE_enum(
-    "dataset",
-    None,
-    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
-    "data set; the run's own if not given",
-)
-flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
-flags.DEFINE_string("data_path", None, "the challenges' name for --data_dir")
-flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
-flags.DEFINE_string("config", None, "a challenge's config.json")
-flags.DEFINE_string("model", None, "a .keras file of your own, with --data, --bounds, --epsilon")
-flags.DEFINE_string("data", None, "an .npz file of your own, with arrays images and labels")
-flags.DEFINE_list("bounds", None, "lowest and highest pixel value of --data, as 0,1")
+define_model_flag()
+define_data_flags()
+define_challenge_flags()
+define_own_model_flags()
 
 flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
-flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
-flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
-flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
+define_example_flags()
 flags.DEFINE_bool("worst_case_only", False, "attack only what the attacks before left standing")
-flags.DEFINE_enum("norm", None, ["linf", "l2"], "attack flag: norm (linf)")
-flags.DEFINE_float("epsilon", None, "attack flag: budget, pixel units")
-flags.DEFINE_integer("num_steps", None, "attack flag: steps of PGD")
-flags.DEFINE_float("step_size", None, "attack flag: step size, pixel units")
-flags.DEFINE_bool("random_start", None, "attack flag: random start (on)")
-flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "attack flag: loss (xent)")
-flags.DEFINE_float("confidence", None, "attack flag: confidence of --loss_func=cw (50)")
-flags.DEFINE_integer("restarts", None, "attack flag: number of random starts (1)")
+define_attack_flags("attack flag: ")
 
 flags.DEFINE_list("attack_file", None, "score these attack.npy files instead of attacking")
 flags.DEFINE_string("pred_path", "pred.npy", "where --attack_file writes the predictions")

@@ -13,18 +13,12 @@ from absl import flags
 
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.flag_groups import define_data_flags
 
 flags.DEFINE_list(
     "model_dir", None, "runs, .keras files, or folders or prefixes of TF1 checkpoints; newest run"
 )
-flags.DEFINE_enum(
-    "dataset",
-    None,
-    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
-    "data set; the runs' own if not given",
-)
-flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
-flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
+define_data_flags("data set; the runs' own if not given")
 flags.DEFINE_integer("num_eval_examples", 50, "how many test images to average, from the first")
 flags.DEFINE_list("examples", ["0"], "places of test images that are also drawn alone")
 flags.DEFINE_integer("random_seed", 0, "seed of the random directions and of the attacks")

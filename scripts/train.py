@@ -23,11 +23,12 @@ from absl import flags
 from logit_reg import supervisor
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
+from logit_reg_scripts.flag_groups import DATASETS
 
 flags.DEFINE_enum(
     "dataset",
     None,
-    ["mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100"],
+    DATASETS,
     "data set; mnist if it is there, else mnist_5k, when not given",
 )
 flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")

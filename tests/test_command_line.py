@@ -145,6 +145,13 @@ def test_help_is_for_newcomers_and_exits_with_0(tmp_path):
         assert process.returncode == 0
         assert process.stdout.splitlines()[0].endswith(".")
         assert "Flags:" in process.stdout
+        assert ">: " not in process.stdout, "absl's copy of the choices"
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error(tmp_path):
+    shell = f"{sys.executable} {ROOT / 'scripts' / 'eval_challenge.py'} --help | true"
+    process = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=tmp_path)
+    assert process.stderr == ""
 
 
 @pytest.mark.slow

@@ -1,0 +1,63 @@
+"""Flags that several commands take: defined once, so that a flag means the same in all of them."""
+
+from absl import flags
+
+DATASETS = ("mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
+
+
+def define_model_flag() -> None:
+    """The network to look at."""
+    flags.DEFINE_string(
+        "model_dir",
+        None,
+        "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run",
+    )
+
+
+def define_data_flags(dataset: str = "data set; the run's own if not given") -> None:
+    """Where the data are.
+
+    Args:
+        dataset: what `--help` says of --dataset.
+    """
+    flags.DEFINE_enum("dataset", None, DATASETS, dataset)
+    flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
+    flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
+
+
+def define_challenge_flags() -> None:
+    """What the challenges' own commands read."""
+    flags.DEFINE_string("data_path", None, "the challenges' name for --data_dir")
+    flags.DEFINE_string("config", None, "a challenge's config.json")
+
+
+def define_own_model_flags() -> None:
+    """A network and images of the user's; `own_models` reads them."""
+    flags.DEFINE_string(
+        "model", None, "a .keras file of your own, with --data, --bounds, --epsilon"
+    )
+    flags.DEFINE_string("data", None, "an .npz file of your own, with arrays images and labels")
+    flags.DEFINE_list("bounds", None, "lowest and highest pixel value of --data, as 0,1")
+
+
+def define_example_flags() -> None:
+    """How many test images, and how many at once."""
+    flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
+    flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
+    flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
+
+
+def define_attack_flags(whose: str = "") -> None:
+    """Threat model and settings of PGD; `attack_flags` reads them.
+
+    Args:
+        whose: said before what each setting of PGD is.
+    """
+    flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm of the budget (linf)")
+    flags.DEFINE_float("epsilon", None, "budget, pixel units (.3 or 8; in l2 2 or 382.5)")
+    flags.DEFINE_integer("num_steps", None, f"{whose}steps of PGD (40 or 20)")
+    flags.DEFINE_float("step_size", None, f"{whose}step size, pixel units (.01 or 1)")
+    flags.DEFINE_bool("random_start", None, f"{whose}random start (on)")
+    flags.DEFINE_enum("loss_func", None, ["xent", "cw"], f"{whose}loss (xent)")
+    flags.DEFINE_float("confidence", None, f"{whose}confidence of --loss_func=cw (50)")
+    flags.DEFINE_integer("restarts", None, f"{whose}number of random starts (1)")
