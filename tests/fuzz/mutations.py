@@ -98,7 +98,7 @@ def _other(rng, value):
     if isinstance(value, str) and rng.random() < 0.5:
         return rng.choice(TEXTS)
     if isinstance(value, int | float) and rng.random() < 0.6:
-        return rng.choice([*INTEGERS, value + 1, -value, value * 1000, value / 2])
+        return rng.choice([*INTEGERS, value + 1, -value, value * 1000, value // 2])
     return copy.deepcopy(rng.choice([*VALUES, *INTEGERS, *TEXTS]))
 
 
