@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import reprlib
 import subprocess
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ _PAPER_STDDEV = {"mnist": 0.5, "cifar10": 20.0, "cifar100": 20.0}
 # of the learning rate are unpublished and doubled here.
 _PAPER_CIFAR_STRETCH = 2
 _FREE_REPLAYS = 8
+# Whole numbers that a run can hold; a file may have any.
+_INTEGERS = range(-(2**63), 2**63)
 # The attack of "7-step adversarial training"; on MNIST with a ramp, see `RunSettings.ramp_steps`.
 _ADVERSARIAL_STEPS = 7
 # Settings of later versions; where they have their defaults, runs keep the names they had before.
@@ -552,7 +556,12 @@ def _refuse_without_effect(given, adversary, is_mnist):
 
 
 def _check_settings(settings: RunSettings) -> None:
-    """Let every part check its own settings."""
+    """Check the types, which a file can have wrong, and let every part check its own settings."""
+    for name, kind in typing.get_type_hints(RunSettings).items():
+        value = getattr(settings, name)
+        if not _has_type(value, kind):
+            wanted = kind if typing.get_args(kind) else kind.__name__
+            raise ValueError(f"{name} must be {wanted}; got {reprlib.repr(value)}.")
     if settings.adversary not in ADVERSARIES:
         raise ValueError(
             f"adversary must be one of {', '.join(ADVERSARIES)}; got {settings.adversary!r}."
@@ -565,6 +574,23 @@ def _check_settings(settings: RunSettings) -> None:
     piecewise_constant(settings.step_size_schedule)
     if settings.challenge.name != "mnist" and settings.width < 1:
         raise ValueError(f"width must be at least 1; got {settings.width}.")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON has the type of a field of `RunSettings`."""
+    parts = typing.get_args(kind)
+    if parts:
+        kinds = parts[:1] * len(value) if parts[-1] is ... and isinstance(value, tuple) else parts
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(map(_has_type, value, kinds))
+        )
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float) and value in _INTEGERS
+    return isinstance(value, kind)
 
 
 def _as_tuples(value):

@@ -1,6 +1,7 @@
 """Files that are made to harm, and places that cannot be written to."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from logit_reg.files import (
 )
 from logit_reg.runs import load_run
 from logit_reg_scripts.keras_files import read_keras
+from logit_reg_scripts.runs import read_run, resolve_settings
 from logit_reg_scripts.sources import load_own_images
 from logit_reg_scripts.submissions import prepare_output
 from madry_compat import data
@@ -421,6 +423,30 @@ def test_odd_json_is_refused_by_name(tmp_path, text):
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match="run.json"):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sigma", [0.5]),
+        ("sigma", {"config": 0.5}),
+        ("epsilon", 10**400),
+        ("num_steps", 7.5),
+        ("num_steps", True),
+        ("clip_noise", 1),
+        ("reg", None),
+        ("step_size_schedule", [[0, 0.1], [400]]),
+        ("keep_checkpoint_steps", [100, "200"]),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(name, value, tmp_path):
+    settings = dataclasses.asdict(resolve_settings({"dataset": "mnist_5k"}))
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"settings": settings}))
+    assert read_run(tmp_path).dataset == "mnist_5k"
+    record.write_text(json.dumps({"settings": settings | {name: value}}))
+    with pytest.raises(ValueError, match=rf"run.json: {name} must be "):
+        read_run(tmp_path)
 
 
 # Places that cannot be written to
