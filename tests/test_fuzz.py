@@ -1,4 +1,4 @@
-"""Every reader of strangers' files, on 100 damaged ones each; `make fuzz` takes 10,000."""
+"""Every reader of strangers' files, on 100 damaged ones each; CI takes 500, `make fuzz` 10,000."""
 
 import os
 
@@ -12,10 +12,9 @@ INPUTS = int(os.environ.get("FUZZ_INPUTS", 100))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path):
-    inputs = max(1, round(INPUTS * READERS[name].share))
-    report = fuzz(name, inputs, tmp_path, seed=1)
+    report = fuzz(name, INPUTS, tmp_path, seed=1)
     assert not report.failures, "\n".join(report.failures)
-    assert report.inputs == inputs
+    assert report.inputs == INPUTS
     # Damage that the first check finds proves little.
-    assert report.past_checks >= inputs / 2
+    assert report.past_checks >= INPUTS / 2
     print(report)

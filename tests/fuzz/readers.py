@@ -32,8 +32,6 @@ class Reader:
     """Reads a folder of files; may write below the second folder."""
     refusals: tuple[type[Exception], ...] = (ValueError, OSError)
     """What may be raised, with one line for the user."""
-    share: float = 1.0
-    """Part of the inputs that the test suite runs: slow readers get fewer."""
 
 
 def _json(path, value):
@@ -366,7 +364,6 @@ READERS = {
             _seed_tfds,
             {"mnist/*/*.tfrecord*": m.mutate_records, "mnist/*/*.json": m.mutate_json},
             _load_mnist,
-            share=0.5,
         ),
     )
 }
