@@ -176,29 +176,47 @@ def test_your_own_model_and_data(bare, tmp_path):
     assert_one_line_error(missing, "missing --bounds, --epsilon")
 
 
-@pytest.mark.long
-def test_four_workers_write_the_ledger_of_one(bare, tmp_path):
-    folder, _ = bare
+def assert_workers_write_the_ledger_of_one(model_dir, folder, *runner):
     flags = [
-        f"--model_dir={the_run(folder)}",
+        f"--model_dir={model_dir}",
         "--dataset=mnist_5k",
         "--protocol=paper-fgsm,autoattack",
         "--num_eval_examples=50",
         "--eval_batch_size=5",
     ]
-    one = command("eval_challenge", *flags, "--output_dir=one", cwd=tmp_path)
+    one = command("eval_challenge", *flags, "--output_dir=one", cwd=folder)
     assert one.returncode == 0, one.stderr
 
-    four = command("eval_challenge", *flags, "--output_dir=four", "--num_workers=4", cwd=tmp_path)
+    four = command(
+        "eval_challenge", *flags, "--output_dir=four", "--num_workers=4", *runner, cwd=folder
+    )
 
     assert four.returncode == 0, four.stderr
     assert "workers: 4" in four.stdout
+    assert "failed" not in four.stderr
     written = [
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        {path.name: path.read_bytes() for path in (folder / name).iterdir()}
         for name in ("one", "four")
     ]
     assert written[0].keys() == written[1].keys()
     assert written[0]["ledger.csv"] == written[1]["ledger.csv"]
+
+
+@pytest.mark.slow
+def test_four_workers_write_the_ledger_of_one(bare, tmp_path):
+    assert_workers_write_the_ledger_of_one(the_run(bare[0]), tmp_path)
+
+
+@pytest.mark.slow
+def test_workers_on_two_machines_write_the_ledger_of_one(bare, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray.cluster_utils")
+    cluster = ray.Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        cluster.add_node(num_cpus=2)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        assert_workers_write_the_ledger_of_one(the_run(bare[0]), tmp_path, "--runner=ray")
+    finally:
+        cluster.shutdown()
 
 
 def kill_when_kept(command_line, folder, num_batches):
