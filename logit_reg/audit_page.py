@@ -84,8 +84,11 @@ def write_audit_page(audit: Audit, path: Path | str) -> None:
 
 def _page(audit):
     title = "Robustness audit"
-    model = audit.settings.get("model")
-    if isinstance(model, str):
+    # A run's folder may be named after its twenty settings; the page lists them further down.
+    method, model = audit.settings.get("method"), audit.settings.get("model")
+    if isinstance(method, str):
+        title += f" of {method}"
+    elif isinstance(model, str):
         title += f" of {Path(model).name or model}"
     parts = [
         f"<h1>{_text(title)}</h1>",

@@ -92,7 +92,12 @@ def audited_challenge() -> Audited:
         controls=_controls(model, name),
         batch_size=FLAGS.eval_batch_size or challenge.eval_batch_size,
         output_dir=Path(FLAGS.output_dir or folder / "audits" / FLAGS.budget),
-        settings={"model": str(model.path), "release": model.release, "dataset": name},
+        settings={
+            "model": str(model.path),
+            "method": model.run.description if model.run is not None else None,
+            "release": model.release,
+            "dataset": name,
+        },
     )
     run = model.run
     if run is None or not run.beta:

@@ -101,6 +101,14 @@ def test_the_verdict_comes_first_with_both_numbers_and_the_strongest_attack(tmp_
     )
 
 
+def test_a_run_is_called_by_its_method(tmp_path):
+    settings = audit_of().settings | {"method": "squeeze beta=2, noise"}
+
+    text = text_of(written(audit_of(settings=settings), tmp_path))
+
+    assert text.startswith("Robustness audit of squeeze beta=2, noise")
+
+
 @pytest.mark.parametrize(
     ("verdict", "audit"),
     [
