@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -32,8 +33,6 @@ _STEP_SHARE = 0.75
 _INCREASING_SHARE = 0.75
 # Keeps 0 / 0 out of DLR, as published.
 _TINY = 1e-12
-# Place of the gradient in the state of `_Ascent`.
-_GRADIENT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ class APGD(ImageAttack):
             stream=random_stream(seed, type(self).__name__, self.loss),
             restart=0,
         )
-        return state[_GRADIENT]
+        return state.gradient
 
     def _ascent(self):
         return _Ascent(self.threat, self.loss, self.num_steps, self.num_samples)
@@ -207,13 +206,32 @@ def periods(num_steps: int) -> Iterator[int]:
         length = max(length - decrease, shortest)
 
 
+class _State(NamedTuple):
+    """What each of N images carries from one period to the next."""
+
+    current: Any
+    """(N, H, W, C) x^(k)."""
+    previous: Any
+    """(N, H, W, C) x^(k-1), for the momentum."""
+    gradient: Any
+    """(N, H, W, C) at `current`."""
+    best: Any
+    """(N, H, W, C) x_max."""
+    best_gradient: Any
+    """(N, H, W, C) at `best`."""
+    step_size: Any
+    """(N,) pixel units."""
+    best_loss: Any
+    """(N,) float64, of `best`."""
+    last_loss: Any
+    """(N,) float64, of `current`."""
+    halved: Any
+    """(N,) bool: whether the step size was halved at the last look."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ascent:
-    """One run of Algorithm 1 from one random start.
-
-    The state of an image between two periods: current, previous, gradient, best, best_gradient
-    (H, W, C); step_size, best_loss, last_loss and halved, numbers.
-    """
+    """One run of Algorithm 1 from one random start."""
 
     threat: ThreatModel
     loss: str
@@ -234,15 +252,15 @@ class _Ascent:
         looks = self.num_samples + (functions[0] is not functions[1])
         state, fooled = self.begin(functions, examples, stream=stream, restart=restart)
         standing.count(len(rows), forwards=looks, backwards=self.num_samples)
-        candidates = state[0]
+        candidates = state.current
         is_first = True
         for steps in (*periods(self.num_steps), 0):
             keep = standing.record(rows, candidates, fooled)
-            rows, examples, state = rows[keep], take(examples, keep), take(state, keep)
+            rows, examples, state = rows[keep], take(examples, keep), _State(*take(state, keep))
             if not len(rows) or not steps:
                 return
-            *state, candidates, fooled = self._compiled_advance(functions, examples[0])(
-                *examples[:3], *state, steps, is_first
+            state, candidates, fooled = self._compiled_advance(functions, examples[0])(
+                *examples[:3], state, steps, is_first
             )
             candidates, fooled = candidates.numpy(), fooled.numpy()
             standing.count(len(rows), forwards=steps * looks, backwards=steps * self.num_samples)
@@ -254,15 +272,15 @@ class _Ascent:
         numbers, scalar = batch_spec((), tf.int64), tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, numbers, scalar, scalar)
         begin = compiled(self, "_begin", functions, signature)
-        *state, fooled = begin(*examples, stream, restart)
-        return [part.numpy() for part in state], fooled.numpy()
+        state, fooled = begin(*examples, stream, restart)
+        return _State(*(part.numpy() for part in state)), fooled.numpy()
 
     def _compiled_advance(self, functions, images):
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         losses = batch_spec((), tf.float64)
-        state = (*(image,) * 5, batch_spec(()), losses, losses, batch_spec((), tf.bool))
+        state = _State(*(image,) * 5, batch_spec(()), losses, losses, batch_spec((), tf.bool))
         scalars = (tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.bool))
-        return compiled(self, "_advance", functions, (image, numbers, numbers, *state, *scalars))
+        return compiled(self, "_advance", functions, (image, numbers, numbers, state, *scalars))
 
     def _begin(
         self, logits_fn, gradient_logits_fn, images, labels, targets, indices, stream, restart
@@ -281,110 +299,56 @@ class _Ascent:
         # The public code compares the first loss of all with 0, not with that of the start.
         last_loss = tf.fill(tf.shape(loss), _zero_loss(self.loss))
         halved = tf.ones_like(labels, tf.bool)
-        state = (start, start, gradient, start, gradient, step_size, loss, last_loss, halved)
-        return (*state, is_fooled(logits, labels))
+        state = _State(start, start, gradient, start, gradient, step_size, loss, last_loss, halved)
+        return state, is_fooled(logits, labels)
 
     def _advance(
-        self,
-        logits_fn,
-        gradient_logits_fn,
-        images,
-        labels,
-        targets,
-        current,
-        previous,
-        gradient,
-        best,
-        best_gradient,
-        step_size,
-        best_loss,
-        last_loss,
-        halved,
-        num_steps,
-        is_first,
+        self, logits_fn, gradient_logits_fn, images, labels, targets, state, num_steps, is_first
     ):
         """Take the steps of a period, then look at the step size."""
-        best_loss_before = best_loss
-        length = _per_image(step_size)
+        length = _per_image(state.step_size)
 
-        def body(
-            step,
-            current,
-            previous,
-            gradient,
-            best,
-            best_gradient,
-            best_loss,
-            last_loss,
-            increases,
-            candidates,
-            fooled,
-        ):
+        def body(step, state, increases, candidates, fooled):
             is_very_first = tf.logical_and(is_first, tf.equal(step, 0))
             share = tf.where(is_very_first, 1.0, _STEP_SHARE)
-            stepped = current + length * self.threat.ascent_direction(gradient)
+            stepped = state.current + length * self.threat.ascent_direction(state.gradient)
             stepped = self.threat.project(stepped, images)
-            moved = current + share * (stepped - current) + (1 - share) * (current - previous)
-            previous, current = current, self.threat.project(moved, images)
+            moved = state.current + share * (stepped - state.current)
+            moved += (1 - share) * (state.current - state.previous)
+            current = self.threat.project(moved, images)
 
             logits, loss, gradient = self._look(
                 logits_fn, gradient_logits_fn, current, labels, targets
             )
             candidates = tf.where(_per_image(fooled), candidates, current)
             fooled = tf.logical_or(fooled, is_fooled(logits, labels))
-            increases += tf.cast(loss > last_loss, tf.float32)
-            improved = loss > best_loss
-            return (
-                step + 1,
-                current,
-                previous,
-                gradient,
-                tf.where(_per_image(improved), current, best),
-                tf.where(_per_image(improved), gradient, best_gradient),
-                tf.where(improved, loss, best_loss),
-                loss,
-                increases,
-                candidates,
-                fooled,
+            increases += tf.cast(loss > state.last_loss, tf.float32)
+            improved = loss > state.best_loss
+            state = state._replace(
+                current=current,
+                previous=state.current,
+                gradient=gradient,
+                best=tf.where(_per_image(improved), current, state.best),
+                best_gradient=tf.where(_per_image(improved), gradient, state.best_gradient),
+                best_loss=tf.where(improved, loss, state.best_loss),
+                last_loss=loss,
             )
+            return step + 1, state, increases, candidates, fooled
 
-        (
-            _,
-            current,
-            previous,
-            gradient,
-            best,
-            best_gradient,
-            best_loss,
-            last_loss,
-            increases,
-            candidates,
-            fooled,
-        ) = tf.while_loop(
-            lambda step, *_: step < num_steps,
-            body,
-            (
-                tf.constant(0, tf.int64),
-                current,
-                previous,
-                gradient,
-                best,
-                best_gradient,
-                best_loss,
-                last_loss,
-                tf.zeros_like(step_size),
-                current,
-                tf.zeros_like(labels, tf.bool),
-            ),
+        none = tf.zeros_like(state.step_size), state.current, tf.zeros_like(labels, tf.bool)
+        _, new, increases, candidates, fooled = tf.while_loop(
+            lambda step, *_: step < num_steps, body, (tf.constant(0, tf.int64), state, *none)
         )
         oscillates = increases <= _INCREASING_SHARE * tf.cast(num_steps, tf.float32)
-        stuck = tf.logical_and(tf.logical_not(halved), best_loss <= best_loss_before)
+        stuck = tf.logical_and(tf.logical_not(state.halved), new.best_loss <= state.best_loss)
         halved = tf.logical_or(oscillates, stuck)
-        current = tf.where(_per_image(halved), best, current)
-        gradient = tf.where(_per_image(halved), best_gradient, gradient)
-        step_size = tf.where(halved, 0.5 * step_size, step_size)
-        state = (current, previous, gradient, best, best_gradient)
-        return (*state, step_size, best_loss, last_loss, halved, candidates, fooled)
+        new = new._replace(
+            current=tf.where(_per_image(halved), new.best, new.current),
+            gradient=tf.where(_per_image(halved), new.best_gradient, new.gradient),
+            step_size=tf.where(halved, 0.5 * state.step_size, state.step_size),
+            halved=halved,
+        )
+        return new, candidates, fooled
 
     def _look(self, logits_fn, gradient_logits_fn, points, labels, targets):
         """Logits that judge, loss for the books and the gradient to go by (unscaled)."""
