@@ -16,10 +16,10 @@ from logit_reg.attacks.attack import (
     batch_spec,
     call_logits,
     compiled,
-    example_noise,
     is_fooled,
     isolated,
     margin,
+    random_direction,
     random_stream,
 )
 from logit_reg.attacks.standing import Standing, ranked_targets, take
@@ -285,14 +285,8 @@ class _Ascent:
     def _begin(
         self, logits_fn, gradient_logits_fn, images, labels, targets, indices, stream, restart
     ):
-        distribution = "uniform" if self.threat.norm == "linf" else "normal"
         draw = {"stream": stream, "indices": indices, "restart": restart}
-        noise = example_noise(distribution, images.shape[1:], **draw)
-        if self.threat.norm == "linf":
-            largest = tf.reduce_max(tf.abs(noise), axis=(1, 2, 3), keepdims=True)
-            direction = tf.math.divide_no_nan(noise, largest)
-        else:
-            direction = self.threat.ascent_direction(noise)
+        direction = random_direction(self.threat, images, **draw)
         start = self.threat.project(images + self.threat.epsilon * direction, images)
         logits, loss, gradient = self._look(logits_fn, gradient_logits_fn, start, labels, targets)
         step_size = tf.fill((tf.shape(images)[0],), 2.0 * self.threat.epsilon)

@@ -299,6 +299,29 @@ def uniform_in_ball(threat: ThreatModel, images, *, stream, indices, restart, sc
     return threat.random_start(images, noise, radius, scale)
 
 
+def random_direction(threat: ThreatModel, images, *, stream, indices, restart):
+    """Noise of length 1 in the threat model's norm, from which AutoAttack's attacks start.
+
+    Args:
+        threat: decides the norm.
+        images: (N, H, W, C) float32.
+        stream: () int64 from `random_stream`.
+        indices: (N,) int64 places of the images in their data set.
+        restart: () int64 number of the restart.
+
+    Returns:
+        (N, H, W, C) float32: in linf uniform noise over its largest entry, in l2 normal noise over
+        its norm.
+    """
+    distribution = "uniform" if threat.norm == "linf" else "normal"
+    draw = {"stream": stream, "indices": indices, "restart": restart}
+    noise = example_noise(distribution, images.shape[1:], **draw)
+    if threat.norm == "l2":
+        return threat.ascent_direction(noise)
+    largest = tf.reduce_max(tf.abs(noise), axis=(1, 2, 3), keepdims=True)
+    return tf.math.divide_no_nan(noise, largest)
+
+
 @functools.lru_cache(maxsize=64)
 def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
     """The traced form of `attack.method(*functions, *tensors)`: one trace for any batch size.

@@ -12,8 +12,8 @@ from logit_reg.attacks.attack import (
     batch_spec,
     call_logits,
     compiled,
-    example_noise,
     is_fooled,
+    random_direction,
     random_stream,
 )
 from logit_reg.attacks.standing import Standing, ranked_targets, take
@@ -289,13 +289,7 @@ class _BoundarySearch:
 
     def _start(self, images, indices, stream, restart):
         draw = {"stream": stream, "indices": indices, "restart": restart}
-        if self.threat.norm == "linf":
-            noise = example_noise("uniform", images.shape[1:], **draw)
-            largest = tf.reduce_max(tf.abs(noise), axis=(1, 2, 3), keepdims=True)
-            direction = tf.math.divide_no_nan(noise, largest)
-        else:
-            noise = example_noise("normal", images.shape[1:], **draw)
-            direction = self.threat.ascent_direction(noise)
+        direction = random_direction(self.threat, images, **draw)
         return self._clip(images + 0.5 * self.threat.epsilon * direction)
 
     def _advance(
