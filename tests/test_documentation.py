@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from logit_reg.ledger import read_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -79,6 +82,16 @@ def test_the_results_tables_are_what_the_committed_ledgers_give(section, folder)
     runs = [load_run(folder / name) for name in (folder / "order.txt").read_text().split()]
     table = results_table(runs).to_markdown()
     assert replace_marked_section(README, section, table) == README
+
+
+def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
+    ledger, result = read_ledger(ROOT / "results" / "trades-golden")
+    parts = result["protocols"]["autoattack-each"]["attacks"]
+    kept = [ledger.correct[name] for name in parts]
+    counted = [ledger.clean, *kept, np.all(kept, axis=0)]
+    cells = " | ".join(f"{100 * np.mean(column):.2f}" for column in counted)
+    assert list(parts) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert f"| {len(ledger.clean)} | {cells} |" in (ROOT / "results" / "README.md").read_text()
 
 
 def test_the_two_packages_do_not_import_each_other():
