@@ -99,7 +99,7 @@ def test_two_devices_of_one_process_take_the_steps_of_one(one_process, tmp_path)
     assert_same_training(one_process, tmp_path, kinds, STEPS, atol=1e-9)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_worker_that_is_killed_starts_again_and_the_run_ends_with_the_same_weights(tmp_path):
     """With BatchNorm, whose moving averages every replica has to keep alike."""
     kinds, steps = ["batch norm"], 300

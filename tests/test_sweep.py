@@ -282,7 +282,7 @@ def test_mistakes_are_found_before_anything_runs(words, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_real_sweep_trains_evaluates_and_is_skipped_the_second_time(tmp_path):
     words = ["--sweep_dir=runs/s", "--grid=beta=1,2", "--dataset=mnist_5k", "--reg=squeeze"]
     words += ["--max_num_training_steps=4", "--training_batch_size=16"]
