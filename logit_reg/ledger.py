@@ -8,7 +8,6 @@ import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -202,24 +201,9 @@ def stamp_ledger(directory: Path | str) -> None:
 
 
 def attack_settings(attack: Attack) -> dict:
-    """The settings of an attack, its threat model included, under its class's name.
-
-    The attack that a wrapper such as `Restarts` runs stands under "of", with its own.
-    """
-    settings = {"attack": type(attack).__name__}
-    for field in dataclasses.fields(attack):  # type: ignore[arg-type]
-        value = getattr(attack, field.name)
-        settings["of" if field.name == "attack" else field.name] = _setting(value)
-    return json.loads(json.dumps(settings))
-
-
-def _setting(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_setting(item) for item in value]
-    if hasattr(value, "run"):
-        return attack_settings(value)
-    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    return dataclasses.asdict(value) if is_record else value
+    """The settings of an attack, its threat model included, with its class name."""
+    settings = dataclasses.asdict(attack)  # type: ignore[call-overload]
+    return {"attack": type(attack).__name__, **json.loads(json.dumps(settings))}
 
 
 def _protocol_result(evaluation, attacks):

@@ -18,7 +18,7 @@ from test_data import digits, write_idx, write_test_batch
 from test_tf1_checkpoints import assert_same_values, keep_away_from_kinks, read_bundle
 from tf1_challenge_graphs import mnist_graph
 
-from logit_reg.attacks import FGSM, PGD
+from logit_reg.attacks import FGSM, PGD, Restarts
 from logit_reg.loop import BatchOrder
 from logit_reg.protocols import l2_threat, linf_threat
 from logit_reg_scripts import evaluations
@@ -66,12 +66,13 @@ def run(tmp_path_factory, digits_5k):
 
 
 def evaluate_cheaply(network, test, output_dir, dataset="mnist_5k", **settings):
-    """One ledger of four protocols, each so cheap that only its name is that of the real one."""
+    """One ledger of five protocols, each so cheap that only its name is that of the real one."""
     threat = linf_threat("mnist")
     protocols = {
         "paper-fgsm": {"fgsm-xent": FGSM(threat, "xent"), "fgsm-cw": FGSM(threat, "cw")},
         "madry-mnist": {"madry-pgd40-xent": PGD(threat, "xent", 3, 0.1)},
-        "paper-l2": {"l2": PGD(l2_threat("mnist"), "xent", 3, 5.0)},
+        "paper-restarts": {"restarts": Restarts(PGD(threat, "cw", 3, 0.1), 2)},
+        "paper-l2": {"l2": Restarts(PGD(l2_threat("mnist"), "xent", 3, 5.0), 2)},
         "autoattack": {"autoattack": PGD(threat, "cw", 5, 0.1)},
     }
     return evaluate_protocols(
@@ -242,7 +243,7 @@ def test_the_numbers_of_a_card_are_those_of_the_ledger(run, ledger, tmp_path):
     assert card["autoattack_acc"] == pytest.approx(share(rows, "correct_autoattack"))
     # The l2 protocol is of another threat model.
     protocols = [entry["protocol"] for entry in card["evaluations"]]
-    assert protocols == ["paper-fgsm", "madry-mnist", "autoattack"]
+    assert protocols == ["paper-fgsm", "madry-mnist", "paper-restarts", "autoattack"]
     assert (card["eps"], card["norm"], card["dataset"]) == (0.3, "Linf", "mnist_5k")
     assert card["additional_data"] is False
     assert card["link"] == "https://example.org"
