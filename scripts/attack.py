@@ -9,22 +9,15 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line
+from logit_reg_scripts import command_line, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
-from logit_reg_scripts.flag_groups import (
-    define_attack_flags,
-    define_challenge_flags,
-    define_data_flags,
-    define_example_flags,
-    define_model_flag,
-)
 
-define_model_flag()
+flag_groups.define_model_flag()
 flags.DEFINE_string("target_model_dir", None, "another network to score the images on")
-define_data_flags()
-define_challenge_flags()
-define_example_flags()
-define_attack_flags()
+flag_groups.define_data_flags()
+flag_groups.define_challenge_flags()
+flag_groups.define_example_flags()
+flag_groups.define_attack_flags()
 flags.DEFINE_string("store_adv_path", "attack.npy", "where the images go")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
 

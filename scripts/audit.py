@@ -16,19 +16,12 @@ An interrupted audit goes on when the same command is given again.
 
 from absl import flags
 
-from logit_reg_scripts import command_line
+from logit_reg_scripts import command_line, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
-from logit_reg_scripts.flag_groups import (
-    define_attack_flags,
-    define_data_flags,
-    define_example_flags,
-    define_model_flag,
-    define_own_model_flags,
-)
 
-define_model_flag()
-define_data_flags()
-define_own_model_flags()
+flag_groups.define_model_flag()
+flag_groups.define_data_flags()
+flag_groups.define_own_model_flags()
 
 flags.DEFINE_float("claim", None, "the claimed robust accuracy, per cent")
 flags.DEFINE_string("claimed_by", None, "the protocol that the claim rests on, as paper-mnist")
@@ -41,8 +34,8 @@ flags.DEFINE_integer(
     None,
     "training steps of each trained control (1500, the adversarial one 5000; on CIFAR 20000)",
 )
-define_example_flags()
-define_attack_flags("the claimant's attack: ")
+flag_groups.define_example_flags()
+flag_groups.define_attack_flags("the claimant's attack: ")
 flags.DEFINE_string("output_dir", None, "where audit.json and audit.html go; audits/ of the run")
 flags.DEFINE_bool("progress", False, "draw a progress bar for each attack")
 
@@ -55,8 +48,6 @@ def main() -> None:
         raise UsageError(
             f"--claim={FLAGS.claim}: give the claimed robust accuracy in per cent, as --claim=93.0."
         )
-    if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
-        raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
     is_own = FLAGS.model or FLAGS.data
     run_audit(audited_own() if is_own else audited_challenge())
 

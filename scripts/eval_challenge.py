@@ -15,26 +15,18 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line
+from logit_reg_scripts import command_line, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
-from logit_reg_scripts.flag_groups import (
-    define_attack_flags,
-    define_challenge_flags,
-    define_data_flags,
-    define_example_flags,
-    define_model_flag,
-    define_own_model_flags,
-)
 
-define_model_flag()
-define_data_flags()
-define_challenge_flags()
-define_own_model_flags()
+flag_groups.define_model_flag()
+flag_groups.define_data_flags()
+flag_groups.define_challenge_flags()
+flag_groups.define_own_model_flags()
 
 flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
-define_example_flags()
+flag_groups.define_example_flags()
 flags.DEFINE_bool("worst_case_only", False, "attack only what the attacks before left standing")
-define_attack_flags("attack flag: ")
+flag_groups.define_attack_flags("attack flag: ")
 
 flags.DEFINE_list("attack_file", None, "score these attack.npy files instead of attacking")
 flags.DEFINE_string("pred_path", "pred.npy", "where --attack_file writes the predictions")
@@ -56,8 +48,6 @@ def main() -> None:
     # A protocol and a submission have their own attack; the file's would contradict it.
     has_attack = FLAGS.protocol or FLAGS.attack_file
     apply_config(without=ATTACK_FLAGS if has_attack else ())
-    if FLAGS.eval_batch_size is not None and FLAGS.eval_batch_size < 1:
-        raise UsageError(f"--eval_batch_size must be at least 1; got {FLAGS.eval_batch_size}.")
     if FLAGS.store_adv_path and not FLAGS.attack_file:
         prepare_output(Path(FLAGS.store_adv_path))
     if FLAGS.model or FLAGS.data:

@@ -43,7 +43,7 @@ def define_own_model_flags() -> None:
 def define_example_flags() -> None:
     """How many test images, and how many at once."""
     flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
-    flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
+    flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)", lower_bound=1)
     flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line
+from logit_reg_scripts import command_line, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
-from logit_reg_scripts.flag_groups import define_data_flags
 
 flags.DEFINE_list(
     "model_dir", None, "runs, .keras files, or folders or prefixes of TF1 checkpoints; newest run"
 )
-define_data_flags("data set; the runs' own if not given")
+flag_groups.define_data_flags("data set; the runs' own if not given")
 flags.DEFINE_integer("num_eval_examples", 50, "how many test images to average, from the first")
 flags.DEFINE_list("examples", ["0"], "places of test images that are also drawn alone")
 flags.DEFINE_integer("random_seed", 0, "seed of the random directions and of the attacks")
@@ -32,7 +31,7 @@ flags.DEFINE_float("extent", 2.0, "half the side of the square, in epsilons")
 flags.DEFINE_integer("num_points", 31, "points on each axis, odd")
 flags.DEFINE_bool("clip", False, "clip each point to the pixel range")
 flags.DEFINE_bool("curves", False, "also draw accuracy against the knobs of the attack (slow)")
-flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)")
+flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)", lower_bound=1)
 flags.DEFINE_string("output_dir", "runs/landscape", "folder for arrays, figures and page")
 flags.DEFINE_string("redraw", None, "landscape.npz of an earlier call, to draw again")
 flags.DEFINE_bool("progress", True, "draw progress bars")

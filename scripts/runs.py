@@ -8,10 +8,9 @@ import os
 import platform
 import reprlib
 import subprocess
-import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import keras
 import numpy as np
@@ -557,10 +556,10 @@ def _refuse_without_effect(given, adversary, is_mnist):
 
 def _check_settings(settings: RunSettings) -> None:
     """Check the types, which a file can have wrong, and let every part check its own settings."""
-    for name, kind in typing.get_type_hints(RunSettings).items():
+    for name, kind in get_type_hints(RunSettings).items():
         value = getattr(settings, name)
         if not _has_type(value, kind):
-            wanted = kind if typing.get_args(kind) else kind.__name__
+            wanted = kind if get_args(kind) else kind.__name__
             raise ValueError(f"{name} must be {wanted}; got {reprlib.repr(value)}.")
     if settings.adversary not in ADVERSARIES:
         raise ValueError(
@@ -578,14 +577,12 @@ def _check_settings(settings: RunSettings) -> None:
 
 def _has_type(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON has the type of a field of `RunSettings`."""
-    parts = typing.get_args(kind)
+    parts = get_args(kind)
     if parts:
-        kinds = parts[:1] * len(value) if parts[-1] is ... and isinstance(value, tuple) else parts
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(kinds)
-            and all(map(_has_type, value, kinds))
-        )
+        if not isinstance(value, tuple):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, int):

@@ -91,6 +91,8 @@ def test_the_bare_evaluation_command_takes_the_newest_run(bare):
         ("train", ["--betta=2"], ["betta"]),
         ("train", ["squeeze"], ["unexpected argument 'squeeze'"]),
         ("eval_challenge", ["--norm=l1"], ["--norm=l1", "linf|l2"]),
+        ("eval_challenge", ["--eval_batch_size=0"], ["--eval_batch_size=0", "positive"]),
+        ("attack", ["--eval_batch_size=0"], ["--eval_batch_size=0", "positive"]),
     ],
 )
 def test_wrong_flags_are_refused_at_once(script, flags, words, tmp_path):
