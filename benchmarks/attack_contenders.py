@@ -18,17 +18,20 @@ from benchmarks.problem import Outcome, Problem
 _LOGITS_TOLERANCE = 1e-5
 
 
-def pgd_ours(problem: Problem) -> Callable[[], Outcome]:
+def pgd_ours(problem: Problem, attack_dtype: str = "auto") -> Callable[[], Outcome]:
     """`PGD` in `evaluate`."""
     from logit_reg.attacks import PGD
 
     case = problem.case
     return _ours(
-        problem, lambda threat: PGD(threat, "xent", case.num_steps, case.step_size), last=True
+        problem,
+        lambda threat: PGD(threat, "xent", case.num_steps, case.step_size),
+        attack_dtype,
+        last=True,
     )
 
 
-def restarts_ours(problem: Problem) -> Callable[[], Outcome]:
+def restarts_ours(problem: Problem, attack_dtype: str = "auto") -> Callable[[], Outcome]:
     """`Restarts` of a `PGD` that leaves an image once it is fooled."""
     from logit_reg.attacks import PGD, Restarts
 
@@ -39,17 +42,18 @@ def restarts_ours(problem: Problem) -> Callable[[], Outcome]:
             PGD(threat, "xent", case.num_steps, case.step_size, early_stop=True),
             case.num_restarts,
         ),
+        attack_dtype,
     )
 
 
-def autoattack_ours(problem: Problem) -> Callable[[], Outcome]:
+def autoattack_ours(problem: Problem, attack_dtype: str = "auto") -> Callable[[], Outcome]:
     """`AutoAttack`, the standard version."""
     from logit_reg.attacks import AutoAttack
 
-    return _ours(problem, AutoAttack)
+    return _ours(problem, AutoAttack, attack_dtype)
 
 
-def spsa_ours(problem: Problem) -> Callable[[], Outcome]:
+def spsa_ours(problem: Problem, attack_dtype: str = "auto") -> Callable[[], Outcome]:
     """`SPSA`; all other settings are its own, which are cleverhans' too."""
     from logit_reg.attacks import SPSA
 
@@ -57,7 +61,21 @@ def spsa_ours(problem: Problem) -> Callable[[], Outcome]:
     return _ours(
         problem,
         lambda threat: SPSA(threat, num_steps=case.num_steps, num_samples=case.num_samples),
+        attack_dtype,
     )
+
+
+def in_float32(contender: Callable) -> Callable[[Problem], Callable[[], Outcome]]:
+    """One of ours without bfloat16, where "auto" has it."""
+
+    def ready(problem):
+        from logit_reg.attacks.precision import NO_BFLOAT16, has_bfloat16
+
+        if not has_bfloat16():
+            raise ImportError(f"{NO_BFLOAT16}: ours is float32")
+        return contender(problem, "float32")
+
+    return ready
 
 
 def pgd_pytorch(problem: Problem) -> Callable[[], Outcome]:
@@ -249,16 +267,18 @@ def autoattack_reference(problem: Problem) -> Callable[[], Outcome]:
     return repetition
 
 
-def _ours(problem, make_attack, *, last=False):
+def _ours(problem, make_attack, attack_dtype, *, last=False):
     """An attack of ours in `evaluate`, checks and confirmation included."""
     import keras
 
+    from logit_reg.attacks.precision import lower_precision
     from logit_reg.evaluation import evaluate
     from logit_reg.threat import ThreatModel
 
     network = keras.saving.load_model(problem.folder / "network.keras", compile=False)
     arrays, case = problem.arrays(), problem.case
     attack = make_attack(ThreatModel("linf", case.epsilon, 0.0, case.upper))
+    lower, _ = lower_precision(attack_dtype, network, arrays["images"][: case.batch_size])
 
     def run(images, labels):
         found = evaluate(
@@ -268,6 +288,7 @@ def _ours(problem, make_attack, *, last=False):
             labels,
             batch_size=case.batch_size,
             seed=case.seed,
+            gradient_logits_fn=lower,
         )
         record = found.records["attack"]
         return Outcome(record.correct_last_iterate if last else record.correct, record.correct)

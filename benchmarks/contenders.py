@@ -12,6 +12,7 @@ and no other, so that its process holds nothing else."""
 CONTENDERS: dict[str, dict[str, Contender]] = {
     "pgd": {
         "ours": attack_contenders.pgd_ours,
+        "ours float32": attack_contenders.in_float32(attack_contenders.pgd_ours),
         "foolbox": attack_contenders.pgd_foolbox,
         "art": attack_contenders.pgd_art,
         "pytorch": attack_contenders.pgd_pytorch,
@@ -19,12 +20,14 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
     },
     "restarts": {
         "ours": attack_contenders.restarts_ours,
+        "ours float32": attack_contenders.in_float32(attack_contenders.restarts_ours),
         "foolbox": attack_contenders.restarts_foolbox,
         "art": attack_contenders.pgd_art,
         "pytorch": attack_contenders.pgd_pytorch,
     },
     "autoattack": {
         "ours": attack_contenders.autoattack_ours,
+        "ours float32": attack_contenders.in_float32(attack_contenders.autoattack_ours),
         "reference": attack_contenders.autoattack_reference,
     },
     "spsa": {

@@ -108,6 +108,7 @@ def evaluate(
     indices=None,
     state: EvaluationState | None = None,
     show_progress: bool = False,
+    gradient_logits_fn=None,
 ) -> Evaluation:
     """Attack a data set with several attacks and combine them per example.
 
@@ -124,6 +125,7 @@ def evaluate(
         indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
         state: where finished batches are kept.
         show_progress: draw a progress bar for each attack.
+        gradient_logits_fn: what the attacks follow, see `Attack.run`; `logits_fn` if None.
 
     Returns:
         An `Evaluation`: robust <= each single attack <= clean, per example.
@@ -143,7 +145,16 @@ def evaluate(
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
 
-    run = _Run(logits_fn, images, labels, indices, batch_size, seed, state, show_progress)
+    run = _Run(
+        (logits_fn, gradient_logits_fn),
+        images,
+        labels,
+        indices,
+        batch_size,
+        seed,
+        state,
+        show_progress,
+    )
     for name, attack in attacks.items():
         if attack in done and not worst_case_only:
             # Another protocol asks for the very same attack: same settings, seed and examples.
@@ -352,8 +363,8 @@ class _Confirmed(AttackResult):
 class _Run:
     """One evaluation: the network, the examples, and where finished batches are kept."""
 
-    def __init__(self, logits_fn, images, labels, indices, batch_size, seed, state, show_progress):
-        self._logits_fn = logits_fn
+    def __init__(self, functions, images, labels, indices, batch_size, seed, state, show_progress):
+        self._logits_fn, self._gradient_logits_fn = functions
         self._images, self._labels, self._indices = images, labels, indices
         self._batch_size = batch_size
         self._seed = seed
@@ -418,6 +429,8 @@ class _Run:
         """
         images, labels, indices = self._images[batch], self._labels[batch], self._indices[batch]
         description = f"{self._data_key} {attack!r} {self._seed} {_hash_of(batch)}"
+        if self._gradient_logits_fn is not None:
+            description += f" {self._gradient_logits_fn!r}"
         arrays = self._saved(description)
         if arrays is None:
             claim = self._state.claim(description, wait=wait) if self._state else nullcontext(True)
@@ -443,7 +456,11 @@ class _Run:
 
     def _compute(self, attack, images, labels, indices):
         started = time.monotonic()
-        found = attack.run(self._logits_fn, images, labels, seed=self._seed, indices=indices)
+        followed = self._gradient_logits_fn
+        options = {} if followed is None else {"gradient_logits_fn": followed}
+        found = attack.run(
+            self._logits_fn, images, labels, seed=self._seed, indices=indices, **options
+        )
         seconds = time.monotonic() - started
         return {
             "adversarial": found.adversarial,

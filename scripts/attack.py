@@ -18,6 +18,7 @@ flag_groups.define_data_flags()
 flag_groups.define_challenge_flags()
 flag_groups.define_example_flags()
 flag_groups.define_attack_flags()
+flag_groups.define_attack_dtype_flag()
 flags.DEFINE_string("store_adv_path", "attack.npy", "where the images go")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
 
@@ -27,6 +28,7 @@ def main() -> None:
     from logit_reg.evaluation import evaluate, network_hash, predict
     from logit_reg.evaluation_state import EvaluationState
     from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
+    from logit_reg_scripts.evaluations import read_attack_dtype
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import prepare_output, write_adversarial
     from madry_compat.challenges import challenge_for
@@ -61,6 +63,7 @@ def main() -> None:
         seed=FLAGS.random_seed,
         state=state,
         show_progress=FLAGS.progress,
+        gradient_logits_fn=read_attack_dtype(FLAGS.attack_dtype, model.network, images, batch_size),
     )
     write_adversarial(path, found.adversarial, dataset, challenge)
     state.clear()

@@ -27,6 +27,7 @@ flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist
 flag_groups.define_example_flags()
 flags.DEFINE_bool("worst_case_only", False, "attack only what the attacks before left standing")
 flag_groups.define_attack_flags("attack flag: ")
+flag_groups.define_attack_dtype_flag()
 
 flags.DEFINE_list("attack_file", None, "score these attack.npy files instead of attacking")
 flags.DEFINE_string("pred_path", "pred.npy", "where --attack_file writes the predictions")
@@ -138,6 +139,7 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
         evaluate_protocols,
         open_state,
         print_estimate,
+        read_attack_dtype,
     )
     from logit_reg_scripts.workers import run_workers
 
@@ -146,13 +148,17 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
         "seed": FLAGS.random_seed,
         "worst_case_only": FLAGS.worst_case_only,
         "show_progress": FLAGS.progress,
+        "gradient_logits_fn": read_attack_dtype(
+            FLAGS.attack_dtype, network, test.images, batch_size
+        ),
     }
     if FLAGS.worker:
         compute_batches(network, test, protocols, open_state(output_dir, network), **options)
         return None
     print_estimate(network, test, protocols, batch_size=batch_size)
     if FLAGS.num_workers > 1:
-        run_workers(output_dir)
+        is_lower = options["gradient_logits_fn"] is not None
+        run_workers(output_dir, "bfloat16" if is_lower else "float32")
     _, result = evaluate_protocols(
         network, test, protocols, output_dir, settings=settings, store=store, **options
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.attacks import Attack
+from logit_reg.attacks import Attack, precision
+from logit_reg.attacks.precision import LowPrecision
 from logit_reg.durations import in_words
 from logit_reg.evaluation import (
     Evaluation,
@@ -20,6 +21,7 @@ from logit_reg.evaluation import (
 from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
+from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.runs import commit, versions
 from madry_compat.data import Dataset
 from madry_compat.releases import published_accuracies
@@ -58,6 +60,7 @@ def evaluate_protocols(
     settings: dict,
     worst_case_only: bool = False,
     show_progress: bool = True,
+    gradient_logits_fn: LowPrecision | None = None,
     store: Callable[[np.ndarray], None] | None = None,
 ) -> tuple[Evaluation, dict]:
     """Evaluate a network, write `result.json`, `ledger.csv` and `examples.npz`.
@@ -75,6 +78,7 @@ def evaluate_protocols(
         settings: provenance of the network, for `result.json`.
         worst_case_only: see `logit_reg.evaluation.evaluate`.
         show_progress: draw progress bars.
+        gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
         store: gets the worst-case images, before the finished batches are removed.
 
     Returns:
@@ -90,6 +94,7 @@ def evaluate_protocols(
         seed=seed,
         worst_case_only=worst_case_only,
         show_progress=show_progress,
+        gradient_logits_fn=gradient_logits_fn,
     )
     result = build_result(
         evaluation,
@@ -101,6 +106,7 @@ def evaluate_protocols(
             "images_sha256": content_hash(test.images),
             "eval_batch_size": batch_size,
             "worst_case_only": worst_case_only,
+            "attack_dtype": "float32" if gradient_logits_fn is None else "bfloat16",
             "versions": versions(),
             "commit": commit(),
         },
@@ -124,6 +130,7 @@ def compute_batches(
     seed: int,
     worst_case_only: bool = False,
     show_progress: bool = True,
+    gradient_logits_fn: LowPrecision | None = None,
 ) -> Evaluation:
     """Attack all batches that are not in the state yet, and keep them there.
 
@@ -138,6 +145,7 @@ def compute_batches(
         seed: of the attacks.
         worst_case_only: see `logit_reg.evaluation.evaluate`.
         show_progress: draw progress bars.
+        gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
     """
     return evaluate(
         network,
@@ -149,7 +157,33 @@ def compute_batches(
         worst_case_only=worst_case_only,
         state=state,
         show_progress=show_progress,
+        gradient_logits_fn=gradient_logits_fn,
     )
+
+
+def read_attack_dtype(
+    attack_dtype: str, network: keras.Model, images: np.ndarray, batch_size: int
+) -> LowPrecision | None:
+    """What the attacks follow; says so unless that is the network itself for want of a choice.
+
+    Args:
+        attack_dtype: value of --attack_dtype.
+        network: images in pixel units -> logits.
+        images: (N, H, W, C) float32, pixel units; a batch of them shows whether it bears bfloat16.
+        batch_size: images sent through the network at once.
+
+    Raises:
+        UsageError: if bfloat16 is asked for and the network does not bear it.
+    """
+    try:
+        lower, reason = precision.lower_precision(attack_dtype, network, images[:batch_size])
+    except precision.PrecisionError as error:
+        raise UsageError(f"--attack_dtype={attack_dtype}: {error}; take float32.") from None
+    if lower is not None:
+        print("attacks follow bfloat16, float32 decides (--attack_dtype)")
+    elif attack_dtype == "auto" and reason != precision.NO_BFLOAT16:
+        print(f"attacks follow float32: {reason} (--attack_dtype)")
+    return lower
 
 
 def print_estimate(

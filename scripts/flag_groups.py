@@ -47,6 +47,17 @@ def define_example_flags() -> None:
     flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
 
 
+def define_attack_dtype_flag() -> None:
+    """What attacks compute directions in."""
+    flags.DEFINE_enum(
+        "attack_dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "what attacks follow; float32 decides in any case (auto: bfloat16 where the processor has "
+        "it and the network bears it)",
+    )
+
+
 def define_attack_flags(whose: str = "") -> None:
     """Threat model and settings of PGD; `attack_flags` reads them.
 

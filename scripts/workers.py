@@ -15,16 +15,19 @@ from logit_reg_scripts.evaluations import state_folder
 _RETRIES = 2
 
 
-def run_workers(output_dir: Path) -> None:
+def run_workers(output_dir: Path, attack_dtype: str) -> None:
     """Compute the batches of this command's evaluation in --num_workers processes.
 
     What a worker leaves undone, because it died too often, is left to the caller.
 
     Args:
         output_dir: of the evaluation, seen by all workers; keeps their logs until they are through.
+        attack_dtype: what "auto" came to here; another machine's own answer would be other batches.
     """
     folder = (output_dir / ".workers").absolute()
-    jobs = [_job(folder / f"worker-{i}", output_dir) for i in range(FLAGS.num_workers)]
+    jobs = [
+        _job(folder / f"worker-{i}", output_dir, attack_dtype) for i in range(FLAGS.num_workers)
+    ]
     if FLAGS.runner == "ray":
         runner = functools.partial(run_on_ray, num_cpus=FLAGS.num_cpus, num_gpus=FLAGS.num_gpus)
     else:
@@ -46,9 +49,15 @@ def run_workers(output_dir: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _job(folder: Path, output_dir: Path) -> Job:
+def _job(folder: Path, output_dir: Path, attack_dtype: str) -> Job:
     # A flag given twice counts as given last.
-    own = (f"--output_dir={output_dir}", "--num_workers=1", "--worker", "--noprogress")
+    own = (
+        f"--output_dir={output_dir}",
+        f"--attack_dtype={attack_dtype}",
+        "--num_workers=1",
+        "--worker",
+        "--noprogress",
+    )
     command = ("-m", "logit_reg_scripts.eval_challenge", *sys.argv[1:], *own)
     # The record itself is the product: what a worker makes are batches.
     return Job(folder.name, folder, Path.cwd(), (Step("evaluate", command, "sweep.json"),))

@@ -14,7 +14,6 @@ from logit_reg.attacks.attack import (
     attack_inputs,
     attack_loss,
     batch_spec,
-    call_logits,
     compiled,
     is_fooled,
     isolated,
@@ -22,6 +21,7 @@ from logit_reg.attacks.attack import (
     random_direction,
     random_stream,
 )
+from logit_reg.attacks.precision import is_screened, judged_logits, num_looks
 from logit_reg.attacks.standing import Standing, ranked_targets, take
 from logit_reg.threat import ThreatModel
 
@@ -248,8 +248,8 @@ class _Ascent:
         if not len(rows):
             return
         examples = take(examples, rows)
-        # Another network's logits judge the iterates: one more forward each.
-        looks = self.num_samples + (functions[0] is not functions[1])
+        # Another network's logits may judge the iterates: one more forward each.
+        looks = self.num_samples + num_looks(*functions) - 1
         state, fooled = self.begin(functions, examples, stream=stream, restart=restart)
         standing.count(len(rows), forwards=looks, backwards=self.num_samples)
         candidates = state.current
@@ -288,7 +288,10 @@ class _Ascent:
         draw = {"stream": stream, "indices": indices, "restart": restart}
         direction = random_direction(self.threat, images, **draw)
         start = self.threat.project(images + self.threat.epsilon * direction, images)
-        logits, loss, gradient = self._look(logits_fn, gradient_logits_fn, start, labels, targets)
+        nobody = tf.zeros_like(labels, tf.bool)
+        logits, loss, gradient = self._look(
+            logits_fn, gradient_logits_fn, start, labels, targets, nobody
+        )
         step_size = tf.fill((tf.shape(images)[0],), 2.0 * self.threat.epsilon)
         # The public code compares the first loss of all with 0, not with that of the start.
         last_loss = tf.fill(tf.shape(loss), _zero_loss(self.loss))
@@ -312,7 +315,7 @@ class _Ascent:
             current = self.threat.project(moved, images)
 
             logits, loss, gradient = self._look(
-                logits_fn, gradient_logits_fn, current, labels, targets
+                logits_fn, gradient_logits_fn, current, labels, targets, fooled
             )
             candidates = tf.where(_per_image(fooled), candidates, current)
             fooled = tf.logical_or(fooled, is_fooled(logits, labels))
@@ -344,7 +347,7 @@ class _Ascent:
         )
         return new, candidates, fooled
 
-    def _look(self, logits_fn, gradient_logits_fn, points, labels, targets):
+    def _look(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
         """Logits that judge, loss for the books and the gradient to go by (unscaled)."""
         logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
         if self.num_samples > 1:
@@ -358,8 +361,11 @@ class _Ascent:
             _, logits, gradient = tf.while_loop(
                 lambda sample, *_: sample < self.num_samples, another, (1, logits, gradient)
             )
-        if gradient_logits_fn is not logits_fn:
-            logits = call_logits(logits_fn, points)
+        guiding = logits
+        logits = judged_logits(logits_fn, gradient_logits_fn, points, logits, labels, fooled)
+        if is_screened(logits_fn, gradient_logits_fn):
+            # Losses of one precision, or rounding would tell iterates apart.
+            return logits, _rank_loss(self.loss, guiding, labels, targets), gradient
         return logits, _rank_loss(self.loss, logits, labels, targets), gradient
 
     def _logits_and_gradient(self, logits_fn, points, labels, targets):

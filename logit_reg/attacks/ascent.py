@@ -16,11 +16,14 @@ from logit_reg.attacks.attack import (
     is_fooled,
     uniform_in_ball,
 )
+from logit_reg.attacks.precision import is_screened, judged_logits, num_looks
 from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
 
 # With early_stop, how many steps pass between two looks at which images still stand.
 _STEPS_PER_CHUNK = 10
+# Share of the steps, the last ones, that leave a lower precision: it cannot follow fine changes.
+_PRECISE_SHARE = 0.25
 
 
 class Climber(Protocol):
@@ -85,10 +88,8 @@ class Ascent:
         numbers, scalar = batch_spec((), tf.int64), tf.TensorSpec((), tf.int64)
         guide = batch_spec(guides.shape[1:], guides.dtype)
         start = compiled(self, "_start", (), (image, numbers, scalar, scalar))
-        signature = (image, numbers, guide, image, image, flags, scalar, scalar)
-        advance = compiled(
-            self, "_advance", tuple(functions), (*signature, tf.TensorSpec((), tf.bool))
-        )
+        examples = (image, numbers, guide, image, image, flags)
+        signature = (*examples, scalar, scalar, tf.TensorSpec((), tf.bool))
 
         current = start(images, indices, stream, restart).numpy()
         adversarial = current.copy()
@@ -96,11 +97,10 @@ class Ascent:
         last_fooled = np.zeros(len(images), bool)
         active = np.arange(len(images))
         forwards = backwards = 0
-        looks = 1 + (functions[0] is not functions[1])
-        chunk = _STEPS_PER_CHUNK if self.early_stop else self.num_steps
-        for begin in range(0, self.num_steps, chunk):
-            end = min(begin + chunk, self.num_steps)
+        looks = num_looks(*functions)
+        for begin, end, pair in self._chunks(*functions):
             is_last = end == self.num_steps
+            advance = compiled(self, "_advance", pair, signature)
             moved = advance(
                 images[active],
                 labels[active],
@@ -145,6 +145,19 @@ class Ascent:
         standing.forwards += found.forwards
         standing.backwards += found.backwards
 
+    def _chunks(self, logits_fn, gradient_logits_fn):
+        """(first step, last step + 1, the two functions) of stretches without a look outside."""
+        chunk = _STEPS_PER_CHUNK if self.early_stop else self.num_steps
+        switch = self.num_steps
+        if is_screened(logits_fn, gradient_logits_fn):
+            switch -= math.ceil(_PRECISE_SHARE * self.num_steps)
+        begin = 0
+        while begin < self.num_steps:
+            is_precise = begin >= switch
+            end = min(begin + chunk, self.num_steps if is_precise else switch)
+            yield begin, end, (logits_fn, logits_fn if is_precise else gradient_logits_fn)
+            begin = end
+
     def _start(self, images, indices, stream, restart):
         if not self.random_start:
             return tf.identity(images)
@@ -181,8 +194,7 @@ class Ascent:
                 current,
                 lambda logits: self.attack.ascended_loss(step, logits, labels, guides),
             )
-            if gradient_logits_fn is not logits_fn:
-                logits = call_logits(logits_fn, current)
+            logits = judged_logits(logits_fn, gradient_logits_fn, current, logits, labels, fooled)
             adversarial, fooled, _ = judge(logits, current, adversarial, fooled)
             moved = climb(
                 self.attack.threat, current, gradient, images, self.attack.step_length(step)

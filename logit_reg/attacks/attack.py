@@ -35,7 +35,8 @@ class AttackResult:
     """(N,) bool: misclassified at the last iterate that the attack made, which is all that the
     challenges' own code looks at."""
     forwards: int
-    """Images sent forward through the network, padding not counted."""
+    """Images sent forward through the network, padding not counted; a doubtful image that a
+    lower precision saw and the network itself sees again counts once."""
     backwards: int
     """Images whose gradient was computed, padding not counted."""
     stages: tuple = ()

@@ -16,6 +16,7 @@ from logit_reg.attacks.attack import (
     random_direction,
     random_stream,
 )
+from logit_reg.attacks.precision import exact_gradient_fn
 from logit_reg.attacks.standing import Standing, ranked_targets, take
 from logit_reg.threat import ThreatModel
 
@@ -72,7 +73,7 @@ class FAB(ImageAttack):
         restart=0,
         gradient_logits_fn=None,
     ) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
+        """Attack a batch; see `Attack.run`. A `LowPrecision` has no use here."""
         images, labels, indices = attack_inputs(images, labels, indices)
         standing = Standing(logits_fn, images, labels)
         num_classes = standing.clean_logits.shape[1]
@@ -82,7 +83,7 @@ class FAB(ImageAttack):
         closest = _Closest(standing, images)
         search.run(
             closest,
-            (logits_fn, gradient_logits_fn or logits_fn),
+            (logits_fn, exact_gradient_fn(logits_fn, gradient_logits_fn)),
             (images, labels, labels, indices),
             stream=random_stream(seed, type(self).__name__),
             restart=restart,
@@ -143,7 +144,7 @@ class FABTargeted(ImageAttack):
         restart=0,
         gradient_logits_fn=None,
     ) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
+        """Attack a batch; see `Attack.run`. A `LowPrecision` has no use here."""
         images, labels, indices = attack_inputs(images, labels, indices)
         standing = Standing(logits_fn, images, labels)
         search = _BoundarySearch(
@@ -154,7 +155,7 @@ class FABTargeted(ImageAttack):
         for rank in range(targets.shape[1]):
             search.run(
                 closest,
-                (logits_fn, gradient_logits_fn or logits_fn),
+                (logits_fn, exact_gradient_fn(logits_fn, gradient_logits_fn)),
                 (images, labels, targets[:, rank], indices),
                 stream=random_stream(seed, type(self).__name__, f"target {rank}"),
                 restart=restart,

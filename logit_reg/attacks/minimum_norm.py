@@ -18,6 +18,7 @@ from logit_reg.attacks.attack import (
     random_stream,
     uniform_in_ball,
 )
+from logit_reg.attacks.precision import judged_logits, num_looks
 from logit_reg.attacks.standing import Standing, ranked_targets, take
 from logit_reg.threat import ThreatModel
 
@@ -145,7 +146,7 @@ class MinimumNorm(ImageAttack):
         scalar = tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, numbers, image, batch_spec(()), scalar, scalar)
         search = compiled(self, "_search", functions, signature)
-        looks = 1 + (functions[0] is not functions[1])
+        looks = num_looks(*functions)
         largest = _largest_distance(self.threat, images.shape[1:])
         rows = standing.rows
         failed = np.zeros(len(images))
@@ -210,8 +211,7 @@ class MinimumNorm(ImageAttack):
 
         def body(step, current, found, fooled):
             logits, gradient = logits_and_gradient(gradient_logits_fn, current, difference)
-            if gradient_logits_fn is not logits_fn:
-                logits = call_logits(logits_fn, current)
+            logits = judged_logits(logits_fn, gradient_logits_fn, current, logits, labels, fooled)
             found, fooled = judge(logits, current, found, fooled)
             current = climb(self.threat, current, gradient, images, step_length(step), scale)
             return step + 1, current, found, fooled

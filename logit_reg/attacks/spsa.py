@@ -19,6 +19,7 @@ from logit_reg.attacks.attack import (
     random_stream,
     uniform_in_ball,
 )
+from logit_reg.attacks.precision import query_fn
 from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
 
@@ -96,7 +97,9 @@ class SPSA(ImageAttack):
         restart=0,
         gradient_logits_fn=None,
     ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
+        """Attack a batch; see `Attack.run`. Of `gradient_logits_fn` only a `LowPrecision` has a
+        use here: the gradient is estimated on it.
+        """
         images, labels, indices = attack_inputs(images, labels, indices)
         standing = Standing(logits_fn, images, labels)
         rows = standing.rows
@@ -122,7 +125,13 @@ class SPSA(ImageAttack):
             if not len(rows) or step == self.num_steps:
                 break
             gradient = self.estimate_gradient(
-                logits_fn, current, labels, seed=seed, indices=indices, restart=restart, step=step
+                query_fn(logits_fn, gradient_logits_fn),
+                current,
+                labels,
+                seed=seed,
+                indices=indices,
+                restart=restart,
+                step=step,
             )
             current, mean, square, fooled = move(
                 images, current, labels, mean, square, gradient, step

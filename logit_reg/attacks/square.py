@@ -19,6 +19,7 @@ from logit_reg.attacks.attack import (
     margin,
     random_stream,
 )
+from logit_reg.attacks.precision import judged_logits, query_fn
 from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
 
@@ -72,7 +73,9 @@ class Square(ImageAttack):
         restart=0,
         gradient_logits_fn=None,
     ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
+        """Attack a batch; see `Attack.run`. Of `gradient_logits_fn` only a `LowPrecision` has a
+        use here: it answers the queries.
+        """
         images, labels, indices = attack_inputs(images, labels, indices)
         standing = Standing(logits_fn, images, labels)
         rows = standing.rows
@@ -80,12 +83,13 @@ class Square(ImageAttack):
             return standing.result()
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
-        begin = compiled(self, "_begin", (logits_fn,), (image, numbers, numbers, scalar, scalar))
+        functions = (logits_fn, query_fn(logits_fn, gradient_logits_fn))
+        begin = compiled(self, "_begin", functions, (image, numbers, numbers, scalar, scalar))
         signature = (
             *(image, image, numbers, batch_spec((), tf.float64), numbers),
             *(scalar, scalar, scalar, tf.TensorSpec((2, None, None), tf.float32)),
         )
-        advance = compiled(self, "_advance", (logits_fn,), signature)
+        advance = compiled(self, "_advance", functions, signature)
 
         def stream(purpose):
             return random_stream(seed, type(self).__name__, purpose)
@@ -137,12 +141,12 @@ class Square(ImageAttack):
             return np.ones((2, side, side), np.float32)
         return np.stack([two_bumps(side), two_bumps(side).T])
 
-    def _begin(self, logits_fn, images, labels, indices, stream, restart):
+    def _begin(self, logits_fn, queried, images, labels, indices, stream, restart):
         if self.threat.norm == "linf":
             start = self._stripes(images, indices, stream, restart)
         else:
             start = self._tiles(images, indices, stream, restart)
-        return start, self._margin(logits_fn, start, labels)
+        return start, self._margin(logits_fn, queried, start, labels)
 
     def _stripes(self, images, indices, stream, restart):
         """Vertical stripes of +-epsilon, for each column and channel."""
@@ -178,6 +182,7 @@ class Square(ImageAttack):
     def _advance(
         self,
         logits_fn,
+        queried,
         images,
         best,
         labels,
@@ -209,7 +214,9 @@ class Square(ImageAttack):
             sent = tf.math.top_k(
                 tf.cast(is_new, tf.float32), tf.minimum(size, tf.size(is_new))
             ).indices
-            margins = self._margin(logits_fn, tf.gather(candidate, sent), tf.gather(labels, sent))
+            margins = self._margin(
+                logits_fn, queried, tf.gather(candidate, sent), tf.gather(labels, sent)
+            )
             reached = tf.tensor_scatter_nd_update(lowest, sent[:, None], margins)
             better = tf.logical_or(reached < lowest, tf.logical_not(reached > 0))
             better = tf.logical_and(better, is_new)
@@ -254,8 +261,11 @@ class Square(ImageAttack):
         delta = self.threat.ascent_direction(delta)
         return self.threat.project(images + self.threat.epsilon * delta, images)
 
-    def _margin(self, logits_fn, points, labels):
-        return tf.cast(margin(call_logits(logits_fn, points), labels), tf.float64)
+    def _margin(self, logits_fn, queried, points, labels):
+        logits = call_logits(queried, points)
+        nobody = tf.zeros_like(labels, tf.bool)
+        logits = judged_logits(logits_fn, queried, points, logits, labels, nobody)
+        return tf.cast(margin(logits, labels), tf.float64)
 
 
 def two_bumps(side: int) -> np.ndarray:
