@@ -25,7 +25,9 @@ flags.DEFINE_string("export", None, "copy ledgers, logs and settings of the runs
 flags.DEFINE_string("readme", None, "replace the table of this Markdown file")
 flags.DEFINE_string("section", "results", "name of the markers in --readme")
 flags.DEFINE_string("against", None, "what a sweep varies: beta, training_step, attack_steps, ...")
-flags.DEFINE_string("figure", None, "write the figure of --against to this .svg file")
+flags.DEFINE_string(
+    "figure", None, "write the sweep's figure, or the runs' bars, to this .svg file"
+)
 flags.DEFINE_list("compare", None, "two folders of evaluations, A and B")
 flags.DEFINE_string("leaderboard", None, "write a page made from model cards to this .html file")
 flags.DEFINE_string("checkpoints", "checkpoints", "folder of the model cards of --leaderboard")
@@ -86,15 +88,15 @@ def _report() -> None:
 
 def _draw(runs) -> None:
     from logit_reg.figure_style import to_svg
+    from logit_reg.figures import accuracy_bars
     from logit_reg.files import atomic_path
     from logit_reg.sweep_figures import sweep_figure
 
-    if not FLAGS.against:
-        raise UsageError("--figure draws a sweep; say against what, as --against=beta.")
     if Path(FLAGS.figure).suffix != ".svg":
         raise UsageError(f"--figure={FLAGS.figure}: figures are .svg files.")
+    figure = sweep_figure(runs, FLAGS.against) if FLAGS.against else accuracy_bars(runs)
     with atomic_path(FLAGS.figure) as temporary:
-        temporary.write_bytes(to_svg(sweep_figure(runs, FLAGS.against)))
+        temporary.write_bytes(to_svg(figure))
     print(f"figure: {FLAGS.figure}")
 
 

@@ -363,7 +363,7 @@ class _Ascent:
             )
         guiding = logits
         logits = judged_logits(logits_fn, gradient_logits_fn, points, logits, labels, fooled)
-        if is_screened(logits_fn, gradient_logits_fn):
+        if is_screened(gradient_logits_fn):
             # Losses of one precision, or rounding would tell iterates apart.
             return logits, _rank_loss(self.loss, guiding, labels, targets), gradient
         return logits, _rank_loss(self.loss, logits, labels, targets), gradient

@@ -149,7 +149,7 @@ class Ascent:
         """(first step, last step + 1, the two functions) of stretches without a look outside."""
         chunk = _STEPS_PER_CHUNK if self.early_stop else self.num_steps
         switch = self.num_steps
-        if is_screened(logits_fn, gradient_logits_fn):
+        if is_screened(gradient_logits_fn):
             switch -= math.ceil(_PRECISE_SHARE * self.num_steps)
         begin = 0
         while begin < self.num_steps:

@@ -159,13 +159,12 @@ def bfloat16_copy(network: keras.Model) -> keras.Model:
         copy.set_weights(network.get_weights())
     except (TypeError, ValueError, NotImplementedError) as error:
         raise PrecisionError(f"Keras cannot copy the network in bfloat16: {error}") from None
-    copy.trainable = False
     return copy
 
 
-def is_screened(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> bool:
-    """Whether only doubtful iterates cost a second look, not all of them and not none."""
-    return gradient_logits_fn is not logits_fn and isinstance(gradient_logits_fn, LowPrecision)
+def is_screened(gradient_logits_fn: LogitsFn | None) -> bool:
+    """Whether only doubtful iterates get a second look, not all of them."""
+    return isinstance(gradient_logits_fn, LowPrecision)
 
 
 def num_looks(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> int:
@@ -174,14 +173,12 @@ def num_looks(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> int:
     Second looks that `judged_logits` takes at doubtful iterates are not counted.
     """
     is_same = gradient_logits_fn is logits_fn
-    return 1 if is_same or is_screened(logits_fn, gradient_logits_fn) else 2
+    return 1 if is_same or is_screened(gradient_logits_fn) else 2
 
 
 def query_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn | None) -> LogitsFn:
     """Where attacks without gradients send their queries: a lower precision or the network."""
-    if gradient_logits_fn is not None and is_screened(logits_fn, gradient_logits_fn):
-        return gradient_logits_fn
-    return logits_fn
+    return gradient_logits_fn if isinstance(gradient_logits_fn, LowPrecision) else logits_fn
 
 
 def exact_gradient_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn | None) -> LogitsFn:
@@ -189,7 +186,7 @@ def exact_gradient_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn | None) 
 
     FAB in bfloat16 missed a tenth of the images that it finds in float32.
     """
-    if gradient_logits_fn is None or is_screened(logits_fn, gradient_logits_fn):
+    if gradient_logits_fn is None or is_screened(gradient_logits_fn):
         return logits_fn
     return gradient_logits_fn
 
