@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import figures, run
+from benchmarks import attack_contenders, figures, run
 from benchmarks.cases import CASES, Case, choose
 from benchmarks.contenders import names
 from benchmarks.machine import BusyError, busy_processors, wait_until_idle
@@ -31,6 +31,7 @@ from benchmarks.summary import (
 from benchmarks.table import case_table
 from benchmarks.worker import answers
 from logit_reg import attacks
+from logit_reg.attacks import precision
 from logit_reg.figure_style import to_svg
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn, wide_resnet
@@ -336,8 +337,18 @@ def test_contenders_take_turns_and_nobody_is_always_first(fake_workers, tmp_path
 def test_a_case_goes_on_without_peers_that_are_missing(fake_workers, monkeypatch, tmp_path):
     monkeypatch.setattr(FakeWorker, "missing", ("art", "cleverhans"))
     measurements, missing, _ = run.measure(PGD, tmp_path, OPTIONS)
-    assert [one.contender for one in measurements] == ["ours", "foolbox", "pytorch"]
+    present = [one.contender for one in measurements]
+    assert present == ["ours", "ours float32", "foolbox", "pytorch"]
     assert missing == dict.fromkeys(["art", "cleverhans"], "No module named 'x'")
+
+
+def test_ours_in_float32_is_a_contender_only_where_ours_is_not(monkeypatch):
+    contender = attack_contenders.in_float32(lambda problem, attack_dtype: attack_dtype)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
+    assert contender(None) == "float32"
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
+    with pytest.raises(ImportError, match="ours is float32"):
+        contender(None)
 
 
 def test_no_case_goes_on_without_us(fake_workers, monkeypatch, tmp_path):
