@@ -21,6 +21,10 @@ NAMES = sorted(path.parent.name for path in RELEASES.glob("*/model_card.json"))
 each_release = pytest.mark.parametrize("name", NAMES)
 
 
+def test_squeezed_natural_and_adversarial_networks_are_released():
+    assert {"mnist-squeeze", "mnist-natural", "mnist-adversarial"} <= set(NAMES)
+
+
 def test_the_releases_stay_small():
     size = sum(path.stat().st_size for path in RELEASES.rglob("*") if path.is_file())
     assert size < 42 * 10**6
