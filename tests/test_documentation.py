@@ -96,9 +96,9 @@ def test_the_figure_of_the_results_is_what_the_committed_ledgers_give():
     committed = (ROOT / "results" / "mnist-20000.svg").read_text()
     if matplotlib.__version__ == "3.11.2":
         assert drawn == committed
-    else:
-        # Another version places points elsewhere in the last digits, and nothing else.
-        assert re.sub(r"[\d.-]+", "", drawn)[:2000] == re.sub(r"[\d.-]+", "", committed)[:2000]
+    # Another version of matplotlib draws other paths, and the same words and numbers.
+    said = re.findall("<!-- (.*?) -->", committed)
+    assert "83.4" in said and re.findall("<!-- (.*?) -->", drawn) == said
 
 
 def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
