@@ -457,6 +457,7 @@ class _Run:
     def _compute(self, attack, images, labels, indices):
         started = time.monotonic()
         followed = self._gradient_logits_fn
+        # Attacks that know no such argument run as they are.
         options = {} if followed is None else {"gradient_logits_fn": followed}
         found = attack.run(
             self._logits_fn, images, labels, seed=self._seed, indices=indices, **options

@@ -134,6 +134,7 @@ def _evaluate_own() -> None:
 
 def _evaluate(network, test, protocols, output_dir, batch_size, settings, store) -> dict | None:
     """The content of `result.json`, or None in a worker, which leaves batches only."""
+    from logit_reg.attacks.precision import followed_dtype
     from logit_reg_scripts.evaluations import (
         compute_batches,
         evaluate_protocols,
@@ -143,22 +144,20 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
     )
     from logit_reg_scripts.workers import run_workers
 
+    lower = read_attack_dtype(FLAGS.attack_dtype, network, test.images, batch_size)
     options = {
         "batch_size": batch_size,
         "seed": FLAGS.random_seed,
         "worst_case_only": FLAGS.worst_case_only,
         "show_progress": FLAGS.progress,
-        "gradient_logits_fn": read_attack_dtype(
-            FLAGS.attack_dtype, network, test.images, batch_size
-        ),
+        "gradient_logits_fn": lower,
     }
     if FLAGS.worker:
         compute_batches(network, test, protocols, open_state(output_dir, network), **options)
         return None
     print_estimate(network, test, protocols, batch_size=batch_size)
     if FLAGS.num_workers > 1:
-        is_lower = options["gradient_logits_fn"] is not None
-        run_workers(output_dir, "bfloat16" if is_lower else "float32")
+        run_workers(output_dir, followed_dtype(lower))
     _, result = evaluate_protocols(
         network, test, protocols, output_dir, settings=settings, store=store, **options
     )

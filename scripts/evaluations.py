@@ -106,7 +106,7 @@ def evaluate_protocols(
             "images_sha256": content_hash(test.images),
             "eval_batch_size": batch_size,
             "worst_case_only": worst_case_only,
-            "attack_dtype": "float32" if gradient_logits_fn is None else "bfloat16",
+            "attack_dtype": precision.followed_dtype(gradient_logits_fn),
             "versions": versions(),
             "commit": commit(),
         },

@@ -361,12 +361,10 @@ class _Ascent:
             _, logits, gradient = tf.while_loop(
                 lambda sample, *_: sample < self.num_samples, another, (1, logits, gradient)
             )
-        guiding = logits
-        logits = judged_logits(logits_fn, gradient_logits_fn, points, logits, labels, fooled)
-        if is_screened(gradient_logits_fn):
-            # Losses of one precision, or rounding would tell iterates apart.
-            return logits, _rank_loss(self.loss, guiding, labels, targets), gradient
-        return logits, _rank_loss(self.loss, logits, labels, targets), gradient
+        judged = judged_logits(logits_fn, gradient_logits_fn, points, logits, labels, fooled)
+        # Losses of one precision, or rounding would tell iterates apart.
+        ranked = logits if is_screened(gradient_logits_fn) else judged
+        return judged, _rank_loss(self.loss, ranked, labels, targets), gradient
 
     def _logits_and_gradient(self, logits_fn, points, labels, targets):
         def loss(logits):

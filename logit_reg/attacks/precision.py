@@ -162,6 +162,11 @@ def bfloat16_copy(network: keras.Model) -> keras.Model:
     return copy
 
 
+def followed_dtype(gradient_logits_fn: LowPrecision | None) -> str:
+    """What attacks that take such directions compute them in: "bfloat16" or "float32"."""
+    return "float32" if gradient_logits_fn is None else "bfloat16"
+
+
 def is_screened(gradient_logits_fn: LogitsFn | None) -> bool:
     """Whether only doubtful iterates get a second look, not all of them."""
     return isinstance(gradient_logits_fn, LowPrecision)
@@ -227,8 +232,9 @@ def _measured_tolerance(network, copy, images):
     samples = np.concatenate([images, (images + noise) / 2]).astype(np.float32)
     logits, low = (np.asarray(call_logits(model, samples)) for model in (network, copy))
     labels = logits.argmax(axis=1)
-    typical = float(np.median(np.asarray(margin(logits, labels))))
-    largest = float(np.abs(np.asarray(margin(low, labels) - margin(logits, labels))).max())
+    margins, low_margins = (np.asarray(margin(found, labels)) for found in (logits, low))
+    typical = float(np.median(margins))
+    largest = float(np.abs(low_margins - margins).max())
     tolerance = _TOLERANCE * largest
     different = float((low.argmax(axis=1) != labels).mean())
     # Written so that a NaN disagrees.
