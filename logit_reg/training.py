@@ -10,7 +10,6 @@ import tensorflow as tf
 from logit_reg.attacks.attack import is_fooled
 from logit_reg.attacks.pgd import PGD
 from logit_reg.distribution import average, own_slice, whole_batch
-from logit_reg.gradients import with_fast_gradients
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
 
@@ -218,8 +217,7 @@ class RegularizedModel(keras.Model):
             if isinstance(self.adversary, FreeAdversary):
                 tape.watch(images)
                 sources.append(images)
-            network = with_fast_gradients(lambda seen: self.network(seen, training=True))
-            logits = whole_batch(network(images))
+            logits = whole_batch(self.network(images, training=True))
             terms = self.objective(logits, all_labels)
             total = loss = terms.total
             if self.weight_decay:

@@ -18,7 +18,6 @@ from logit_reg.attacks.attack import (
 )
 from logit_reg.attacks.precision import is_screened, judged_logits, num_looks
 from logit_reg.attacks.standing import Standing, take
-from logit_reg.gradients import with_fast_gradients
 from logit_reg.threat import ThreatModel
 
 # With early_stop, how many steps pass between two looks at which images still stand.
@@ -230,7 +229,7 @@ def logits_and_gradient(logits_fn, points, loss):
     # Only the images are watched: gradients of the weights would double the cost.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
-        logits = with_fast_gradients(lambda seen: call_logits(logits_fn, seen))(points)
+        logits = call_logits(logits_fn, points)
         total = tf.reduce_sum(loss(logits))
     unconnected = tf.UnconnectedGradients.ZERO
     return logits, tape.gradient(total, points, unconnected_gradients=unconnected)

@@ -18,7 +18,6 @@ from logit_reg.attacks.attack import (
 )
 from logit_reg.attacks.precision import exact_gradient_fn
 from logit_reg.attacks.standing import Standing, ranked_targets, take
-from logit_reg.gradients import with_fast_gradients
 from logit_reg.threat import ThreatModel
 
 # How many steps pass between two looks at which images still stand.
@@ -355,7 +354,7 @@ class _BoundarySearch:
         # Only the images are watched: gradients of the weights would double the cost.
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(points)
-            logits = with_fast_gradients(lambda seen: call_logits(gradient_logits_fn, seen))(points)
+            logits = call_logits(gradient_logits_fn, points)
         num_classes = tf.shape(logits)[1]
         is_label = tf.one_hot(labels, num_classes, dtype=logits.dtype)
 
