@@ -20,6 +20,7 @@ from logit_reg.attacks.attack import (
     attack_inputs,
 )
 from logit_reg.attacks.checks import check_square, warn
+from logit_reg.attacks.frozen import frozen_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.standing import clean_logits
 from logit_reg.evaluation_state import EvaluationState
@@ -303,11 +304,12 @@ def estimate_seconds(
     """
     sample = images[: min(len(images), batch_size)]
     attack: Attack = next(iter(attacks.values()))
+    attacked_fn = frozen_copy(logits_fn, sample)
     probe = PGD(attack.threat, num_steps=2, step_size=attack.threat.epsilon, random_start=False)
 
     def seconds_of_probe() -> float:
         started = time.monotonic()
-        probe.run(logits_fn, sample, labels[: len(sample)], seed=0)
+        probe.run(attacked_fn, sample, labels[: len(sample)], seed=0)
         return time.monotonic() - started
 
     seconds_of_probe()
@@ -365,6 +367,7 @@ class _Run:
 
     def __init__(self, functions, images, labels, indices, batch_size, seed, state, show_progress):
         self._logits_fn, self._gradient_logits_fn = functions
+        self._attacked_fn = frozen_copy(self._logits_fn, images[:batch_size])
         self._images, self._labels, self._indices = images, labels, indices
         self._batch_size = batch_size
         self._seed = seed
@@ -460,7 +463,7 @@ class _Run:
         # Attacks that know no such argument run as they are.
         options = {} if followed is None else {"gradient_logits_fn": followed}
         found = attack.run(
-            self._logits_fn, images, labels, seed=self._seed, indices=indices, **options
+            self._attacked_fn, images, labels, seed=self._seed, indices=indices, **options
         )
         seconds = time.monotonic() - started
         return {

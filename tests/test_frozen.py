@@ -1,0 +1,132 @@
+"""The copy that attacks run on is the network, only faster."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from logit_reg.attacks import PGD
+from logit_reg.attacks.frozen import frozen_copy
+from logit_reg.evaluation import evaluate
+from logit_reg.threat import ThreatModel
+from madry_compat.networks import mnist_cnn
+
+CONVOLUTIONS = {
+    "same": {"kernel_size": 5, "padding": "same"},
+    "even kernel": {"kernel_size": (4, 2), "padding": "same"},
+    "valid": {"kernel_size": 3},
+    "valid, oblong": {"kernel_size": (1, 4)},
+    "strides": {"kernel_size": 3, "strides": 2, "padding": "same"},
+    "dilated": {"kernel_size": 3, "dilation_rate": 2},
+    "no activation": {"kernel_size": 3, "activation": None},
+}
+SIZES = [(12, 10, 1), (11, 12, 1), (12, 12, 2)]
+
+
+def small_network(size=(12, 12, 1), units=3, **convolution):
+    """Images -> logits, with random biases, too."""
+    images = keras.Input(size)
+    x = layers.Conv2D(6, **{"activation": "relu", "kernel_size": 3} | convolution)(images)
+    x = layers.Flatten()(x)
+    network = keras.Model(images, layers.Dense(units)(x))
+    generator = np.random.default_rng(0)
+    network.set_weights([generator.normal(size=w.shape) for w in network.get_weights()])
+    return network
+
+
+def batch(size=(12, 12, 1), count=4):
+    return np.random.default_rng(1).random((count, *size), dtype=np.float32)
+
+
+def gradient(network, images):
+    """Of the logits, weighted so that no symmetry hides anything, traced as attacks do."""
+
+    @tf.function(autograph=False)
+    def traced(points):
+        with tf.GradientTape() as tape:
+            tape.watch(points)
+            logits = network(points, training=False)
+            total = tf.reduce_sum(logits * tf.range(1.0, logits.shape[1] + 1.0))
+        kernels = [
+            layer.kernel.value for layer in network.layers if isinstance(layer, layers.Conv2D)
+        ]
+        return tape.gradient(total, [points, *kernels])
+
+    return [found.numpy() for found in traced(tf.constant(images))]
+
+
+def assert_same(network, images):
+    copy = frozen_copy(network, images)
+    assert copy is not network
+    np.testing.assert_allclose(copy(images), network(images), rtol=1e-4, atol=1e-4)
+    for found, expected in zip(gradient(copy, images), gradient(network, images), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_logits_and_gradients_are_those_of_the_network(settings, size):
+    assert_same(small_network(size, **settings), batch(size))
+
+
+def test_a_large_dense_layer_and_the_challenge_network():
+    assert_same(small_network(units=600), batch())
+    assert_same(mnist_cnn(), batch((28, 28, 1)))
+
+
+def test_the_copy_is_one_object_that_follows_the_weights():
+    network, images = small_network(units=600), batch()
+    first = frozen_copy(network, images)
+    network.set_weights([2 * weights for weights in network.get_weights()])
+    assert frozen_copy(network, images) is first
+    np.testing.assert_allclose(first(images), network(images), rtol=1e-4, atol=1e-4)
+
+
+class Scaled(layers.Layer):
+    """A layer of somebody else's, of which nothing is known."""
+
+    def call(self, inputs):
+        return 2 * inputs
+
+
+def test_what_is_no_plain_network_is_attacked_itself():
+    network = small_network()
+    images = batch()
+    foreign = keras.Sequential([keras.Input((12, 12, 1)), Scaled(), layers.Flatten()])
+    nested = keras.Sequential([keras.Input((12, 12, 1)), small_network()])
+    no_layers_of_ours = keras.Sequential([keras.Input((12, 12, 1)), layers.Flatten()])
+    for one in (network.call, foreign, nested, no_layers_of_ours, None):
+        assert frozen_copy(one, images) is one
+    double = keras.Sequential(
+        [keras.Input((12, 12, 1)), layers.Conv2D(2, 3, dtype="float64"), layers.Flatten()]
+    )
+    assert frozen_copy(double, images) is double
+
+
+def test_a_network_whose_logits_are_not_the_copy_s_is_attacked_itself():
+    network, images = small_network(), batch()
+    network.set_weights([np.full_like(weights, np.nan) for weights in network.get_weights()])
+    assert frozen_copy(network, images) is network
+
+
+def test_an_evaluation_attacks_the_copy_and_the_network_decides(monkeypatch):
+    """A copy that is wrong about everything breaks nothing."""
+    network = small_network()
+    images = batch(count=20)
+    labels = np.asarray(network(images)).argmax(axis=1)
+    attack = PGD(ThreatModel("linf", 1e-6, 0.0, 1.0), num_steps=2, step_size=1e-6)
+    seen = []
+
+    def wrong_copy(network, images):
+        def wrong(points):
+            seen.append(points)
+            return -network(points, training=False)
+
+        return wrong
+
+    monkeypatch.setattr("logit_reg.evaluation.frozen_copy", wrong_copy)
+    found = evaluate(network, {"attack": attack}, images, labels)
+    assert seen
+    assert found.records["attack"].correct.all()
+    assert found.records["attack"].unconfirmed == 20
