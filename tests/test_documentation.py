@@ -101,6 +101,48 @@ def test_the_figure_of_the_results_is_what_the_committed_ledgers_give(tmp_path):
     assert "83.4" in said and re.findall("<!-- (.*?) -->", drawn) == said
 
 
+@pytest.mark.parametrize("direction", ["fgsm", "pgd"])
+def test_the_loss_surfaces_are_what_the_committed_arrays_give(direction, tmp_path):
+    folder = ROOT / "results" / f"landscape-{direction}"
+    done = command(
+        "landscape", f"--redraw={folder / 'landscape.npz'}", "--output_dir=out", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "out" / "margin-map.svg").read_text()
+    committed = (folder / "margin-map.svg").read_text()
+    if matplotlib.__version__ == "3.11.2":
+        assert drawn == committed
+    assert re.findall("<!-- (.*?) -->", drawn) == re.findall("<!-- (.*?) -->", committed)
+
+
+def test_what_the_text_says_of_the_loss_surfaces_is_in_the_arrays():
+    """The natural, squeezed and adversarial network, along each adversarial direction."""
+
+    def along(direction):
+        with np.load(ROOT / "results" / f"landscape-{direction}" / "landscape.npz") as arrays:
+            middle = len(arrays["coordinates"]) // 2
+            return arrays["coordinates"][middle:], arrays["mean_margin"][:, middle, middle:]
+
+    def crossing(direction, network):
+        epsilons, margins = along(direction)[0], along(direction)[1][network]
+        last = int(np.flatnonzero(margins > 0)[-1])
+        share = margins[last] / (margins[last] - margins[last + 1])
+        return epsilons[last] + share * (epsilons[last + 1] - epsilons[last])
+
+    at_epsilon = int(np.flatnonzero(np.isclose(along("fgsm")[0], 1))[0])
+    said = {
+        f"{along('fgsm')[1][1][0]:.2f}": "3.39 at the image",
+        f"{along('fgsm')[1][1][at_epsilon]:.2f}": "still .63 at epsilon",
+        f"{crossing('fgsm', 0):.2f}": "crosses 0 at .32 epsilon",
+        f"{crossing('pgd', 1):.2f}": "crosses 0 at .71 epsilon",
+        f"{along('pgd')[1][1][at_epsilon]:.2f}": "is -1.98 at epsilon",
+        f"{crossing('pgd', 2):.2f}": "crosses at 1.41 epsilon",
+    }
+    text = " ".join(RESULTS.split())
+    for number, words in said.items():
+        assert number.lstrip("0") in words and words in text, number
+
+
 def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
     ledger, result = read_ledger(ROOT / "results" / "trades-golden")
     parts = result["protocols"]["autoattack-each"]["attacks"]
