@@ -16,7 +16,6 @@ from logit_reg.attacks.attack import (
     batch_spec,
     compiled,
     is_fooled,
-    isolated,
     margin,
     random_direction,
     random_stream,
@@ -372,7 +371,7 @@ class _Ascent:
                 return attack_loss("xent", logits, labels)
             return _rank_loss(self.loss, logits, labels, targets)
 
-        return isolated(lambda points: logits_and_gradient(logits_fn, points, loss))(points)
+        return logits_and_gradient(logits_fn, points, loss)
 
 
 def _rank_loss(loss, logits, labels, targets):

@@ -14,6 +14,7 @@ from logit_reg.attacks.attack import (
     compiled,
     example_noise,
     is_fooled,
+    isolated,
     uniform_in_ball,
 )
 from logit_reg.attacks.precision import is_screened, judged_logits, num_looks
@@ -226,13 +227,17 @@ def logits_and_gradient(logits_fn, points, loss):
     Returns:
         (N, K) logits and the (N, H, W, C) gradient.
     """
-    # Only the images are watched: gradients of the weights would double the cost.
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(points)
-        logits = call_logits(logits_fn, points)
-        total = tf.reduce_sum(loss(logits))
-    unconnected = tf.UnconnectedGradients.ZERO
-    return logits, tape.gradient(total, points, unconnected_gradients=unconnected)
+
+    def both(points):
+        # Only the images are watched: gradients of the weights would double the cost.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(points)
+            logits = call_logits(logits_fn, points)
+            total = tf.reduce_sum(loss(logits))
+        unconnected = tf.UnconnectedGradients.ZERO
+        return logits, tape.gradient(total, points, unconnected_gradients=unconnected)
+
+    return isolated(both)(points)
 
 
 def climb(threat: ThreatModel, current, gradient, images, step_length, scale=1.0):

@@ -347,8 +347,11 @@ def isolated(function):
     """A function of tensors that stays a graph of its own inside a trace.
 
     oneDNN's gradient of max-pooling is only taken where the optimiser meets the pooling before
-    its gradient, and a loop around both can turn that order round; it costs APGD a tenth.
+    its gradient, and a loop around both can turn that order round; it costs PGD a tenth. Outside
+    of a trace it is the function itself.
     """
+    if tf.executing_eagerly():
+        return function
     return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
 

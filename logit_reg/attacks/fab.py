@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.attacks.ascent import logits_and_gradient
 from logit_reg.attacks.attack import (
     AttackResult,
     ImageAttack,
@@ -351,29 +352,37 @@ class _BoundarySearch:
 
     def _hyperplane(self, logits_fn, gradient_logits_fn, points, labels, targets):
         """Value (N,) and gradient (N, H, W, C) of wrong minus true logit, linearised."""
+
+        def judged(logits):
+            return logits if gradient_logits_fn is logits_fn else call_logits(logits_fn, points)
+
+        if self.num_classes is None:
+
+            def ahead(logits):
+                wrong, true = (tf.gather(logits, i, batch_dims=1) for i in (targets, labels))
+                return wrong - true
+
+            logits, normal = logits_and_gradient(gradient_logits_fn, points, ahead)
+            return tf.cast(ahead(judged(logits)), points.dtype), normal
+
         # Only the images are watched: gradients of the weights would double the cost.
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch(points)
             logits = call_logits(gradient_logits_fn, points)
-        num_classes = tf.shape(logits)[1]
-        is_label = tf.one_hot(labels, num_classes, dtype=logits.dtype)
+        is_label = tf.one_hot(labels, self.num_classes, dtype=logits.dtype)
+        deciding = judged(logits)
+        true_logit = tf.gather(deciding, labels, batch_dims=1)
 
-        def gradient_towards(classes):
-            difference = tf.one_hot(classes, num_classes, dtype=logits.dtype) - is_label
+        def gradient_towards(wrong):
+            difference = tf.one_hot(wrong, self.num_classes, dtype=logits.dtype) - is_label
             unconnected = tf.UnconnectedGradients.ZERO
             return tape.gradient(
                 logits, points, output_gradients=difference, unconnected_gradients=unconnected
             )
 
-        judged = logits if gradient_logits_fn is logits_fn else call_logits(logits_fn, points)
-        true_logit = tf.gather(judged, labels, batch_dims=1)
-        if self.num_classes is None:
-            value = tf.gather(judged, targets, batch_dims=1) - true_logit
-            return tf.cast(value, points.dtype), gradient_towards(targets)
-
         def body(wrong, nearest, value, normal):
-            gradient = gradient_towards(tf.fill(tf.shape(labels), wrong))
-            difference = tf.cast(judged[:, wrong] - true_logit, points.dtype)
+            gradient = gradient_towards(wrong)
+            difference = tf.cast(deciding[:, wrong] - true_logit, points.dtype)
             move, length = self._move(points, gradient, difference)
             # 1 where the boundary is within the pixel range; else how far it is out of reach.
             missed = tf.abs(difference / tf.reduce_sum(gradient * move, axis=(1, 2, 3)))
