@@ -11,6 +11,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from logit_reg.array_files import read_record, write_record
+from logit_reg.attacks.ascent import logits_and_gradient
 from logit_reg.attacks.attack import (
     LogitsFn,
     attack_inputs,
@@ -153,12 +154,10 @@ class Landscape:
 
     def _adversarial_direction(self, logits_fn, images, labels, indices, stream):
         if self.adversary is None:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(images)
-                loss = attack_loss("xent", call_logits(logits_fn, images), labels)
-            return self.threat.ascent_direction(
-                tape.gradient(loss, images, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            _, gradient = logits_and_gradient(
+                logits_fn, images, lambda logits: attack_loss("xent", logits, labels)
             )
+            return self.threat.ascent_direction(gradient)
         last = self.adversary.perturb(
             lambda points: call_logits(logits_fn, points),
             images,

@@ -104,6 +104,14 @@ def test_what_is_no_plain_network_is_attacked_itself():
     assert frozen_copy(double, images) is double
 
 
+def test_a_network_that_keras_cannot_copy_is_attacked_itself():
+    network = keras.Sequential(
+        [keras.Input((12, 12, 1)), layers.Conv2D(2, 3), layers.Lambda(lambda x: 2 * x)]
+        + [layers.Flatten(), layers.Dense(3)]
+    )
+    assert frozen_copy(network, batch()) is network
+
+
 def test_a_network_whose_logits_are_not_the_copy_s_is_attacked_itself():
     network, images = small_network(), batch()
     network.set_weights([np.full_like(weights, np.nan) for weights in network.get_weights()])

@@ -23,6 +23,9 @@ _MANY_WEIGHTS = 2**18
 # Largest difference of logits, relative to the largest one, that another order of sums makes.
 _TOLERANCE = 1e-4
 
+UNCOPIED = (TypeError, ValueError, NotImplementedError)
+"""What Keras raises for a network that it cannot copy, one with a `Lambda` layer, say."""
+
 _copies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -37,12 +40,15 @@ def frozen_copy(network: Any, images) -> Any:
         The copy, the same object each time for the same network; or the network itself if it is no
         plain model of Keras' own layers in float32, or if its logits are not the copy's.
     """
-    if not _is_plain(network):
+    if not _is_fitting(network):
         return network
-    if network not in _copies:
-        _copies[network] = keras.models.clone_model(network, clone_function=_clone)
-    copy = _copies[network]
-    copy.set_weights(network.get_weights())
+    try:
+        if network not in _copies:
+            _copies[network] = keras.models.clone_model(network, clone_function=_clone)
+        copy = _copies[network]
+        copy.set_weights(network.get_weights())
+    except UNCOPIED:
+        return network
     for layer in copy.layers:
         if isinstance(layer, _Dense):
             layer.turn()
@@ -51,14 +57,18 @@ def frozen_copy(network: Any, images) -> Any:
     return copy if np.abs(own - logits).max() <= _TOLERANCE * np.abs(logits).max() else network
 
 
-def _is_plain(network):
+def is_plain(network: Any) -> bool:
+    """Whether a network is a Keras model whose layers are all that it does, none a model itself."""
     # Only Sequential and functional models know their operations.
     is_known = isinstance(network, keras.Sequential) or hasattr(network, "operations")
-    if not is_known or not network.built:
+    return is_known and not any(isinstance(layer, keras.Model) for layer in network.layers)
+
+
+def _is_fitting(network):
+    if not is_plain(network) or not network.built:
         return False
     return all(
         type(layer).__module__.startswith("keras.")
-        and not isinstance(layer, keras.Model)
         and layer.compute_dtype == layer.variable_dtype == "float32"
         for layer in network.layers
     ) and any(_class_of(layer) is not type(layer) for layer in network.layers)
@@ -89,8 +99,7 @@ class _Convolution(keras.layers.Conv2D):
             outputs = tf.nn.conv2d(
                 inputs, kernel, self.strides, padding, dilations=self.dilation_rate
             )
-        outputs = tf.nn.bias_add(outputs, tf.convert_to_tensor(self.bias))
-        return outputs if self.activation is None else self.activation(outputs)
+        return _activated(self, outputs)
 
 
 class _Dense(keras.layers.Dense):
@@ -106,8 +115,12 @@ class _Dense(keras.layers.Dense):
         if inputs.shape.rank != 2:
             return super().call(inputs, training=training)
         outputs = tf.matmul(inputs, self.turned, transpose_b=True)
-        outputs = tf.nn.bias_add(outputs, tf.convert_to_tensor(self.bias))
-        return outputs if self.activation is None else self.activation(outputs)
+        return _activated(self, outputs)
+
+
+def _activated(layer, sums):
+    sums = tf.nn.bias_add(sums, tf.convert_to_tensor(layer.bias))
+    return sums if layer.activation is None else layer.activation(sums)
 
 
 def _has_blocks(images, strides, dilation_rate):
@@ -124,8 +137,10 @@ def _convolve_one_channel(images, kernel, padding):
     """
     pads = [[0, 0]]
     for size in kernel.shape[:2]:
-        before = (size - 1) // 2 if padding == "SAME" else 0
-        pads.append([size - 1 - before, before if padding == "SAME" else size - 1])
+        # Zeros that the convolution added, in all and before the first pixel.
+        added = size - 1 if padding == "SAME" else 0
+        before = added // 2
+        pads.append([size - 1 - before, size - 1 - (added - before)])
     pads.append([0, 0])
 
     @tf.custom_gradient

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.attack import LogitsFn, call_logits, margin
+from logit_reg.attacks.frozen import UNCOPIED, is_plain
 
 ATTACK_DTYPES = ("auto", "float32", "bfloat16")
 """What attacks may compute directions in; "auto" is bfloat16 where it pays and agrees."""
@@ -136,12 +137,10 @@ def bfloat16_copy(network: keras.Model) -> keras.Model:
     Raises:
         PrecisionError: if it is no such model, or has fewer than two weighted layers.
     """
-    layers = getattr(network, "layers", [])
-    weighted = [place for place, layer in enumerate(layers) if layer.weights]
-    # Only Sequential and functional models know their operations.
-    is_plain = isinstance(network, keras.Sequential) or hasattr(network, "operations")
-    if not is_plain or any(isinstance(layer, keras.Model) for layer in layers):
+    if not is_plain(network):
         raise PrecisionError("the network is no plain functional model of Keras' layers")
+    layers = network.layers
+    weighted = [place for place, layer in enumerate(layers) if layer.weights]
     if len(weighted) < 2:
         raise PrecisionError("the network has fewer than two layers with weights")
     first, last = weighted[0], weighted[-1]
@@ -157,7 +156,7 @@ def bfloat16_copy(network: keras.Model) -> keras.Model:
     try:
         copy = keras.models.clone_model(network, clone_function=clone)
         copy.set_weights(network.get_weights())
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except UNCOPIED as error:
         raise PrecisionError(f"Keras cannot copy the network in bfloat16: {error}") from None
     return copy
 
