@@ -37,8 +37,7 @@ class PGDAdversary:
     """Mode of BatchNorm during the attack: "evaluation" or "training"."""
 
     def __post_init__(self):
-        if self.ramp_steps < 0:
-            raise ValueError(f"ramp_steps must be at least 0; got {self.ramp_steps}.")
+        _check_ramp(self.ramp_steps)
         if self.batch_norm not in BATCH_NORM_MODES:
             raise ValueError(
                 f"batch_norm must be one of {', '.join(BATCH_NORM_MODES)}; got {self.batch_norm!r}."
@@ -54,15 +53,19 @@ class FreeAdversary:
     and a data set for `fit` has to repeat its batches.
 
     Source:
-        Shafahi et al. 2019, arXiv:1904.12843: step size epsilon, never reset.
+        Shafahi et al. 2019, arXiv:1904.12843: step size epsilon, never reset. Deviation: the ramp
+        is ours: on MNIST, at .3 from the first step on, the network stays at chance.
     """
 
     threat: ThreatModel
     """An linf threat model."""
     batch_size: int
     """Images of the persistent perturbation; a smaller batch uses its first ones."""
+    ramp_steps: int = 0
+    """Number of training steps over which epsilon, and the step with it, grows from 0 linearly."""
 
     def __post_init__(self):
+        _check_ramp(self.ramp_steps)
         if self.threat.norm != "linf":
             raise ValueError(
                 f"free adversarial training is defined in linf; got norm {self.threat.norm!r}."
@@ -227,7 +230,8 @@ class RegularizedModel(keras.Model):
                 loss += decay / _num_replicas()
         gradients = tape.gradient(loss, sources)
         if isinstance(self.adversary, FreeAdversary):
-            self._move_perturbation(gradients.pop(), self.adversary.threat.epsilon)
+            scale = self._ramp(self.adversary, step)
+            self._move_perturbation(gradients.pop(), scale * self.adversary.threat.epsilon)
         self.optimizer.apply(gradients, variables)
         if _num_replicas() > 1:
             averages = self._moving_averages
@@ -237,9 +241,6 @@ class RegularizedModel(keras.Model):
 
     def _attack(self, adversary: PGDAdversary, images, labels, step):
         attack = adversary.attack
-        scale = tf.constant(1.0, self.precision)
-        if adversary.ramp_steps:
-            scale = tf.minimum(scale, tf.cast(step + 1, self.precision) / adversary.ramp_steps)
         is_training = adversary.batch_norm == "training"
         distribution = "uniform" if attack.threat.norm == "linf" else "normal"
         return attack.perturb(
@@ -248,8 +249,15 @@ class RegularizedModel(keras.Model):
             labels,
             noise=self._random_numbers(distribution, images, images.shape[1:], step, _START),
             radius=self._random_numbers("unit", images, (1, 1, 1), step, _RADIUS),
-            scale=scale,
+            scale=self._ramp(adversary, step),
         )
+
+    def _ramp(self, adversary: PGDAdversary | FreeAdversary, step):
+        """() fraction of epsilon that the adversary has in a step."""
+        full = tf.constant(1.0, self.precision)
+        if not adversary.ramp_steps:
+            return full
+        return tf.minimum(full, tf.cast(step + 1, self.precision) / adversary.ramp_steps)
 
     def _add_noise(self, images, step):
         if not self.noise_stddev:
@@ -318,6 +326,11 @@ def random_crop_and_flip(images, draws):
     cropped = tf.gather(cropped, columns, axis=2, batch_dims=1)
     flip = tf.reshape(draws[:, 2] < 0.5, (-1, 1, 1, 1))
     return tf.where(flip, tf.reverse(cropped, axis=[2]), cropped)
+
+
+def _check_ramp(ramp_steps: int) -> None:
+    if ramp_steps < 0:
+        raise ValueError(f"ramp_steps must be at least 0; got {ramp_steps}.")
 
 
 def _num_replicas() -> int:

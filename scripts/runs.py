@@ -232,17 +232,18 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
             f"--reg={reg} needs --beta, the weight of its penalty (2 is the paper's choice on "
             f"MNIST; `squeeze` collapses from 10.73 on at batch 128)."
         )
+    if adversary in ("pgd", "free") and is_mnist and not is_challenge_config:
+        # Without a ramp, short MNIST runs learn nothing.
+        steps = given.get("max_num_training_steps", defaults["max_num_training_steps"])
+        defaults["ramp_steps"] = steps // 10
     if adversary == "pgd":
         attack = training.attack
         own = is_challenge_config
         num_steps = given.get("num_steps", attack.num_steps if own else _ADVERSARIAL_STEPS)
-        steps = given.get("max_num_training_steps", defaults["max_num_training_steps"])
         defaults |= {
             "num_steps": num_steps,
             "step_size": _adversarial_step_size(challenge, num_steps),
             "loss_func": attack.loss_func,
-            # Without a ramp, short MNIST runs stay at 0 % robust.
-            "ramp_steps": steps // 10 if is_mnist and not own else 0,
         }
     elif adversary == "free":
         defaults |= {"replays": _FREE_REPLAYS, "step_size": challenge.epsilon, "num_steps": 1}
@@ -290,7 +291,9 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
         )
         adversary = PGDAdversary(attack, settings.ramp_steps, settings.attack_batch_norm)
     elif settings.adversary == "free":
-        adversary = FreeAdversary(settings.threat, settings.training_batch_size)
+        adversary = FreeAdversary(
+            settings.threat, settings.training_batch_size, settings.ramp_steps
+        )
     model = RegularizedModel(
         network,
         settings.objective,
@@ -543,13 +546,16 @@ def _adversarial_step_size(challenge, num_steps):
 def _refuse_without_effect(given, adversary, is_mnist):
     """A flag that would be silently ignored is a mistake waiting to be published."""
     needs_adversary = {
-        "pgd": ("ramp_steps", "attack_batch_norm", "loss_func", "random_start"),
-        "free": ("replays",),
+        "ramp_steps": ("pgd", "free"),
+        "attack_batch_norm": ("pgd",),
+        "loss_func": ("pgd",),
+        "random_start": ("pgd",),
+        "replays": ("free",),
     }
-    for wanted, names in needs_adversary.items():
-        for name in names:
-            if name in given and adversary != wanted:
-                raise ValueError(f"--{name} has an effect only with --adversary={wanted}.")
+    for name, wanted in needs_adversary.items():
+        if name in given and adversary not in wanted:
+            choices = " or ".join(f"--adversary={choice}" for choice in wanted)
+            raise ValueError(f"--{name} has an effect only with {choices}.")
     if is_mnist and given.get("width"):
         raise ValueError("--width is for CIFAR's network; MNIST's has one size.")
 

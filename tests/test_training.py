@@ -184,6 +184,16 @@ def test_free_adversary_moves_one_persistent_perturbation_by_epsilon():
     assert np.abs(model.perturbation.numpy()).max() <= 0.3 * (1 + 1e-6)
 
 
+def test_the_ramp_raises_the_perturbation_of_free_training_linearly():
+    model, _ = model_that_remembers(8, adversary=FreeAdversary(THREAT, 8, ramp_steps=3))
+    images, labels = some_data(8)
+    reached = []
+    for _ in range(4):
+        model.update(images, labels)
+        reached.append(np.abs(model.perturbation.numpy()).max())
+    np.testing.assert_allclose(reached, [0.1, 0.2, 0.3, 0.3], rtol=1e-6)
+
+
 def test_free_adversary_takes_a_smaller_last_batch():
     model = small_model(adversary=FreeAdversary(THREAT, 8))
     model.fit(*some_data(20), batch_size=8, epochs=1, verbose=0)
