@@ -7,6 +7,9 @@ takes `evaluation` and `strong` for the columns of its table. A file of flags, o
 given with --flagfile.
 
 Stop it with Ctrl-C or kill it; the same command goes on: what is done is not done again.
+
+--max_num_training_steps=200 cuts any sweep short, to try it out: it wins over the grids', and
+checkpoints beyond it are not evaluated.
 """
 
 import functools
@@ -38,6 +41,8 @@ flags.DEFINE_float("num_cpus", 1, "--runner=ray: cores that a run reserves", low
 flags.DEFINE_float("num_gpus", 0, "--runner=ray: GPUs that a run reserves", lower_bound=0)
 flags.DEFINE_integer("retries", 2, "how often a run that failed is tried again", lower_bound=0)
 
+# Given beside a grid that has it too, this flag wins.
+_LENGTH = "max_num_training_steps"
 # What an evaluation has to know of the training's data.
 _DATA_FLAGS = ("dataset", "data_dir", "data_path", "download")
 
@@ -97,14 +102,19 @@ def sweep_jobs() -> list:
         raise UsageError("--sweep_dir is missing; name a folder for the runs.")
     if FLAGS.model_dir:
         raise UsageError("--model_dir names one run; --sweep_dir is the folder of a sweep's.")
-    points = [point for text in FLAGS.grid or [""] for point in expand_grid(text)]
+    given = _given_flags()
+    cut = {_LENGTH: str(FLAGS[_LENGTH].value)} if _LENGTH in given else {}
+    points = [
+        {name: cut.get(name, value) for name, value in point.items()}
+        for text in FLAGS.grid or [""]
+        for point in expand_grid(text)
+    ]
     names = [point_name(point) for point in points]
     if len(set(names)) < len(names):
         raise UsageError("the grids have a run in common; name each once.")
-    given = _given_flags()
     for point in points:
         _check_point(point, given)
-    evaluations = _evaluations(expand_grid(FLAGS.evaluation_grid), point_name)
+    evaluations = _evaluations(_evaluation_points(FLAGS[_LENGTH].value), point_name)
     _check_evaluations(points, given, [words for _, words in evaluations])
     jobs = []
     here = Path.cwd()
@@ -136,12 +146,31 @@ def _check_point(point, given):
     for name, value in point.items():
         if name not in own:
             raise UsageError(f"--grid: {name} is no flag of train.py.")
-        if name in given:
+        if name in given and name != _LENGTH:
             raise UsageError(f"--{name} is given for all runs and in --grid; leave one out.")
         try:
             FLAGS[name].parser.parse(value)
         except ValueError as error:
             raise UsageError(f"--grid: {name}={value}: {error}.") from error
+
+
+def _evaluation_points(num_training_steps):
+    """The points of --evaluation_grid, without checkpoints that the runs do not reach."""
+    from logit_reg.sweep import expand_grid, point_name
+
+    points = expand_grid(FLAGS.evaluation_grid)
+    if num_training_steps is None:
+        return points
+    beyond = [point for point in points if _checkpoint(point) > num_training_steps]
+    if beyond:
+        names = ", ".join(map(point_name, beyond))
+        command_line.notice(f"not evaluated, beyond {num_training_steps} steps: {names}")
+    return [point for point in points if point not in beyond]
+
+
+def _checkpoint(point):
+    value = point.get("checkpoint", "")
+    return int(value) if value.isdecimal() else 0
 
 
 def _evaluations(points, point_name):

@@ -82,6 +82,20 @@ def test_every_sweep_parses_and_the_settings_of_each_of_its_runs_go_together():
     python(_PARSE, ["eval_challenge", *(step[2:] for steps in jobs for step in steps[1:])])
 
 
+@pytest.mark.slow
+def test_every_sweep_is_cut_short_by_one_flag_at_its_end():
+    output = python(
+        _PARSE, ["sweep", *([*words[2:], "--max_num_training_steps=200"] for words in SWEEPS)]
+    )
+    jobs = [job for line in output.splitlines() for job in json.loads(line)]
+    assert len(jobs) > 80
+    for train, *evaluations in jobs:
+        lengths = [word for word in train if word.startswith("--max_num_training_steps=")]
+        assert set(lengths) == {"--max_num_training_steps=200"}
+        assert evaluations
+        assert not re.search(r"/checkpoint-(?!200\b)", " ".join(sum(evaluations, [])))
+
+
 def test_the_protocols_exist_and_fit_their_data():
     for words in COMMANDS:
         family = "cifar" if any("cifar" in word for word in words) else "mnist"
@@ -108,24 +122,19 @@ def test_the_numbers_of_runs_are_those_of_the_grids():
 
 
 def cut_short(words, steps=200):
-    """The same command on the embedded digits: few steps, few images, the first value of a grid."""
+    """The same command as a newcomer tries it: at its end the flag that cuts it short.
+
+    On the embedded digits, with few images and the first point of its first grid.
+    """
     kept = []
     for word in words[2:]:
         if word.startswith("--grid=") and any(k.startswith("--grid=") for k in kept):
             continue
-        if word.startswith(("--grid=", "--evaluation_grid=")):
-            flag, _, grid = word.partition("=")
-            grid = re.sub(r"checkpoint=\d+", f"checkpoint={steps}", grid)
-            grid = re.sub(r"max_num_training_steps=\d+", f"max_num_training_steps={steps}", grid)
-            word = f"{flag}={re.sub(r',[^;]*', '', grid)}"
-        kept.append(re.sub(r"--num_eval_examples=\d+", "--num_eval_examples=20", word))
-    if not any("max_num_training_steps" in word for word in kept if word.startswith("--grid=")):
-        kept.append(f"--max_num_training_steps={steps}")
-    if any(word.startswith("--keep_checkpoint_steps") for word in kept):
-        kept.append(f"--keep_checkpoint_steps={steps}")
-    if any(word.startswith("--num_steps") for word in kept):
-        kept.append("--num_steps=2")
-    return [*kept, "--dataset=mnist_5k", f"--num_checkpoint_steps={steps}"]
+        if word.startswith("--grid="):
+            word = re.sub(r",[^;]*", "", word)
+        word = re.sub(r"--num_eval_examples=\d+", "--num_eval_examples=20", word)
+        kept.append(re.sub(r"(num_steps=\d+)(,\d+)+", r"\1", word))
+    return [*kept, "--dataset=mnist_5k", f"--max_num_training_steps={steps}"]
 
 
 ON_MNIST = [words for words in SWEEPS if "--dataset=mnist" in words]
