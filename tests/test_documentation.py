@@ -74,7 +74,7 @@ def test_the_python_example_of_the_readme_runs():
     ("page", "section", "folder"),
     [
         ("README.md", "results", "demo"),
-        ("README.md", "results-mnist", "mnist-3000"),
+        ("results/README.md", "results-mnist", "mnist-3000"),
         ("README.md", "results-mnist-20000", "mnist-20000"),
         ("results/README.md", "results-beta-3000", "beta-3000"),
         ("results/README.md", "results-sigma-3000", "sigma-3000"),
