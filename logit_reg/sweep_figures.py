@@ -76,9 +76,9 @@ def sweep_points(runs: Sequence[Run], against: str) -> list[Point]:
     """
     kept = comparable(runs)
     if against == TRAINING_STEP:
-        points = [p for run in kept for p in _checkpoint_points(run, _panel(run, kept, ""))]
+        points = [p for run in kept for p in _checkpoint_points(run, _panel_of_run(run, kept))]
     elif against == ATTACK_STEPS:
-        points = [p for run in kept for p in _attack_points(run, _panel(run, kept, ""))]
+        points = [p for run in kept for p in _attack_points(run, _panel_of_run(run, kept))]
     else:
         points = [p for run in kept for p in _setting_points(run, kept, against)]
     if len({point.x for point in points}) < 2:
@@ -263,6 +263,15 @@ def _panel(run, runs, against):
     """The other settings that differ between the runs, as words."""
     names = [name for name in differing_settings(runs) if name not in (against, "random_seed")]
     return ", ".join(f"{name} {run.settings.get(name)}" for name in names)
+
+
+def _panel_of_run(run, runs):
+    """The run's name where it says as much as the settings that differ, else those."""
+    pairs = {(other.name, _panel(other, runs, "")) for other in runs}
+    names, settings = map(set, zip(*pairs, strict=True))
+    if 1 < len(pairs) == len(names) == len(settings):
+        return run.name
+    return _panel(run, runs, "")
 
 
 def _draw(axes, points, curve, color, style):

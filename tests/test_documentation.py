@@ -101,7 +101,12 @@ def assert_same_figure(drawn, committed):
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"), [("mnist-20000", []), ("beta-3000", ["--against=beta"])]
+    ("name", "flags"),
+    [
+        ("mnist-20000", []),
+        ("beta-3000", ["--against=beta"]),
+        ("fig5", ["--against=attack_steps"]),
+    ],
 )
 def test_the_figures_of_the_results_are_what_the_committed_ledgers_give(name, flags, tmp_path):
     runs = f"--runs={ROOT / 'results' / name}"

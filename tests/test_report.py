@@ -525,6 +525,28 @@ def test_pgd_of_several_lengths_is_a_curve_over_its_iterations(tmp_path):
     assert figure.axes[0].get_xscale() == "log"
 
 
+def test_networks_attacked_for_several_lengths_have_a_panel_each_by_their_names(tmp_path):
+    attack = protocol_attacks("paper-mnist", "mnist")["pgd40-cw"]
+    runs = []
+    for reg in ("squeeze", "similarity"):
+        folder = save_run(tmp_path / reg, reg)
+        for steps in (1, 20):
+            save_evaluation(
+                folder / f"e@num_steps-{steps}",
+                first(10, 10),
+                {f"pgd{steps}-cw": first(5, 10)},
+                protocols={"flags": {f"pgd{steps}-cw": attack}},
+            )
+        runs.append(load_run(folder))
+        runs[-1].settings["reg"] = reg
+
+    figure = sweep_figure(runs, ATTACK_STEPS)
+
+    assert_readable(figure)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [run.name for run in runs]
+
+
 def test_a_sweep_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no two values of 'sigma' to draw"):
         sweep_figure(beta_sweep(tmp_path), "sigma")
