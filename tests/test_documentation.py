@@ -78,6 +78,8 @@ def test_the_python_example_of_the_readme_runs():
         ("README.md", "results-mnist-20000", "mnist-20000"),
         ("results/README.md", "results-beta-3000", "beta-3000"),
         ("results/README.md", "results-sigma-3000", "sigma-3000"),
+        ("results/README.md", "results-objectives-3000", "objectives-3000"),
+        ("results/README.md", "results-cifar10-narrow", "cifar10-narrow"),
     ],
 )
 def test_the_results_tables_are_what_the_committed_ledgers_give(page, section, folder):
@@ -106,6 +108,8 @@ def assert_same_figure(drawn, committed):
         ("mnist-20000", []),
         ("beta-3000", ["--against=beta"]),
         ("fig5", ["--against=attack_steps"]),
+        ("objectives-3000", []),
+        ("cifar10-narrow", []),
     ],
 )
 def test_the_figures_of_the_results_are_what_the_committed_ledgers_give(name, flags, tmp_path):
