@@ -75,10 +75,10 @@ def sweep_points(runs: Sequence[Run], against: str) -> list[Point]:
         ValueError: if nothing varies, or the runs are on different data sets.
     """
     kept = comparable(runs)
-    if against == TRAINING_STEP:
-        points = [p for run in kept for p in _checkpoint_points(run, _panel_of_run(run, kept))]
-    elif against == ATTACK_STEPS:
-        points = [p for run in kept for p in _attack_points(run, _panel_of_run(run, kept))]
+    if against in (TRAINING_STEP, ATTACK_STEPS):
+        points_of = _checkpoint_points if against == TRAINING_STEP else _attack_points
+        pairs = zip(kept, _panels_of_networks(kept), strict=True)
+        points = [point for run, panel in pairs for point in points_of(run, panel)]
     else:
         points = [p for run in kept for p in _setting_points(run, kept, against)]
     if len({point.x for point in points}) < 2:
@@ -265,13 +265,12 @@ def _panel(run, runs, against):
     return ", ".join(f"{name} {run.settings.get(name)}" for name in names)
 
 
-def _panel_of_run(run, runs):
-    """The run's name where it says as much as the settings that differ, else those."""
-    pairs = {(other.name, _panel(other, runs, "")) for other in runs}
-    names, settings = map(set, zip(*pairs, strict=True))
-    if 1 < len(pairs) == len(names) == len(settings):
-        return run.name
-    return _panel(run, runs, "")
+def _panels_of_networks(runs):
+    """Names of the runs where they say as much as the settings that differ, else those."""
+    names = [run.name for run in runs]
+    settings = [_panel(run, runs, "") for run in runs]
+    num_pairs = len(set(zip(names, settings, strict=True)))
+    return names if 1 < num_pairs == len(set(names)) == len(set(settings)) else settings
 
 
 def _draw(axes, points, curve, color, style):

@@ -238,8 +238,8 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
         defaults["ramp_steps"] = steps // 10
     if adversary == "pgd":
         attack = training.attack
-        own = is_challenge_config
-        num_steps = given.get("num_steps", attack.num_steps if own else _ADVERSARIAL_STEPS)
+        usual = attack.num_steps if is_challenge_config else _ADVERSARIAL_STEPS
+        num_steps = given.get("num_steps", usual)
         defaults |= {
             "num_steps": num_steps,
             "step_size": _adversarial_step_size(challenge, num_steps),

@@ -103,12 +103,9 @@ def sweep_jobs() -> list:
     if FLAGS.model_dir:
         raise UsageError("--model_dir names one run; --sweep_dir is the folder of a sweep's.")
     given = _given_flags()
-    cut = {_LENGTH: str(FLAGS[_LENGTH].value)} if _LENGTH in given else {}
-    points = [
-        {name: cut.get(name, value) for name, value in point.items()}
-        for text in FLAGS.grid or [""]
-        for point in expand_grid(text)
-    ]
+    points = [point for text in FLAGS.grid or [""] for point in expand_grid(text)]
+    if _LENGTH in given:
+        points = [{k: v for k, v in point.items() if k != _LENGTH} for point in points]
     names = [point_name(point) for point in points]
     if len(set(names)) < len(names):
         raise UsageError("the grids have a run in common; name each once.")
@@ -146,7 +143,7 @@ def _check_point(point, given):
     for name, value in point.items():
         if name not in own:
             raise UsageError(f"--grid: {name} is no flag of train.py.")
-        if name in given and name != _LENGTH:
+        if name in given:
             raise UsageError(f"--{name} is given for all runs and in --grid; leave one out.")
         try:
             FLAGS[name].parser.parse(value)
