@@ -79,7 +79,7 @@ def _class_of(layer):
     if type(layer) is keras.layers.Conv2D:
         is_plain = layer.data_format == "channels_last" and layer.groups == 1
         is_fitting = is_plain and layer.use_bias and layer.padding in ("same", "valid")
-        return _Convolution if is_fitting else type(layer)
+        return FrozenConvolution if is_fitting else type(layer)
     if type(layer) is keras.layers.Dense:
         is_fitting = layer.use_bias and layer.kernel.shape.num_elements() >= _MANY_WEIGHTS
         return _Dense if is_fitting else type(layer)
@@ -90,7 +90,9 @@ def _clone(layer):
     return _class_of(layer).from_config(layer.get_config())
 
 
-class _Convolution(keras.layers.Conv2D):
+class FrozenConvolution(keras.layers.Conv2D):
+    """A convolution in the copy; a faster form of the same sums."""
+
     def call(self, inputs):
         kernel, padding = tf.convert_to_tensor(self.kernel), self.padding.upper()
         if kernel.shape[2] == 1 and _has_blocks(inputs, self.strides, self.dilation_rate):

@@ -13,7 +13,6 @@ from logit_reg.attacks.attack import (
     ImageAttack,
     attack_inputs,
     batch_spec,
-    call_logits,
     compiled,
     example_noise,
     margin,
@@ -21,6 +20,7 @@ from logit_reg.attacks.attack import (
 )
 from logit_reg.attacks.precision import judged_logits, query_fn
 from logit_reg.attacks.standing import Standing, take
+from logit_reg.attacks.windows import WholeImages, windowed
 from logit_reg.threat import ThreatModel
 
 # The fraction of pixels in a square is halved from each of these queries on.
@@ -83,13 +83,13 @@ class Square(ImageAttack):
             return standing.result()
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
-        functions = (logits_fn, query_fn(logits_fn, gradient_logits_fn))
+        queried = query_fn(logits_fn, gradient_logits_fn)
+        functions: tuple = (logits_fn, queried, WholeImages(queried))
         begin = compiled(self, "_begin", functions, (image, numbers, numbers, scalar, scalar))
         signature = (
             *(image, image, numbers, batch_spec((), tf.float64), numbers),
             *(scalar, scalar, scalar, tf.TensorSpec((2, None, None), tf.float32)),
         )
-        advance = compiled(self, "_advance", functions, signature)
 
         def stream(purpose):
             return random_stream(seed, type(self).__name__, purpose)
@@ -104,7 +104,12 @@ class Square(ImageAttack):
             rows, images, best, labels, lowest, indices = state
             if not len(rows) or not count:
                 break
-            patterns = self._patterns(first, images.shape[1:3])
+            shape = images.shape[1:]
+            patterns = self._patterns(first, shape[:2])
+            if self.threat.norm == "linf" and queried is logits_fn:
+                answers = windowed(logits_fn, shape, self.side(first, *shape[:2]))
+                functions = (logits_fn, queried, answers)
+            advance = compiled(self, "_advance", functions, signature)
             draws = stream(f"queries {first}")
             best, lowest, num_sent = advance(
                 images, best, labels, lowest, indices, draws, restart, count, patterns
@@ -141,12 +146,13 @@ class Square(ImageAttack):
             return np.ones((2, side, side), np.float32)
         return np.stack([two_bumps(side), two_bumps(side).T])
 
-    def _begin(self, logits_fn, queried, images, labels, indices, stream, restart):
+    def _begin(self, logits_fn, queried, answers, images, labels, indices, stream, restart):
         if self.threat.norm == "linf":
             start = self._stripes(images, indices, stream, restart)
         else:
             start = self._tiles(images, indices, stream, restart)
-        return start, self._margin(logits_fn, queried, start, labels)
+        logits = answers.logits(start, answers.features(start))
+        return start, self._margin(logits_fn, queried, start, logits, labels)
 
     def _stripes(self, images, indices, stream, restart):
         """Vertical stripes of +-epsilon, for each column and channel."""
@@ -183,6 +189,7 @@ class Square(ImageAttack):
         self,
         logits_fn,
         queried,
+        answers,
         images,
         best,
         labels,
@@ -204,8 +211,8 @@ class Square(ImageAttack):
             restart=restart,
         )
 
-        def body(query, best, lowest, num_sent):
-            candidate = propose(images, best, noise[:, query], patterns)
+        def body(query, best, features, lowest, num_sent):
+            candidate, window = propose(images, best, noise[:, query], patterns)
             # Whoever is fooled stays as it is until it is taken out.
             is_new = tf.reduce_any(tf.not_equal(candidate, best), axis=(1, 2, 3))
             is_new = tf.logical_and(is_new, lowest > 0)
@@ -214,19 +221,31 @@ class Square(ImageAttack):
             sent = tf.math.top_k(
                 tf.cast(is_new, tf.float32), tf.minimum(size, tf.size(is_new))
             ).indices
-            margins = self._margin(
-                logits_fn, queried, tf.gather(candidate, sent), tf.gather(labels, sent)
+            points, old, *starts = (
+                tf.nest.map_structure(lambda part: tf.gather(part, sent), whole)
+                for whole in (candidate, features, window.top, window.left)
             )
+            new = answers.changed_features(points, old, starts, window.side)
+            logits = answers.logits(points, new)
+            margins = self._margin(logits_fn, queried, points, logits, tf.gather(labels, sent))
             reached = tf.tensor_scatter_nd_update(lowest, sent[:, None], margins)
             better = tf.logical_or(reached < lowest, tf.logical_not(reached > 0))
             better = tf.logical_and(better, is_new)
             best = tf.where(tf.reshape(better, (-1, 1, 1, 1)), candidate, best)
-            return query + 1, best, tf.where(better, reached, lowest), num_sent + count
+            kept = tf.where(tf.gather(better, sent))
+            features = tuple(
+                tf.tensor_scatter_nd_update(
+                    whole, tf.gather_nd(sent, kept)[:, None], tf.gather_nd(part, kept)
+                )
+                for whole, part in zip(features, new, strict=True)
+            )
+            lowest = tf.where(better, reached, lowest)
+            return query + 1, best, features, lowest, num_sent + count
 
-        _, best, lowest, num_sent = tf.while_loop(
+        _, best, _, lowest, num_sent = tf.while_loop(
             lambda query, *_: query < num_queries,
             body,
-            (tf.constant(0, tf.int64), best, lowest, 0),
+            (tf.constant(0, tf.int64), best, answers.features(best), lowest, 0),
         )
         return best, lowest, num_sent
 
@@ -236,7 +255,7 @@ class Square(ImageAttack):
         signs = _signs(numbers[:, None, None, 2:])
         # Not from `best`: rounding would tell apart what has moved there and what stood there.
         on_faces = self.threat.project(images + self.threat.epsilon * signs, images)
-        return tf.where(window.mask, on_faces, best)
+        return tf.where(window.mask, on_faces, best), window
 
     def _propose_l2(self, images, best, numbers, patterns):
         """Move the perturbation of one window, and what is left of epsilon, into another."""
@@ -254,15 +273,15 @@ class Square(ImageAttack):
         new = window.place(patterns, flipped) * _signs(numbers[:, None, None, 5:]) + old
         new = length * new / (_TINY + _length(new, (1, 2)))
         kept = tf.where(source.mask, 0.0, delta)
-        return self._scaled(images, tf.where(window.mask, new, kept))
+        # All of the image changes, as its length does.
+        return self._scaled(images, tf.where(window.mask, new, kept)), window
 
     def _scaled(self, images, delta):
         """The images moved by delta, made epsilon long, clipped to the pixel range."""
         delta = self.threat.ascent_direction(delta)
         return self.threat.project(images + self.threat.epsilon * delta, images)
 
-    def _margin(self, logits_fn, queried, points, labels):
-        logits = call_logits(queried, points)
+    def _margin(self, logits_fn, queried, points, logits, labels):
         nobody = tf.zeros_like(labels, tf.bool)
         logits = judged_logits(logits_fn, queried, points, logits, labels, nobody)
         return tf.cast(margin(logits, labels), tf.float64)
@@ -322,9 +341,11 @@ class _Window:
     def __init__(self, images, side, down, across):
         """Place squares: `down` and `across` are (N,) uniform on [0, 1)."""
         height, width = images.shape[1:3]
-        self._rows = tf.range(height)[None, :] - _place(down, height - side)[:, None]
-        self._columns = tf.range(width)[None, :] - _place(across, width - side)[:, None]
-        self._side = side
+        self.top, self.left = _place(down, height - side), _place(across, width - side)
+        """(N,) int32 first row and first column."""
+        self.side = side
+        self._rows = tf.range(height)[None, :] - self.top[:, None]
+        self._columns = tf.range(width)[None, :] - self.left[:, None]
         self.mask = tf.logical_and(
             self._inside(self._rows)[:, :, None, None],
             self._inside(self._columns)[:, None, :, None],
@@ -333,14 +354,14 @@ class _Window:
 
     def place(self, patterns, choice):
         """One of the (2, s, s) patterns in each square, 0 elsewhere: (N, H, W, 1)."""
-        rows = tf.clip_by_value(self._rows, 0, self._side - 1)[:, :, None]
-        columns = tf.clip_by_value(self._columns, 0, self._side - 1)[:, None, :]
-        flat = (choice[:, None, None] * self._side + rows) * self._side + columns
+        rows = tf.clip_by_value(self._rows, 0, self.side - 1)[:, :, None]
+        columns = tf.clip_by_value(self._columns, 0, self.side - 1)[:, None, :]
+        flat = (choice[:, None, None] * self.side + rows) * self.side + columns
         values = tf.gather(tf.reshape(patterns, (-1,)), flat)[..., None]
         return tf.where(self.mask, values, 0.0)
 
     def _inside(self, offsets):
-        return tf.logical_and(offsets >= 0, offsets < self._side)
+        return tf.logical_and(offsets >= 0, offsets < self.side)
 
 
 def _place(uniform, last):
