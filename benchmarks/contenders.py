@@ -1,5 +1,6 @@
 """Who takes part in which kind of case."""
 
+import os
 from collections.abc import Callable
 
 from benchmarks import attack_contenders, other_contenders
@@ -9,6 +10,22 @@ Contender = Callable[[Problem], Callable[[], Outcome]]
 """Gets ready, warm-up included, and returns what does one repetition. It imports its own library
 and no other, so that its process holds nothing else."""
 
+
+def as_installed(contender: Contender) -> Contender:
+    """A contender on TensorFlow with TensorFlow's own choice of oneDNN, as its users run it.
+
+    All others get what our commands set: oneDNN, which TensorFlow leaves off on processors
+    without AVX-512.
+    """
+
+    def ready(problem: Problem) -> Callable[[], Outcome]:
+        # TensorFlow reads it when it is imported, which the contender does.
+        os.environ.pop("TF_ENABLE_ONEDNN_OPTS", None)
+        return contender(problem)
+
+    return ready
+
+
 CONTENDERS: dict[str, dict[str, Contender]] = {
     "pgd": {
         "ours": attack_contenders.pgd_ours,
@@ -17,6 +34,7 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
         "art": attack_contenders.pgd_art,
         "pytorch": attack_contenders.pgd_pytorch,
         "cleverhans": attack_contenders.pgd_cleverhans,
+        "cleverhans as installed": as_installed(attack_contenders.pgd_cleverhans),
     },
     "restarts": {
         "ours": attack_contenders.restarts_ours,
@@ -37,6 +55,7 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
     "training": {
         "ours": other_contenders.training_ours,
         "keras": other_contenders.training_keras,
+        "keras as installed": as_installed(other_contenders.training_keras),
     },
     "adversarial_training": {
         "ours": other_contenders.adversarial_training_ours,

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 import logit_reg
 from logit_reg.attacks import PGD
+from logit_reg.attacks.precision import bfloat16_copy
 from logit_reg.distribution import Workers
 from logit_reg.files import atomic_path, read_json
 from logit_reg.loop import LoopSettings, run_folder, train
@@ -37,7 +38,7 @@ from madry_compat.tf1_checkpoints import (
 )
 
 ADVERSARIES = ("none", "pgd", "free")
-TRAIN_DTYPES = ("float32", "float64")
+TRAIN_DTYPES = ("float32", "float64", "bfloat16")
 
 _PAPER_BATCH_SIZE = 128
 _DEMO_STEPS = 1000
@@ -255,10 +256,13 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
 
 
 def build_network(settings: RunSettings):
-    """The untrained network of a run, initialised from its seed, in its precision."""
+    """The untrained network of a run, initialised from its seed.
+
+    Its weights are float64 or float32; in bfloat16 `build_model` trains a copy.
+    """
     keras.utils.set_random_seed(settings.random_seed)
     challenge = settings.challenge
-    with _default_dtype(settings.train_dtype):
+    with _default_dtype("float64" if settings.train_dtype == "float64" else "float32"):
         if challenge.name == "mnist":
             return mnist_cnn()
         return wide_resnet(settings.width, challenge.num_classes)
@@ -278,8 +282,14 @@ def _default_dtype(name: str) -> Iterator[None]:
 
 
 def build_model(settings: RunSettings, network) -> RegularizedModel:
-    """A network wrapped and compiled for training."""
+    """A network wrapped and compiled for training.
+
+    Its `network` is this one or, in bfloat16, a copy whose weights, logits and normalisation stay
+    in float32, as penalty, loss and optimiser do.
+    """
     challenge = settings.challenge
+    if settings.train_dtype == "bfloat16":
+        network = bfloat16_copy(network, for_training=True)
     adversary: PGDAdversary | FreeAdversary | None = None
     if settings.adversary == "pgd":
         attack = PGD(
@@ -377,9 +387,11 @@ def train_run(
                 start_from_checkpoint(model, Path(settings.init_checkpoint), reduction)
 
         def export(step):
+            if model.network is not network:
+                network.set_weights(model.network.get_weights())
             with atomic_path(folder / "model.keras") as temporary:
                 network.save(temporary)
-            save_network(network, folder, step, optimizer=model.optimizer, **reduction)
+            save_network(model.network, folder, step, optimizer=model.optimizer, **reduction)
 
         def remove_export(step):
             for path in folder.glob(f"checkpoint-{step}.*"):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import tensorflow as tf
 
 from benchmarks import attack_contenders, figures, run
 from benchmarks.cases import CASES, Case, choose
-from benchmarks.contenders import names
+from benchmarks.contenders import as_installed, names
 from benchmarks.machine import BusyError, busy_processors, wait_until_idle
 from benchmarks.networks import export, forward_flops, trades_cnn
 from benchmarks.prepare import prepare, starts
@@ -92,6 +93,16 @@ def test_accuracies_have_to_agree_within_a_point_or_one_image(total, ours, peer,
     pair = [measured("ours", correct=right(ours, total)), measured("p", correct=right(peer, total))]
     found = disagreements(pair)
     assert found == [] if agree else "p leaves" in found[0]
+
+
+def test_a_peer_as_installed_lacks_what_our_commands_turn_on(monkeypatch):
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    seen = []
+    as_installed(lambda problem: seen.append((problem, os.environ.copy())))("problem")
+    ((problem, environment),) = seen
+    assert problem == "problem"
+    assert "TF_ENABLE_ONEDNN_OPTS" not in environment
+    assert "keras as installed" in names("training")
 
 
 def test_cases_that_attack_nothing_cannot_disagree():

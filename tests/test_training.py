@@ -18,7 +18,14 @@ from logit_reg.training import (
     RegularizedModel,
     random_crop_and_flip,
 )
-from logit_reg_scripts.runs import read_run, resolve_settings, train_run
+from logit_reg_scripts.runs import (
+    build_model,
+    build_network,
+    read_run,
+    resolve_settings,
+    train_run,
+)
+from madry_compat.tf1_checkpoints import load_network
 
 THREAT = ThreatModel("linf", 0.3, 0.0, 1.0)
 
@@ -272,6 +279,53 @@ def test_float64_networks_train_in_float64_and_load_in_safe_mode(tmp_path):
     assert keras.config.floatx() == "float32" and keras.layers.Dense(1).dtype == "float32"
 
 
+def test_training_in_bfloat16_keeps_and_exports_float32_weights(tmp_path):
+    given = {"dataset": "mnist", "reg": "squeeze", "beta": 0.5, "step_size_schedule": ((0, 1e-3),)}
+    given |= {"training_batch_size": 4, "max_num_training_steps": 3, "train_dtype": "bfloat16"}
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (8, 28, 28, 1), np.uint8), rng.integers(0, 10, 8)
+    settings = resolve_settings(given)
+    for name in ("bfloat16", "float32"):
+        chosen = dataclasses.replace(settings, train_dtype=name)
+        train_run(chosen, images, labels, tmp_path / name, show_progress=False)
+
+    with np.load(tmp_path / "bfloat16" / "state-3.npz") as state:
+        dtypes = {state[name].dtype for name in state.files if state[name].dtype.kind == "f"}
+    assert dtypes == {np.dtype("float32")}
+    low, high = (
+        keras.saving.load_model(tmp_path / name / "model.keras", compile=False, safe_mode=True)
+        for name in ("bfloat16", "float32")
+    )
+    assert {layer.compute_dtype for layer in low.layers} == {"float32"}
+    start = build_network(settings).get_weights()
+    moves = [
+        np.concatenate([(w - w0).ravel() for w, w0 in zip(n.get_weights(), start, strict=True)])
+        for n in (low, high)
+    ]
+    # Updates far below bfloat16's resolution of the weights, along those of float32.
+    assert np.abs(moves[0] - moves[1]).max() > 0
+    assert np.corrcoef(*moves)[0, 1] > 0.9
+    # The challenge's checkpoint holds the same weights.
+    other = load_network(tmp_path / "bfloat16" / "checkpoint-3")
+    np.testing.assert_array_equal(other.get_weights()[0], low.get_weights()[0])
+
+
+def test_penalty_and_logits_stay_in_float32():
+    settings = resolve_settings(
+        {"dataset": "mnist", "reg": "squeeze", "beta": 0.5, "train_dtype": "bfloat16"}
+    )
+    network = build_network(settings)
+    model = build_model(settings, network)
+    dtypes = [layer.compute_dtype for layer in model.network.layers if layer.weights]
+    assert dtypes == ["bfloat16", "bfloat16", "bfloat16", "float32"]
+    assert {layer.variable_dtype for layer in model.network.layers} == {"float32"}
+    images = np.random.default_rng(0).random((4, 28, 28, 1), dtype=np.float32)
+    logits = model.network(images)
+    assert logits.dtype == tf.float32
+    difference = np.abs(logits - network(images)).max()
+    assert 0 < difference < 0.05 * np.abs(logits).max()
+
+
 def test_settings_of_older_runs_keep_their_names_and_are_still_read():
     """A run's default folder is named after its settings: new settings must not move it."""
     settings = resolve_settings({"dataset": "mnist_5k", "reg": "squeeze", "beta": 2.0})
@@ -284,5 +338,5 @@ def test_settings_of_older_runs_keep_their_names_and_are_still_read():
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="train_dtype must be one of float32, float64"):
+    with pytest.raises(ValueError, match="train_dtype must be one of float32, float64, bfloat16"):
         resolve_settings({"dataset": "mnist", "train_dtype": "float16"})

@@ -122,7 +122,7 @@ def lower_precision(
         return None, str(error)
 
 
-def bfloat16_copy(network: keras.Model) -> keras.Model:
+def bfloat16_copy(network: keras.Model, *, for_training: bool = False) -> keras.Model:
     """The same network, computing in bfloat16 from its first to its last but one weighted layer.
 
     What comes before (the standardisation of images, say) and the layer of the logits stay in
@@ -130,6 +130,7 @@ def bfloat16_copy(network: keras.Model) -> keras.Model:
 
     Args:
         network: a functional Keras model of Keras' own layers.
+        for_training: keep all weights in float32, which small updates would not move otherwise.
 
     Returns:
         A network of its own, with copies of the weights.
@@ -149,8 +150,8 @@ def bfloat16_copy(network: keras.Model) -> keras.Model:
     def clone(layer):
         config = layer.get_config()
         if layer.name in lower:
-            is_normalization = isinstance(layer, keras.layers.BatchNormalization)
-            config["dtype"] = "mixed_bfloat16" if is_normalization else "bfloat16"
+            is_wide = for_training or isinstance(layer, keras.layers.BatchNormalization)
+            config["dtype"] = "mixed_bfloat16" if is_wide else "bfloat16"
         return type(layer).from_config(config)
 
     try:
