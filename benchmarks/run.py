@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import figures
 from benchmarks.cases import CASES, DEFAULT, MATRIX_PEAK, TRAINED, Case, choose
@@ -119,7 +120,7 @@ def case_result(
     """
     ours = measurements[0]
     return {
-        "case": dataclasses.asdict(case),
+        "case": _without_folders(dataclasses.asdict(case)),
         "work": case.work,
         "unit": case.unit,
         "busy_processors": busy,
@@ -137,8 +138,8 @@ def case_result(
                 "peak_bytes": one.peak_bytes,
                 "accuracy": one.accuracy,
                 "num_different": num_different(one, ours),
-                "correct": one.correct,
-                "correct_any_iterate": one.correct_any_iterate,
+                "correct": _digits(one.correct),
+                "correct_any_iterate": _digits(one.correct_any_iterate),
             }
             for one in measurements
         ],
@@ -154,10 +155,10 @@ def _measure_all(cases, options):
     rounds, _, busy = measure(products, problems / products.name, options)
     peak = matrix_flops() / min(one.spread[0] for one in rounds)
     print(f"matrix peak: {peak / 1e9:.0f} GFLOP/s, best of {products.repeats} float32 products")
-    record = {
-        "schema": 1,
+    record: dict[str, Any] = {
+        "schema": 2,
         "provenance": provenance(),
-        "settings": vars(options),
+        "settings": _without_folders(vars(options)),
         "matrix_peak": {
             "flops_per_second": peak,
             "busy_processors": busy,
@@ -205,6 +206,19 @@ def _request(case: Case, folder: Path, options) -> dict:
         "networks_dir": str(Path(options.networks_dir).resolve()),
         "folder": str(folder),
     }
+
+
+def _without_folders(settings: dict) -> dict:
+    """Files by their names: results are passed on, and folders are this machine's own."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in settings.items()
+    }
+
+
+def _digits(verdicts) -> str | None:
+    """Verdicts on images as one digit each, 1 for right."""
+    return None if verdicts is None else "".join(str(int(verdict)) for verdict in verdicts)
 
 
 def _rotated(items: list, by: int) -> list:

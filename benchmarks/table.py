@@ -1,6 +1,15 @@
-"""The results as text for the terminal."""
+"""The results as text: for the terminal, and in Markdown for pages.
 
+python -m benchmarks.table results/speed/*.json --page=README.md --section=speed
+"""
+
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from logit_reg.files import atomic_path, read_json
+from logit_reg.report import replace_marked_section
 
 _COLUMNS = (
     "contender",
@@ -25,6 +34,29 @@ def case_table(result: Mapping) -> str:
     rows = [_row(contender) for contender in result["contenders"]]
     missing = [f"  {name}: not here ({why})" for name, why in result["missing"].items()]
     return "\n".join([title, *aligned([_COLUMNS, *rows]), *missing, *result["disagreements"]])
+
+
+def markdown_table(records: Sequence[Mapping]) -> str:
+    """All cases of some results in one table, and under it what was measured.
+
+    Args:
+        records: contents of results.json files.
+    """
+    lines = [
+        "| case | contender | a second | its time / ours [least, most] | of the matrix peak "
+        "| right % |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    notes = []
+    for record in records:
+        for result in record["cases"]:
+            case = result["case"]
+            for contender in result["contenders"]:
+                _, _, _, rate, ratio, share, _, right, _ = _row(contender)
+                name = f"{case['name']} | {contender['name']}"
+                lines.append(f"| {name} | {rate} | {ratio} | {share or '–'} | {right or '–'} |")
+            notes.append(_settings(record, result))
+    return "\n".join([*lines, "", *notes])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -58,3 +90,45 @@ def _row(contender):
         "" if accuracy is None else f"{100 * accuracy:.1f}",
         "" if different is None else str(different),
     )
+
+
+def _settings(record, result):
+    case = result["case"]
+    if case["num_batches"]:
+        size = f"{case['num_batches']} steps of {case['batch_size']} images a turn"
+    else:
+        size = f"{case['num_images']:,} images, batch {case['batch_size']}"
+    turns = "1 turn" if case["repeats"] == 1 else f"{case['repeats']} turns"
+    peak = record["matrix_peak"]["flops_per_second"] / 1e9
+    return (
+        f"- {case['name']}: network {case['network']}, {size}, {turns}; a second: "
+        f"{result['unit']}; matrix peak {peak:.0f} GFLOP/s; {result['data']}; commit "
+        f"`{record['provenance']['commit'][:7]}`."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table of results, or put it into a page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.table", description="Results in Markdown."
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files")
+    parser.add_argument("--page", type=Path, help="Markdown file; the terminal if left out")
+    parser.add_argument("--section", default="speed", help="its marked section (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        table = markdown_table([read_json(path) for path in options.results])
+        if options.page is None:
+            print(table)
+            return 0
+        text = replace_marked_section(options.page.read_text(), options.section, table)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with atomic_path(options.page) as temporary:
+        temporary.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """One training step: noise, adversary, objective, update."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from logit_reg.attacks.attack import is_fooled
+from logit_reg.attacks.frozen import following_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.distribution import average, own_slice, whole_batch
 from logit_reg.objectives import Objective
@@ -141,6 +143,8 @@ class RegularizedModel(keras.Model):
         self.weight_decay = weight_decay
         self.seed = seed
         self.precision = "float64" if network.variable_dtype == "float64" else "float32"
+        if isinstance(adversary, PGDAdversary):
+            self._attacked_fn = following_copy(network)
         self.perturbation: Any = None
         if isinstance(adversary, FreeAdversary):
             shape = (adversary.batch_size, *network.input_shape[1:])
@@ -241,10 +245,12 @@ class RegularizedModel(keras.Model):
 
     def _attack(self, adversary: PGDAdversary, images, labels, step):
         attack = adversary.attack
-        is_training = adversary.batch_norm == "training"
+        logits_fn = self._attacked_fn
+        if adversary.batch_norm == "training":
+            logits_fn = functools.partial(self.network, training=True)
         distribution = "uniform" if attack.threat.norm == "linf" else "normal"
         return attack.perturb(
-            lambda x: self.network(x, training=is_training),
+            logits_fn,
             images,
             labels,
             noise=self._random_numbers(distribution, images, images.shape[1:], step, _START),

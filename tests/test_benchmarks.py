@@ -30,6 +30,7 @@ from benchmarks.summary import (
     share_of_peak,
 )
 from benchmarks.table import case_table
+from benchmarks.table import main as table_main
 from benchmarks.worker import answers
 from logit_reg import attacks
 from logit_reg.attacks import precision
@@ -349,7 +350,7 @@ def test_a_case_goes_on_without_peers_that_are_missing(fake_workers, monkeypatch
     monkeypatch.setattr(FakeWorker, "missing", ("art", "cleverhans"))
     measurements, missing, _ = run.measure(PGD, tmp_path, OPTIONS)
     present = [one.contender for one in measurements]
-    assert present == ["ours", "ours float32", "foolbox", "pytorch"]
+    assert present == ["ours", "ours float32", "foolbox", "pytorch", "cleverhans as installed"]
     assert missing == dict.fromkeys(["art", "cleverhans"], "No module named 'x'")
 
 
@@ -370,6 +371,7 @@ def test_no_case_goes_on_without_us(fake_workers, monkeypatch, tmp_path):
 
 def test_the_results_hold_settings_numbers_and_what_follows_from_them(fake_workers, tmp_path):
     case = dataclasses.replace(PGD, num_images=2, contenders=("ours", "foolbox", "art"))
+    case = dataclasses.replace(case, network=str(tmp_path / "mine.keras"))
     measured = run.measure(case, tmp_path, OPTIONS)
     prepared = {"forward_flops": 100, "network_sha256": "0", "data": "two digits"}
     result = json.loads(json.dumps(run.case_result(case, *measured[:2], prepared, 1e3, 0.0)))
@@ -378,10 +380,38 @@ def test_the_results_hold_settings_numbers_and_what_follows_from_them(fake_worke
     assert (ours["rate"], ours["share_of_peak"], ours["accuracy"]) == (4.0, 0.8, 1.0)
     assert foolbox["ratio"] == [3.0, 3.0, 3.0]
     assert (art["accuracy"], art["num_different"]) == (0.5, 1)
+    # Verdicts are short, and no folder of the machine is passed on.
+    assert (ours["correct"], art["correct"], art["correct_any_iterate"]) == ("11", "10", None)
+    assert result["case"]["network"] == "mine.keras"
     table = case_table(result)
     assert "two digits" in table and "3.00 [3.00, 3.00]" in table
     svg = to_svg(figures.times([result])).decode()
     assert svg.startswith("<?xml") and "</svg>" in svg
+
+
+def test_results_become_a_table_in_a_page(fake_workers, tmp_path, capsys):
+    case = dataclasses.replace(PGD, num_images=2, contenders=("ours", "art"))
+    prepared = {"forward_flops": 100, "network_sha256": "0", "data": "two digits"}
+    result = run.case_result(case, *run.measure(case, tmp_path, OPTIONS)[:2], prepared, 1e3, 0.0)
+    record = {"cases": [result], "provenance": {"commit": "abcdef0123"}}
+    record["matrix_peak"] = {"flops_per_second": 2e9}
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    results.write_text(json.dumps(record))
+    page.write_text("before\n<!-- begin speed -->\n<!-- end speed -->\nafter\n")
+    assert table_main([str(results), f"--page={page}"]) == 0
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "| pgd | ours | 4.00 | 1.00 [1.00, 1.00] | 0.80 | 100.0 |" in lines
+    assert "| pgd | art | 1.33 | 3.00 [3.00, 3.00] | 0.27 | 50.0 |" in lines
+    (note,) = [line for line in lines if line.startswith("- pgd: ")]
+    assert "2 images, batch 4, 2 turns" in note and "2 GFLOP/s" in note and "`abcdef0`" in note
+    assert table_main([str(results)]) == 0
+    assert note in capsys.readouterr().out
+    page.write_text("no section")
+    for arguments in ([str(results), f"--page={page}"], [str(tmp_path / "none.json")]):
+        assert table_main(arguments) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert page.read_text() == "no section"
 
 
 def test_growth_is_drawn_against_its_quantity(fake_workers, tmp_path):

@@ -93,6 +93,17 @@ def test_the_results_tables_are_what_the_committed_ledgers_give(page, section, f
     assert replace_marked_section(text, section, table) == text
 
 
+def test_the_table_of_speeds_is_what_the_committed_measurements_give():
+    from benchmarks.table import markdown_table
+    from logit_reg.files import read_json
+    from logit_reg.report import replace_marked_section
+
+    paths = sorted((ROOT / "results" / "speed").glob("*.json"))
+    assert paths
+    table = markdown_table([read_json(path) for path in paths])
+    assert replace_marked_section(README, "speed", table) == README
+
+
 def assert_same_figure(drawn, committed, word):
     """Another version of matplotlib draws other paths, and the same words and numbers."""
     drawn, committed = drawn.read_text(), committed.read_text()

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from logit_reg.attacks import PGD
-from logit_reg.attacks.frozen import frozen_copy
+from logit_reg.attacks.frozen import following_copy, frozen_copy
 from logit_reg.evaluation import evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn
@@ -88,6 +88,39 @@ class Scaled(layers.Layer):
 
     def call(self, inputs):
         return 2 * inputs
+
+
+@pytest.mark.parametrize("settings", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_a_copy_for_training_has_the_weights_of_the_moment(settings):
+    network, images = small_network(units=600, **settings), batch()
+    logits_fn = following_copy(network)
+
+    @tf.function(autograph=False)
+    def logits_and_gradient(points):
+        with tf.GradientTape() as tape:
+            tape.watch(points)
+            logits = logits_fn(points)
+            total = tf.reduce_sum(logits * tf.range(600.0))
+        return logits, tape.gradient(total, points)
+
+    for _ in range(2):
+        logits, found = logits_and_gradient(tf.constant(images))
+        np.testing.assert_allclose(logits, network(images), rtol=1e-4, atol=1e-4)
+        points = tf.constant(images)
+        with tf.GradientTape() as tape:
+            tape.watch(points)
+            total = tf.reduce_sum(network(points) * tf.range(600.0))
+        expected = tape.gradient(total, points).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        network.set_weights([weights + 0.1 for weights in network.get_weights()])
+
+
+def test_networks_without_a_faster_form_are_attacked_in_evaluation_mode():
+    network = keras.Sequential(
+        [keras.Input((4, 4, 1)), layers.Flatten(), layers.Dropout(0.5), layers.Dense(3)]
+    )
+    images = batch((4, 4, 1))
+    np.testing.assert_array_equal(following_copy(network)(images), network(images, training=False))
 
 
 def test_what_is_no_plain_network_is_attacked_itself():

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.attack import call_logits
+from logit_reg.attacks.attack import LogitsFn, call_logits
 
 # Fewer weights stay in the cache, whatever their order.
 _MANY_WEIGHTS = 2**18
@@ -57,6 +57,35 @@ def frozen_copy(network: Any, images) -> Any:
     return copy if np.abs(own - logits).max() <= _TOLERANCE * np.abs(logits).max() else network
 
 
+def following_copy(network: Any) -> LogitsFn:
+    """A faster form of a network that is being trained, for the attack inside a training step.
+
+    Args:
+        network: images (N, H, W, C) -> logits (N, K).
+
+    Returns:
+        Images -> logits in evaluation mode, from the weights that the network has at that moment;
+        of the network itself where a copy has nothing faster.
+    """
+
+    def own(images):
+        return network(images, training=False)
+
+    if not _is_fitting(network):
+        return own
+    try:
+        copy = keras.models.clone_model(network, clone_function=_clone_convolution)
+    except UNCOPIED:
+        return own
+
+    def logits_fn(images):
+        trained = [variable.value for variable in network.trainable_variables]
+        others = [variable.value for variable in network.non_trainable_variables]
+        return copy.stateless_call(trained, others, images, training=False)[0]
+
+    return logits_fn
+
+
 def is_plain(network: Any) -> bool:
     """Whether a network is a Keras model whose layers are all that it does, none a model itself."""
     # Only Sequential and functional models know their operations.
@@ -88,6 +117,12 @@ def _class_of(layer):
 
 def _clone(layer):
     return _class_of(layer).from_config(layer.get_config())
+
+
+def _clone_convolution(layer):
+    # A dense layer's transposed weights would have to be made anew in each step.
+    kind = _class_of(layer) if isinstance(layer, keras.layers.Conv2D) else type(layer)
+    return kind.from_config(layer.get_config())
 
 
 class FrozenConvolution(keras.layers.Conv2D):
