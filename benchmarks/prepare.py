@@ -79,7 +79,9 @@ def _examples(network, case, data_dir):
         images, sentence = images.astype(np.float32), "uniform noise"
     else:
         dataset = load(name, "test", data_dir)
-        images, sentence = to_pixels(dataset.images[:count], name), dataset.source
+        images = to_pixels(dataset.images[:count], name)
+        # Where the folder lies on this machine is nobody's business.
+        sentence = dataset.source.replace(f"{data_dir}/", "")
     if name == "cifar10":
         # Its weights are fresh ones: only what the network itself says can be attacked.
         labels = np.asarray(call_logits(network, images)).argmax(axis=1)
