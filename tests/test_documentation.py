@@ -93,6 +93,21 @@ def test_the_results_tables_are_what_the_committed_ledgers_give(page, section, f
     assert replace_marked_section(text, section, table) == text
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("squeeze", "26.9 26.4 +0.4 [-0.2, +1.1] 24 16 0.27"),
+        ("adversarial", "85.8 86.2 -0.3 [-0.8, +0.1] 5 12 0.14"),
+    ],
+)
+def test_attacks_in_bfloat16_agree_as_the_text_says(name, row, tmp_path):
+    folder = ROOT / "results" / "bfloat16" / name
+    done = command("report", f"--compare={folder / 'float32'},{folder / 'bfloat16'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"pgd40-xent {row}" in " ".join(done.stdout.split())
+    assert all(number in RESULTS for number in row.split()[:2])
+
+
 def test_the_table_of_speeds_is_what_the_committed_measurements_give():
     from benchmarks.table import markdown_table
     from logit_reg.files import read_json
