@@ -81,7 +81,8 @@ def _examples(network, case, data_dir):
         dataset = load(name, "test", data_dir)
         images = to_pixels(dataset.images[:count], name)
         # Where the folder lies on this machine is nobody's business.
-        sentence = dataset.source.replace(f"{data_dir}/", "")
+        around = f"{Path(data_dir).parent}/" if data_dir else ""
+        sentence = dataset.source.replace(around, "")
     if name == "cifar10":
         # Its weights are fresh ones: only what the network itself says can be attacked.
         labels = np.asarray(call_logits(network, images)).argmax(axis=1)

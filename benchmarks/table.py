@@ -1,6 +1,6 @@
 """The results as text: for the terminal, and in Markdown for pages.
 
-python -m benchmarks.table results/speed/*.json --page=README.md --section=speed
+As a command: `python -m benchmarks.table results/speed/*.json --page=README.md --section=speed`.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from logit_reg.files import atomic_path, read_json
+from logit_reg.files import read_json, write_text
 from logit_reg.report import replace_marked_section
 
 _COLUMNS = (
@@ -22,6 +22,8 @@ _COLUMNS = (
     "right %",
     "differ",
 )
+
+_IN_PAGES = ("contender", "rate /s", "time / ours [min, max]", "of peak", "right %")
 
 
 def case_table(result: Mapping) -> str:
@@ -52,9 +54,9 @@ def markdown_table(records: Sequence[Mapping]) -> str:
         for result in record["cases"]:
             case = result["case"]
             for contender in result["contenders"]:
-                _, _, _, rate, ratio, share, _, right, _ = _row(contender)
-                name = f"{case['name']} | {contender['name']}"
-                lines.append(f"| {name} | {rate} | {ratio} | {share or '–'} | {right or '–'} |")
+                row = dict(zip(_COLUMNS, _row(contender), strict=True))
+                cells = [case["name"], *(row[name] or "–" for name in _IN_PAGES)]
+                lines.append(f"| {' | '.join(cells)} |")
             notes.append(_settings(record, result))
     return "\n".join([*lines, "", *notes])
 
@@ -125,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with atomic_path(options.page) as temporary:
-        temporary.write_text(text)
+    write_text(options.page, text)
     return 0
 
 

@@ -117,6 +117,10 @@ def test_the_table_of_speeds_is_what_the_committed_measurements_give():
     assert paths
     table = markdown_table([read_json(path) for path in paths])
     assert replace_marked_section(README, "speed", table) == README
+    memory = read_json(ROOT / "results" / "speed" / "memory" / "images.json")
+    for case in memory["cases"]:
+        peak = case["contenders"][0]["peak_bytes"] / 2**20
+        assert f"{peak:,.0f} MiB for {case['case']['num_images']:,}" in " ".join(README.split())
 
 
 def assert_same_figure(drawn, committed, word):

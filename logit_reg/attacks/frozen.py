@@ -88,9 +88,15 @@ def following_copy(network: Any) -> LogitsFn:
 
 def is_plain(network: Any) -> bool:
     """Whether a network is a Keras model whose layers are all that it does, none a model itself."""
-    # Only Sequential and functional models know their operations.
+    # Only Sequential and functional models know their operations; a class of somebody's own may do
+    # more than its layers.
     is_known = isinstance(network, keras.Sequential) or hasattr(network, "operations")
-    return is_known and not any(isinstance(layer, keras.Model) for layer in network.layers)
+    is_keras = type(network).__module__.startswith("keras.")
+    return (
+        is_known
+        and is_keras
+        and not any(isinstance(layer, keras.Model) for layer in network.layers)
+    )
 
 
 def _is_fitting(network):
@@ -121,8 +127,8 @@ def _clone(layer):
 
 def _clone_convolution(layer):
     # A dense layer's transposed weights would have to be made anew in each step.
-    kind = _class_of(layer) if isinstance(layer, keras.layers.Conv2D) else type(layer)
-    return kind.from_config(layer.get_config())
+    is_convolution = isinstance(layer, keras.layers.Conv2D)
+    return _clone(layer) if is_convolution else type(layer).from_config(layer.get_config())
 
 
 class FrozenConvolution(keras.layers.Conv2D):
@@ -136,7 +142,7 @@ class FrozenConvolution(keras.layers.Conv2D):
             outputs = tf.nn.conv2d(
                 inputs, kernel, self.strides, padding, dilations=self.dilation_rate
             )
-        return _activated(self, outputs)
+        return activated(self, outputs)
 
 
 class _Dense(keras.layers.Dense):
@@ -152,11 +158,13 @@ class _Dense(keras.layers.Dense):
         if inputs.shape.rank != 2:
             return super().call(inputs, training=training)
         outputs = tf.matmul(inputs, self.turned, transpose_b=True)
-        return _activated(self, outputs)
+        return activated(self, outputs)
 
 
-def _activated(layer, sums):
-    sums = tf.nn.bias_add(sums, tf.convert_to_tensor(layer.bias))
+def activated(layer, sums):
+    """What a layer does to its weighted sums: the bias and the activation."""
+    if layer.use_bias:
+        sums = tf.nn.bias_add(sums, tf.convert_to_tensor(layer.bias))
     return sums if layer.activation is None else layer.activation(sums)
 
 

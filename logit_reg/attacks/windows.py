@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.attack import LogitsFn, call_logits
-from logit_reg.attacks.frozen import FrozenConvolution, is_plain
+from logit_reg.attacks.frozen import FrozenConvolution, activated, is_plain
 
 # A block of which a larger share of the outputs changes is cheaper to run as a whole (measured).
 _MOST_CHANGED = 0.55
@@ -62,11 +62,11 @@ class WindowedImages:
         Returns:
             Outputs (N, H', W', C') of each block, padded as the next one wants them.
         """
-        features = []
-        for block in self.blocks:
-            images = block.run(block.padded(images))
-            features.append(images)
-        return self._padded(features)
+        inputs, features = self.blocks[0].padded(images), []
+        for block, following in self._steps():
+            inputs = following.padded(block.run(inputs))
+            features.append(inputs)
+        return tuple(features)
 
     def changed_features(self, images, features, starts, side) -> tuple:
         """The features of images that differ from those of `features` in a square.
@@ -81,11 +81,12 @@ class WindowedImages:
             As `features`.
         """
         inputs, sides = self.blocks[0].padded(images), [side, side]
-        outer = [[axis.before for axis in block.axes] for block in self.blocks[1:]] + [[0, 0]]
         changed = []
-        for block, outputs, before in zip(self.blocks, features, outer, strict=True):
+        for (block, following), outputs in zip(self._steps(), features, strict=True):
             starts, sides, patch = block.run_around(inputs, starts, sides)
-            moved = [start + zeros for start, zeros in zip(starts, before, strict=True)]
+            moved = [
+                start + axis.before for start, axis in zip(starts, following.axes, strict=True)
+            ]
             inputs = tf.tensor_scatter_nd_update(outputs, _places(moved, sides), patch)
             changed.append(inputs)
         return tuple(changed)
@@ -98,11 +99,9 @@ class WindowedImages:
             outputs = layer(outputs, training=False)
         return outputs
 
-    def _padded(self, features):
-        inner = [
-            block.padded(outputs) for outputs, block in zip(features, self.blocks[1:], strict=False)
-        ]
-        return (*inner, features[-1])
+    def _steps(self):
+        """Each block with the one that pads its outputs."""
+        return zip(self.blocks, (*self.blocks[1:], _NOTHING), strict=True)
 
 
 def windowed(network: LogitsFn, shape: tuple[int, ...], side: int) -> WholeImages | WindowedImages:
@@ -118,21 +117,23 @@ def windowed(network: LogitsFn, shape: tuple[int, ...], side: int) -> WholeImage
     """
     if not isinstance(network, keras.Model):
         return WholeImages(network)
-    layers = _chain(network)
-    blocks, ends = _leading_blocks(layers, shape)
-    depth, sides = 0, [side, side]
-    for block in blocks:
+    known = _known.setdefault(network, {})
+    if shape not in known:
+        layers = _chain(network)
+        blocks, ends = _leading_blocks(layers, shape)
+        known[shape] = [
+            WindowedImages(tuple(blocks[:depth]), tuple(layers[end:]))
+            for depth, end in enumerate(ends, start=1)
+        ]
+    answers: WholeImages | WindowedImages = WholeImages(network)
+    sides = [side, side]
+    for deeper in known[shape]:
+        block = deeper.blocks[-1]
         sides = block.changed(sides)
         if np.prod(sides) > _MOST_CHANGED * np.prod(block.outputs):
             break
-        depth += 1
-    if not depth:
-        return WholeImages(network)
-    known = _known.setdefault(network, {})
-    if (shape, depth) not in known:
-        rest = tuple(layers[ends[depth - 1] :])
-        known[shape, depth] = WindowedImages(tuple(blocks[:depth]), rest)
-    return known[shape, depth]
+        answers = deeper
+    return answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +186,8 @@ class _Block:
         outputs = padded
         for layer in self.layers:
             if isinstance(layer, keras.layers.Conv2D):
-                outputs = tf.nn.conv2d(outputs, tf.convert_to_tensor(layer.kernel), 1, "VALID")
-                if layer.use_bias:
-                    outputs = tf.nn.bias_add(outputs, tf.convert_to_tensor(layer.bias))
-                outputs = layer.activation(outputs)
+                sums = tf.nn.conv2d(outputs, tf.convert_to_tensor(layer.kernel), 1, "VALID")
+                outputs = activated(layer, sums)
             elif isinstance(layer, keras.layers.MaxPooling2D):
                 outputs = tf.nn.max_pool2d(outputs, layer.pool_size, layer.strides, "VALID")
             else:
@@ -209,6 +208,10 @@ class _Block:
         return firsts, changed, self.run(tf.gather_nd(padded, _places(corners, seen)))
 
 
+_NOTHING = _Block((), (_Axis(0, 0, 0, 1, 0), _Axis(0, 0, 0, 1, 0)))
+"""What follows the last block: it pads nothing."""
+
+
 def _places(starts, sides):
     """Indices of a window of each image: (N, rows, columns, 3)."""
     rows = starts[0][:, None, None] + tf.range(sides[0])[None, :, None]
@@ -220,8 +223,7 @@ def _places(starts, sides):
 
 def _chain(network) -> list[keras.layers.Layer]:
     """The layers of a network that is nothing but one after the other; else none."""
-    # A class of somebody's own may do more than its layers.
-    if not type(network).__module__.startswith("keras.") or not is_plain(network):
+    if not is_plain(network):
         return []
     is_float32 = all(layer.compute_dtype == "float32" for layer in network.layers)
     if not is_float32 or not network.built:
