@@ -139,10 +139,7 @@ def evaluate(
     _check_inputs(images, attacks, batch_size)
     prediction, misclassified = _judge(logits_fn, images, labels, batch_size)
     clean = ~misclassified
-    robust = clean.copy()
-    adversarial = images.copy()
-    broken_by = ["" if is_clean else "clean" for is_clean in clean]
-    distance = np.zeros(len(images))
+    worst = _WorstCase(images, clean)
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
 
@@ -161,26 +158,20 @@ def evaluate(
             # Another protocol asks for the very same attack: same settings, seed and examples.
             records[name] = records[done[attack]]
             continue
-        attacked = np.flatnonzero(robust if worst_case_only else clean)
-        books = run.attack(name, attack, attacked)
-        newly = attacked[books.fooled[attacked] & robust[attacked]]
-        update = attacked[np.isin(attacked, newly) | robust[attacked]]
-        adversarial[update] = books.adversarial[update]
-        distance[update] = distances(books.adversarial[update], images[update], attack.threat.norm)
-        robust[newly] = False
-        for example in newly:
-            broken_by[example] = name
+        attacked = np.flatnonzero(worst.robust if worst_case_only else clean)
+        books = run.attack(name, attack, attacked, worst)
+        worst.close(name, books.fooled)
         records[name] = books.close(clean, attacked)
         done[attack] = name
     return Evaluation(
         labels=labels,
         clean_prediction=prediction,
         clean=clean,
-        robust=robust,
+        robust=worst.robust,
         correct={name: record.correct for name, record in records.items()},
-        adversarial=adversarial,
-        broken_by=broken_by,
-        distance=distance,
+        adversarial=worst.adversarial,
+        broken_by=worst.broken_by,
+        distance=worst.distance,
         records=records,
     )
 
@@ -319,19 +310,43 @@ def estimate_seconds(
     return passes * seconds_per_forward * len(images)
 
 
+class _WorstCase:
+    """What all attacks together have done to N examples; the only place that keeps N images."""
+
+    def __init__(self, images, clean):
+        self.robust = clean.copy()
+        self.adversarial = images.copy()
+        self.broken_by = ["" if is_clean else "clean" for is_clean in clean]
+        self.distance = np.zeros(len(images))
+
+    def add(self, batch, adversarial, images, norm):
+        """Take an attack's images of those that no attack before it has broken."""
+        stands = self.robust[batch]
+        rows = batch[stands]
+        self.adversarial[rows] = adversarial[stands]
+        self.distance[rows] = distances(adversarial[stands], images[stands], norm)
+
+    def close(self, name, fooled):
+        """Credit an attack, once all of its batches are there, with those that it fools."""
+        newly = np.flatnonzero(self.robust & fooled)
+        self.robust[newly] = False
+        for example in newly:
+            self.broken_by[example] = name
+
+
 class _Books:
     """Collects what an attack does to N examples, batch by batch."""
 
-    def __init__(self, images):
-        self.adversarial = images.copy()
-        self.fooled = np.zeros(len(images), bool)
+    def __init__(self, worst):
+        self._worst = worst
+        self.fooled = np.zeros(len(worst.robust), bool)
         self.stages: dict[str, np.ndarray] = {}
-        self._last_fooled = np.zeros(len(images), bool)
+        self._last_fooled = np.zeros(len(worst.robust), bool)
         self._forwards = self._backwards = self._unconfirmed = 0
         self._seconds = 0.0
 
-    def add(self, batch, found, seconds):
-        self.adversarial[batch] = found.adversarial
+    def add(self, batch, images, norm, found, seconds):
+        self._worst.add(batch, found.adversarial, images, norm)
         self.fooled[batch] = found.fooled
         self._last_fooled[batch] = found.last_iterate_fooled
         self.count(found.forwards, found.backwards, seconds)
@@ -375,9 +390,9 @@ class _Run:
         self._show_progress = show_progress
         self._data_key = content_hash(images, labels, indices) if state else ""
 
-    def attack(self, name, attack, rows):
-        """Attack some rows of the data set."""
-        books = _Books(self._images)
+    def attack(self, name, attack, rows, worst):
+        """Attack some rows of the data set; the images go to the worst case."""
+        books = _Books(worst)
         if isinstance(attack, Cascade):
             self._attack_in_stages(books, name, attack, rows)
         else:
@@ -398,7 +413,7 @@ class _Run:
                     if found is None:
                         taken.append(batch)
                     else:
-                        books.add(batch, *found)
+                        books.add(batch, self._images[batch], attack.threat.norm, *found)
                         bar.update()
                 batches = taken
 
@@ -418,7 +433,8 @@ class _Run:
         is_standing[rows] = True
         before = is_standing.copy()
         for stage, attack in cascade.attacks(num_classes).items():
-            self._attack_all(books, f"{name}: {stage}", attack, np.flatnonzero(is_standing))
+            rows = np.flatnonzero(is_standing)
+            self._attack_all(books, f"{name}: {stage}", attack, rows)
             is_standing &= ~books.fooled
             books.stages[stage] = is_standing.copy()
         warn(check_square(before, books.stages.items()))

@@ -6,6 +6,7 @@ import hashlib
 import math
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -370,3 +371,19 @@ def test_the_protocols_of_the_reference_table():
         protocol_attacks("paper-20", "mnist")
     with pytest.raises(ValueError, match="protocol must be one of madry-mnist"):
         protocol_attacks("paper-99", "mnist")
+
+
+def test_of_all_images_evaluate_keeps_one_copy():
+    """The worst case; whatever else it needs grows with the batch, not with the data set."""
+    images = np.random.default_rng(0).uniform(0.2, 0.8, (4000, 28, 28, 1)).astype(np.float32)
+    labels = (images[:, 0, 0, 0] > 0.5).astype(np.int64)
+    attacks = {"first": PGD(THREAT, num_steps=1), "second": PGD(THREAT, "cw", num_steps=1)}
+    evaluate(first_pixel_classifier, attacks, images[:100], labels[:100], batch_size=100)
+
+    tracemalloc.start()
+    found = evaluate(first_pixel_classifier, attacks, images, labels, batch_size=100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert found.adversarial.nbytes == images.nbytes
+    assert peak < 1.5 * images.nbytes

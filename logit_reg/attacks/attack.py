@@ -396,7 +396,8 @@ def attack_inputs(images, labels, indices):
         indices: (N,) int or None for 0 ... N-1.
 
     Returns:
-        images float32, labels int64 and indices int64.
+        images float32, labels int64 and indices int64: to be read only, for an array that has the
+        type already is the caller's own.
 
     Raises:
         ValueError: if shapes or types do not fit together.
@@ -414,4 +415,8 @@ def attack_inputs(images, labels, indices):
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     if indices.shape != labels.shape:
         raise ValueError(f"indices must have shape {labels.shape}; got {indices.shape}.")
-    return images.astype(np.float32), labels.astype(np.int64), indices.astype(np.int64)
+    return (
+        images.astype(np.float32, copy=False),
+        labels.astype(np.int64, copy=False),
+        indices.astype(np.int64, copy=False),
+    )
