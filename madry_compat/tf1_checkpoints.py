@@ -204,7 +204,7 @@ def load_training_state(
     Args:
         path: as for `load_network`.
         network: the network trained, with this checkpoint's variables (`load_network(path)`).
-        optimizer: `tf1_adam` for `mnist_cnn`, `TF1Momentum` for `wide_resnet`. Built on the
+        optimizer: `TF1Adam` for `mnist_cnn`, `TF1Momentum` for `wide_resnet`. Built on the
             network's trainable variables if it is not yet.
         loss_reduction: reduction of the cross-entropy in the run that goes on. None is the
             challenge's own: the sum on MNIST, the mean on CIFAR-10. MNIST's slots are converted
@@ -230,7 +230,7 @@ def load_training_state(
         if not math.isclose(optimizer.epsilon, epsilon, rel_tol=1e-6):
             raise ValueError(
                 f"Adam's epsilon is {optimizer.epsilon:g}; the challenge's, for this reduction of "
-                f"the loss, is {epsilon:g}: build the optimizer with tf1_adam(epsilon={epsilon:g})."
+                f"the loss, is {epsilon:g}: build the optimizer with TF1Adam(epsilon={epsilon:g})."
             )
     bundle = open_bundle(path)
     _check_entries(bundle, _rows_of(network), needed=[*slots, _GLOBAL_STEP])
@@ -333,7 +333,7 @@ def _optimizer_slots(
         else isinstance(optimizer, TF1Momentum)
     )
     if not fits:
-        wanted = "keras.optimizers.Adam (tf1_adam)" if is_mnist else "TF1Momentum"
+        wanted = "keras.optimizers.Adam (TF1Adam)" if is_mnist else "TF1Momentum"
         raise ValueError(
             f"the challenge's slots for this network belong to {wanted}; "
             f"got {type(optimizer).__name__}. Pass that optimizer, or save without one."
@@ -402,7 +402,7 @@ def save_network(
         network: `mnist_cnn` or `wide_resnet`.
         directory: folder to write to; made if needed.
         step: number of updates made, stored as `global_step`.
-        optimizer: `tf1_adam` for `mnist_cnn`, `TF1Momentum` for `wide_resnet`: its slots are
+        optimizer: `TF1Adam` for `mnist_cnn`, `TF1Momentum` for `wide_resnet`: its slots are
             written too, and its `iterations` must equal `step`. None: the network only, which
             the challenge can evaluate but not go on training.
         loss_reduction: reduction of the cross-entropy in this run, as for `load_training_state`.

@@ -12,7 +12,7 @@ from logit_reg_scripts.sources import Model, dataset_for
 from madry_compat.bundle_index import find_prefix
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.config import load_config, write_config
-from madry_compat.optimizers import TF1Momentum, tf1_adam
+from madry_compat.optimizers import TF1Adam, TF1Momentum
 from madry_compat.releases import pack_release
 from madry_compat.tf1_checkpoints import (
     has_training_state,
@@ -120,7 +120,7 @@ def _optimizer(
     # The rate is no part of the state.
     rate = training.step_size_schedule[0][1]
     is_adam = training.optimizer == "adam"
-    optimizer = tf1_adam(rate) if is_adam else TF1Momentum(rate, training.momentum)
+    optimizer = TF1Adam(rate) if is_adam else TF1Momentum(rate, training.momentum)
     load_training_state(bundle, model.network, optimizer)
     return optimizer
 

@@ -29,7 +29,7 @@ from logit_reg.training import FreeAdversary, PGDAdversary, RegularizedModel
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.config import write_config
 from madry_compat.networks import mnist_cnn, wide_resnet
-from madry_compat.optimizers import ADAM_EPSILON, TF1Momentum, piecewise_constant, tf1_adam
+from madry_compat.optimizers import ADAM_EPSILON, TF1Adam, TF1Momentum, piecewise_constant
 from madry_compat.tf1_checkpoints import (
     has_training_state,
     load_network,
@@ -320,7 +320,7 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
         # A mean loss has gradients 1/b as large: with epsilon / b Adam takes the same steps.
         is_mean = settings.loss_reduction == "mean"
         divisor = settings.training_batch_size if is_mean else 1
-        optimizer = tf1_adam(rate, epsilon=ADAM_EPSILON / divisor)
+        optimizer = TF1Adam(rate, epsilon=ADAM_EPSILON / divisor)
     else:
         optimizer = TF1Momentum(rate, settings.momentum)
     model.compile(optimizer=optimizer)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from madry_compat.optimizers import TF1Momentum, piecewise_constant, tf1_adam
+from madry_compat.optimizers import TF1Adam, TF1Momentum, piecewise_constant
 
 tf1 = tf.compat.v1
 
@@ -83,7 +83,7 @@ def test_keras_sgd_parts_from_tf1_at_the_drop():
 def test_adam_is_tf1s(graph_mode):
     gradients = GRADIENTS * np.float32(1e-7)  # small enough for epsilon to matter
 
-    ours = run_keras(tf1_adam(0.01), gradients, graph_mode=graph_mode)
+    ours = run_keras(TF1Adam(0.01), gradients, graph_mode=graph_mode)
     theirs = run_tf1(lambda _: tf1.train.AdamOptimizer(0.01), gradients)
     other_epsilon = run_keras(keras.optimizers.Adam(0.01), gradients)
 
@@ -103,7 +103,7 @@ def test_adam_formula():
         weight = weight - corrected * m / (np.sqrt(v) + epsilon)
         expected.append(weight)
 
-    optimizer = tf1_adam(rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)
+    optimizer = TF1Adam(rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)
 
     np.testing.assert_allclose(run_keras(optimizer, GRADIENTS[:2]), expected, rtol=1e-5)
 
@@ -111,8 +111,8 @@ def test_adam_formula():
 def test_adam_on_the_mean_is_adam_on_the_sum_with_epsilon_divided():
     gradients = GRADIENTS * np.float32(1e-7)
 
-    summed = run_keras(tf1_adam(0.01), gradients)
-    mean = run_keras(tf1_adam(0.01, epsilon=1e-8 / 50), gradients / 50)
+    summed = run_keras(TF1Adam(0.01), gradients)
+    mean = run_keras(TF1Adam(0.01, epsilon=1e-8 / 50), gradients / 50)
 
     np.testing.assert_allclose(mean - START, summed - START, rtol=1e-4)
 
@@ -178,3 +178,30 @@ def test_piecewise_constant_with_a_single_rate():
 def test_malformed_schedules_are_refused(schedule, message):
     with pytest.raises(ValueError, match=message):
         piecewise_constant(schedule)
+
+
+def test_adam_is_keras_adam_in_one_pass():
+    """The kernel and Keras' ten operations take the same steps, in a graph and outside."""
+    ours = run_keras(TF1Adam(0.01), graph_mode=True)
+
+    np.testing.assert_allclose(ours, run_keras(TF1Adam(0.01)), rtol=1e-6)
+    keras_own = run_keras(keras.optimizers.Adam(0.01, epsilon=1e-8))
+    np.testing.assert_allclose(ours, keras_own, rtol=1e-6)
+
+
+def test_adam_takes_gradients_of_single_rows():
+    variable, optimizer = keras.Variable(START[:, None]), TF1Adam(0.01)
+    rows = tf.IndexedSlices(tf.ones((1, 1)), tf.constant([1]), tf.constant([3, 1]))
+    optimizer.apply([rows], [variable])
+
+    moved = variable.value.numpy()[:, 0] - START
+    np.testing.assert_allclose(moved, [0, -0.01, 0], atol=1e-6)
+
+
+def test_adam_survives_its_config():
+    optimizer = TF1Adam(piecewise_constant([[0, 0.1], [10, 0.01]]), beta_1=0.8, epsilon=1e-9)
+
+    copy = TF1Adam.from_config(optimizer.get_config())
+
+    assert copy.get_config() == optimizer.get_config()
+    assert (copy.beta_1, copy.epsilon) == (0.8, 1e-9)

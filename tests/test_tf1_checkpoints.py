@@ -21,7 +21,7 @@ from tf1_challenge_graphs import (
 )
 
 from madry_compat.networks import mnist_cnn, wide_resnet
-from madry_compat.optimizers import ADAM_EPSILON, TF1Momentum, piecewise_constant, tf1_adam
+from madry_compat.optimizers import ADAM_EPSILON, TF1Adam, TF1Momentum, piecewise_constant
 from madry_compat.tf1_checkpoints import (
     CheckpointError,
     has_training_state,
@@ -251,7 +251,7 @@ def test_width_10_checkpoint_gives_the_original_logits(tmp_path):
 
 
 def test_mnist_bundle_restores_in_the_original_graph(mnist, tmp_path):
-    network, optimizer = load_network(mnist.start), tf1_adam()
+    network, optimizer = load_network(mnist.start), TF1Adam()
     step = load_training_state(mnist.start, network, optimizer)
 
     prefix = save_network(network, tmp_path, step, optimizer=optimizer)
@@ -285,7 +285,7 @@ def test_mnist_training_goes_on_as_the_original(mnist, tmp_path, reduction):
     is_mean = reduction == "mean"
     settings = {"loss_reduction": reduction, "batch_size": MNIST_BATCH if is_mean else None}
     network = load_network(mnist.start)
-    optimizer = tf1_adam(epsilon=ADAM_EPSILON / MNIST_BATCH if is_mean else ADAM_EPSILON)
+    optimizer = TF1Adam(epsilon=ADAM_EPSILON / MNIST_BATCH if is_mean else ADAM_EPSILON)
 
     step = load_training_state(mnist.start, network, optimizer, **settings)
     train_mnist(
@@ -301,7 +301,7 @@ def test_mnist_training_goes_on_as_the_original(mnist, tmp_path, reduction):
 
 
 def test_mnist_training_parts_from_the_original_without_its_slots(mnist, tmp_path):
-    network, optimizer = load_network(mnist.start), tf1_adam()
+    network, optimizer = load_network(mnist.start), TF1Adam()
     optimizer.build(network.trainable_variables)
 
     train_mnist(network, optimizer, mnist.next_batches, tf.reduce_sum)
@@ -362,7 +362,7 @@ def test_every_name_and_shape_of_the_released_index_is_in_the_map(shared, tmp_pa
         data.truncate(39_295_624)
     released = tf.train.load_checkpoint(str(tmp_path / "secret")).get_variable_to_shape_map()
 
-    network, optimizer = mnist_cnn(), tf1_adam()
+    network, optimizer = mnist_cnn(), TF1Adam()
     saved = read_bundle(save_network(network, tmp_path / "ours", 0, optimizer=optimizer))
 
     assert len(released) == 27
@@ -677,11 +677,11 @@ def test_training_state_is_recognised(mnist, cifar10, prefix):
 
 
 def test_beta_powers_of_a_long_run_underflow_to_zero(tmp_path):
-    network, optimizer = mnist_cnn(), tf1_adam()
+    network, optimizer = mnist_cnn(), TF1Adam()
     optimizer.build(network.trainable_variables)
     optimizer.iterations.assign(200_000)
     prefix = save_network(network, tmp_path, 200_000, optimizer=optimizer)
-    restored = tf1_adam()
+    restored = TF1Adam()
 
     step = load_training_state(prefix, network, restored)
 
@@ -697,10 +697,10 @@ def test_beta_powers_of_a_long_run_underflow_to_zero(tmp_path):
         (lambda: TF1Momentum(0.1), {}, "belong to keras.optimizers.Adam"),
         (lambda: keras.optimizers.Adam(amsgrad=True), {}, "belong to keras.optimizers.Adam"),
         (lambda: keras.optimizers.Adam(), {}, "epsilon is 1e-07"),
-        (tf1_adam, {"loss_reduction": "mean"}, "batch_size is None"),
-        (tf1_adam, {"loss_reduction": "mean", "batch_size": 0}, "batch_size is 0"),
-        (tf1_adam, {"loss_reduction": "mean", "batch_size": 50}, "tf1_adam.epsilon=2e-10"),
-        (tf1_adam, {"loss_reduction": "median"}, "'sum', 'mean' or None; got 'median'"),
+        (TF1Adam, {"loss_reduction": "mean"}, "batch_size is None"),
+        (TF1Adam, {"loss_reduction": "mean", "batch_size": 0}, "batch_size is 0"),
+        (TF1Adam, {"loss_reduction": "mean", "batch_size": 50}, "TF1Adam.epsilon=2e-10"),
+        (TF1Adam, {"loss_reduction": "median"}, "'sum', 'mean' or None; got 'median'"),
     ],
 )
 def test_unfitting_optimizers_are_refused(mnist, optimizer, settings, expected):

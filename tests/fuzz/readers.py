@@ -137,11 +137,11 @@ def _read_pickles(folder, outside):
 
 def _seed_bundle(folder):
     from madry_compat.networks import mnist_cnn
-    from madry_compat.optimizers import tf1_adam
+    from madry_compat.optimizers import TF1Adam
     from madry_compat.tf1_checkpoints import save_network
 
     network = mnist_cnn()
-    optimizer = tf1_adam(1e-4)
+    optimizer = TF1Adam(1e-4)
     optimizer.build(network.trainable_variables)
     save_network(network, folder, 0, optimizer=optimizer)
 
