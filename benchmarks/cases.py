@@ -101,12 +101,13 @@ CASES = (
             f"width-{width}",
             "pgd",
             f"wide_resnet-{width}",
-            num_images=40,
+            num_images=20,
             batch_size=20,
             epsilon=8.0,
             upper=255.0,
-            num_steps=10,
-            step_size=2.0,
+            # As the challenge evaluates, madry-cifar10.
+            num_steps=20,
+            step_size=1.0,
             repeats=3,
             contenders=("ours", "pytorch"),
         )

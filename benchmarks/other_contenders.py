@@ -16,7 +16,7 @@ _MATRIX_SIZE = 4096
 
 
 def training_ours(problem: Problem) -> Callable[[], Outcome]:
-    """Steps of `RegularizedModel` without a regulariser, traced as `loop.train` does."""
+    """Steps of `RegularizedModel` without a regulariser, as `train.py` takes them on MNIST."""
     return _steps_of_ours(problem, None)
 
 
@@ -145,11 +145,12 @@ def _steps_of_ours(problem, adversary):
     from logit_reg.loop import BatchOrder, repeatable_steps, traced_train_step
     from logit_reg.objectives import Objective
     from logit_reg.training import RegularizedModel
+    from madry_compat.optimizers import TF1Adam
 
     case = problem.case
     network = keras.saving.load_model(problem.folder / "network.keras", compile=False)
     model = RegularizedModel(network, Objective(), bounds=(0.0, case.upper), adversary=adversary)
-    model.compile(optimizer=keras.optimizers.Adam(_LEARNING_RATE))
+    model.compile(optimizer=TF1Adam(_LEARNING_RATE))
     images, labels = _training_set(problem)
     pixels = np.round(images * (255 / case.upper)).astype(np.uint8)
     batches = BatchOrder(len(images), case.batch_size, case.seed).batches(0)
