@@ -7,10 +7,10 @@ import tensorflow as tf
 from keras import layers
 
 from logit_reg.attacks import PGD
-from logit_reg.attacks.frozen import following_copy, frozen_copy
+from logit_reg.attacks.frozen import FoldedNormalization, following_copy, frozen_copy
 from logit_reg.evaluation import evaluate
 from logit_reg.threat import ThreatModel
-from madry_compat.networks import mnist_cnn
+from madry_compat.networks import mnist_cnn, wide_resnet
 
 CONVOLUTIONS = {
     "same": {"kernel_size": 5, "padding": "same"},
@@ -51,7 +51,9 @@ def gradient(network, images):
         kernels = [
             layer.kernel.value for layer in network.layers if isinstance(layer, layers.Conv2D)
         ]
-        return tape.gradient(total, [points, *kernels])
+        # Kernels that are folded together with a normalisation are not asked themselves.
+        unconnected = tf.UnconnectedGradients.ZERO
+        return tape.gradient(total, [points, *kernels], unconnected_gradients=unconnected)
 
     return [found.numpy() for found in traced(tf.constant(images))]
 
@@ -81,6 +83,89 @@ def test_the_copy_is_one_object_that_follows_the_weights():
     network.set_weights([2 * weights for weights in network.get_weights()])
     assert frozen_copy(network, images) is first
     np.testing.assert_allclose(first(images), network(images), rtol=1e-4, atol=1e-4)
+
+
+def with_normalization(*, convolution=None, normalization=None, again=False, units=600):
+    """Convolution, normalisation and ReLU, with random statistics, too."""
+    images = keras.Input((12, 12, 2))
+    sums = layers.Conv2D(6, 3, **convolution or {})(images)
+    x = layers.BatchNormalization(**normalization or {})(sums)
+    x = layers.ReLU()(x)
+    x = layers.Add()([x, sums]) if again else x
+    network = keras.Model(images, layers.Dense(units)(layers.Flatten()(x)))
+    return with_random_weights(network)
+
+
+def with_random_weights(network):
+    generator = np.random.default_rng(0)
+    weights = [generator.normal(size=w.shape) for w in network.get_weights()]
+    for place, variable in enumerate(network.weights):
+        if variable.name == "moving_variance":
+            weights[place] = np.abs(weights[place]) + 0.1
+    network.set_weights(weights)
+    return network
+
+
+def num_folded(network, images):
+    copy = frozen_copy(network, images)
+    return sum(isinstance(layer, FoldedNormalization) for layer in copy.layers)
+
+
+@pytest.mark.parametrize("convolution", [{}, {"use_bias": False}, {"strides": 2}], ids=str)
+@pytest.mark.parametrize("normalization", [{}, {"scale": False}, {"center": False}], ids=str)
+def test_a_normalization_becomes_part_of_the_convolution_before_it(convolution, normalization):
+    network = with_normalization(convolution=convolution, normalization=normalization)
+    images = batch((12, 12, 2))
+    copy = frozen_copy(network, images)
+    assert num_folded(network, images) == 1
+    np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
+    for found, expected in zip(
+        gradient(copy, images)[:1], gradient(network, images)[:1], strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    # A later look at other weights finds those.
+    network.set_weights([0.5 * weights for weights in network.get_weights()])
+    copy = frozen_copy(network, images)
+    np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"again": True},
+        {"convolution": {"activation": "relu"}},
+        {"normalization": {"axis": 1}},
+    ],
+    ids=["the sums are used again", "an activation between them", "rows are normalised"],
+)
+def test_a_normalization_of_anything_else_stays(settings):
+    network, images = with_normalization(**settings), batch((12, 12, 2))
+    assert num_folded(network, images) == 0
+    copy = frozen_copy(network, images)
+    assert copy is not network
+    np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_the_challenge_s_normalizations_are_folded():
+    """The second one of each of its 15 units, and the very first; others see a sum of branches."""
+    network = with_random_weights(wide_resnet(1))
+    images = 255 * batch((32, 32, 3))
+    assert num_folded(network, images) == 16
+    copy = frozen_copy(network, images)
+    expected = network(images, training=False)
+    np.testing.assert_allclose(copy(images), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_sequential_network_of_convolution_normalization_and_relu_is_folded():
+    network = keras.Sequential(
+        [keras.Input((12, 12, 2)), layers.Conv2D(4, 3, use_bias=False)]
+        + [layers.BatchNormalization(), layers.ReLU(), layers.Flatten(), layers.Dense(3)]
+    )
+    with_random_weights(network)
+    images = batch((12, 12, 2))
+    assert num_folded(network, images) == 1
+    copy = frozen_copy(network, images)
+    np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
 
 
 class Scaled(layers.Layer):

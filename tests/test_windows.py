@@ -112,6 +112,27 @@ def test_the_challenge_network_and_its_frozen_copy(side):
     assert_follows_changes(copy, shape, side)
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_convolution_with_a_normalization_folded_into_it(use_bias):
+    """The window sees the folded weights, and nothing of the layer that is left empty."""
+    network = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            convolution(activation=None, use_bias=use_bias, padding="same"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.MaxPooling2D(2),
+            *(layers.Flatten(), layers.Dense(4)),
+        ]
+    )
+    generator = np.random.default_rng(0)
+    network.set_weights([generator.uniform(0.1, 1, w.shape) for w in network.get_weights()])
+    copy = frozen_copy(network, np.zeros((2, *SHAPE), np.float32))
+    assert copy is not network
+    assert windowed(copy, SHAPE, 2).rest[0].name.startswith("flatten")
+    assert_follows_changes(copy, SHAPE, 2)
+
+
 def test_as_many_blocks_as_pay():
     network = mnist_cnn()
     found = [windowed(network, (28, 28, 1), side) for side in (1, 9, 28)]

@@ -4,11 +4,13 @@ Its layers compute the same sums as Keras' own in forms that oneDNN has fast ker
 
 - a convolution adds its bias as `BiasAdd`, which TensorFlow fuses with the convolution and the
   activation, where Keras adds a reshaped tensor, three passes over the largest arrays of a network;
+- a normalisation after a convolution becomes part of the convolution's weights;
 - the gradient for images of one channel, whose single number a pixel leaves vector registers
   empty, computes two by two pixels at once;
 - a large dense layer reads weights that were transposed beforehand, in the order of the product.
 """
 
+import collections
 import weakref
 from typing import Any
 
@@ -40,11 +42,11 @@ def frozen_copy(network: Any, images) -> Any:
         The copy, the same object each time for the same network; or the network itself if it is no
         plain model of Keras' own layers in float32, or if its logits are not the copy's.
     """
-    if not _is_fitting(network):
+    if not _is_known(network) or not (_folded(network) or _kinds(network)):
         return network
     try:
         if network not in _copies:
-            _copies[network] = keras.models.clone_model(network, clone_function=_clone)
+            _copies[network] = _copy(network)
         copy = _copies[network]
         copy.set_weights(network.get_weights())
     except UNCOPIED:
@@ -52,6 +54,8 @@ def frozen_copy(network: Any, images) -> Any:
     for layer in copy.layers:
         if isinstance(layer, _Dense):
             layer.turn()
+    for normalization, convolution in _folded(network).items():
+        copy.get_layer(convolution.name).fold(normalization)
     logits, own = (np.asarray(call_logits(model, images)) for model in (network, copy))
     # Written so that a NaN disagrees.
     return copy if np.abs(own - logits).max() <= _TOLERANCE * np.abs(logits).max() else network
@@ -71,7 +75,7 @@ def following_copy(network: Any) -> LogitsFn:
     def own(images):
         return network(images, training=False)
 
-    if not _is_fitting(network):
+    if not _is_known(network) or FrozenConvolution not in _kinds(network):
         return own
     try:
         copy = keras.models.clone_model(network, clone_function=_clone_convolution)
@@ -99,21 +103,82 @@ def is_plain(network: Any) -> bool:
     )
 
 
-def _is_fitting(network):
+def _is_known(network):
+    """Whether all of a network is Keras' own, in float32."""
     if not is_plain(network) or not network.built:
         return False
     return all(
         type(layer).__module__.startswith("keras.")
         and layer.compute_dtype == layer.variable_dtype == "float32"
         for layer in network.layers
-    ) and any(_class_of(layer) is not type(layer) for layer in network.layers)
+    )
+
+
+def _kinds(network):
+    """The classes of ours that compute its layers faster."""
+    classes = {_class_of(layer) for layer in network.layers}
+    return classes & {FrozenConvolution, _Dense}
+
+
+def _copy(network):
+    """A copy in faster forms, with weights still to come."""
+    folded = _folded(network)
+    convolutions = set(folded.values())
+
+    def clone(layer):
+        if layer in folded:
+            return FoldedNormalization.from_config(layer.get_config())
+        if layer not in convolutions:
+            return _clone(layer)
+        copy = FrozenConvolution.from_config(layer.get_config())
+        copy.is_folded = True
+        return copy
+
+    return keras.models.clone_model(network, clone_function=clone)
+
+
+def _folded(network) -> dict[keras.layers.Layer, keras.layers.Layer]:
+    """Normalisations of what a convolution alone gives, and gives to nothing else.
+
+    Returns:
+        The convolution of each.
+    """
+    is_sequential = isinstance(network, keras.Sequential)
+    operations = network.layers if is_sequential else network.operations
+    try:
+        seen = [tensor for operation in operations for tensor in tf.nest.flatten(operation.input)]
+        producers = {id(layer.output): layer for layer in network.layers if _can_fold(layer)}
+    except (AttributeError, ValueError):
+        # A layer that is used twice has no one input.
+        return {}
+    uses = collections.Counter(map(id, [*seen, *network.outputs]))
+    return {
+        layer: producers[id(layer.input)]
+        for layer in network.layers
+        if type(layer) is keras.layers.BatchNormalization
+        and layer.axis in (-1, 3)
+        and id(layer.input) in producers
+        and uses[id(layer.input)] == 1
+    }
+
+
+def _can_fold(layer):
+    return (
+        type(layer) is keras.layers.Conv2D
+        and _is_plain_convolution(layer)
+        and layer.activation is keras.activations.linear
+    )
+
+
+def _is_plain_convolution(layer):
+    is_plain = layer.data_format == "channels_last" and layer.groups == 1
+    return is_plain and layer.padding in ("same", "valid")
 
 
 def _class_of(layer):
     """What computes the layer: one of ours, or its own class."""
     if type(layer) is keras.layers.Conv2D:
-        is_plain = layer.data_format == "channels_last" and layer.groups == 1
-        is_fitting = is_plain and layer.use_bias and layer.padding in ("same", "valid")
+        is_fitting = _is_plain_convolution(layer) and layer.use_bias
         return FrozenConvolution if is_fitting else type(layer)
     if type(layer) is keras.layers.Dense:
         is_fitting = layer.use_bias and layer.kernel.shape.num_elements() >= _MANY_WEIGHTS
@@ -134,8 +199,28 @@ def _clone_convolution(layer):
 class FrozenConvolution(keras.layers.Conv2D):
     """A convolution in the copy; a faster form of the same sums."""
 
+    is_folded = False
+    """Whether it does the work of a `FoldedNormalization`, too."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.is_folded:
+            self.folded_kernel = tf.Variable(self.kernel, trainable=False)
+            self.folded_bias = tf.Variable(tf.zeros(self.filters), trainable=False)
+
+    def fold(self, normalization):
+        """Take the weights as they are now, with those of a `BatchNormalization` in them."""
+        variance = np.float64(normalization.moving_variance)
+        factor = 1 / np.sqrt(variance + normalization.epsilon)
+        if normalization.scale:
+            factor = factor * np.float64(normalization.gamma)
+        bias = np.float64(self.bias) if self.use_bias else 0.0
+        shift = np.float64(normalization.beta) if normalization.center else 0.0
+        self.folded_kernel.assign(np.float64(self.kernel) * factor)
+        self.folded_bias.assign((bias - np.float64(normalization.moving_mean)) * factor + shift)
+
     def call(self, inputs):
-        kernel, padding = tf.convert_to_tensor(self.kernel), self.padding.upper()
+        kernel, padding = kernel_of(self), self.padding.upper()
         if kernel.shape[2] == 1 and _has_blocks(inputs, self.strides, self.dilation_rate):
             outputs = _convolve_one_channel(inputs, kernel, padding)
         else:
@@ -143,6 +228,14 @@ class FrozenConvolution(keras.layers.Conv2D):
                 inputs, kernel, self.strides, padding, dilations=self.dilation_rate
             )
         return activated(self, outputs)
+
+
+class FoldedNormalization(keras.layers.BatchNormalization):
+    """A normalisation in the copy that the convolution before it computes: nothing is left."""
+
+    def call(self, inputs, training=None, mask=None):
+        del training, mask
+        return inputs
 
 
 class _Dense(keras.layers.Dense):
@@ -161,9 +254,17 @@ class _Dense(keras.layers.Dense):
         return activated(self, outputs)
 
 
+def kernel_of(convolution):
+    """The weights that a convolution computes with: its own, or with a normalisation in them."""
+    is_folded = isinstance(convolution, FrozenConvolution) and convolution.is_folded
+    return tf.convert_to_tensor(convolution.folded_kernel if is_folded else convolution.kernel)
+
+
 def activated(layer, sums):
     """What a layer does to its weighted sums: the bias and the activation."""
-    if layer.use_bias:
+    if isinstance(layer, FrozenConvolution) and layer.is_folded:
+        sums = tf.nn.bias_add(sums, layer.folded_bias)
+    elif layer.use_bias:
         sums = tf.nn.bias_add(sums, tf.convert_to_tensor(layer.bias))
     return sums if layer.activation is None else layer.activation(sums)
 

@@ -14,7 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.attack import LogitsFn, call_logits
-from logit_reg.attacks.frozen import FrozenConvolution, activated, is_plain
+from logit_reg.attacks.frozen import (
+    FoldedNormalization,
+    FrozenConvolution,
+    activated,
+    is_plain,
+    kernel_of,
+)
 
 # A block of which a larger share of the outputs changes is cheaper to run as a whole (measured).
 _MOST_CHANGED = 0.55
@@ -186,7 +192,7 @@ class _Block:
         outputs = padded
         for layer in self.layers:
             if isinstance(layer, keras.layers.Conv2D):
-                sums = tf.nn.conv2d(outputs, tf.convert_to_tensor(layer.kernel), 1, "VALID")
+                sums = tf.nn.conv2d(outputs, kernel_of(layer), 1, "VALID")
                 outputs = activated(layer, sums)
             elif isinstance(layer, keras.layers.MaxPooling2D):
                 outputs = tf.nn.max_pool2d(outputs, layer.pool_size, layer.strides, "VALID")
@@ -317,6 +323,6 @@ def _is_pointwise(layer):
     """Whether each number stays in its place, and 0 stays 0."""
     if type(layer) is keras.layers.Activation:
         return layer.activation in _POINTWISE
-    return type(layer) is keras.layers.Dropout or (
+    return type(layer) in (keras.layers.Dropout, FoldedNormalization) or (
         type(layer) is keras.layers.ReLU and not layer.threshold
     )
