@@ -52,7 +52,8 @@ def _chain(plan, arrays):
 def _convolution(weight, bias, padding):
     height, width, in_channels, out_channels = weight.shape
     layer = nn.Conv2d(in_channels, out_channels, (height, width), padding=padding)
-    layer.weight.data, layer.bias.data = weight.permute(3, 2, 0, 1).contiguous(), bias
+    layer.weight = nn.Parameter(weight.permute(3, 2, 0, 1).contiguous())
+    layer.bias = nn.Parameter(bias)
     return layer
 
 
@@ -116,7 +117,6 @@ class _WideResnet(nn.Module):
 
     def _activate(self, x, name):
         names = ("moving_mean", "moving_variance", "gamma", "beta")
-        x = functional.batch_norm(
-            x, *(getattr(self, f"{name}_{part}") for part in names), eps=_BATCH_NORM_EPSILON
-        )
+        mean, variance, scale, shift = (getattr(self, f"{name}_{part}") for part in names)
+        x = functional.batch_norm(x, mean, variance, scale, shift, eps=_BATCH_NORM_EPSILON)
         return functional.leaky_relu(x, _LEAKY_SLOPE)

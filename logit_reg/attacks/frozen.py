@@ -78,7 +78,9 @@ def following_copy(network: Any) -> LogitsFn:
     if not _is_known(network) or FrozenConvolution not in _kinds(network):
         return own
     try:
-        copy = keras.models.clone_model(network, clone_function=_clone_convolution)
+        copy = keras.models.clone_model(
+            network, clone_function=lambda layer: copied_layer(layer, layer.get_config())
+        )
     except UNCOPIED:
         return own
 
@@ -190,10 +192,16 @@ def _clone(layer):
     return _class_of(layer).from_config(layer.get_config())
 
 
-def _clone_convolution(layer):
-    # A dense layer's transposed weights would have to be made anew in each step.
+def copied_layer(layer, config: dict) -> keras.layers.Layer:
+    """A layer of its own: a convolution in its faster form, anything else as it is.
+
+    Args:
+        layer: one of Keras'.
+        config: its own, or that with another dtype.
+    """
+    # A dense layer's transposed weights would have to be made anew whenever they change.
     is_convolution = isinstance(layer, keras.layers.Conv2D)
-    return _clone(layer) if is_convolution else type(layer).from_config(layer.get_config())
+    return (_class_of(layer) if is_convolution else type(layer)).from_config(config)
 
 
 class FrozenConvolution(keras.layers.Conv2D):

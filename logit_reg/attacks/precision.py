@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.attack import LogitsFn, call_logits, margin
-from logit_reg.attacks.frozen import UNCOPIED, is_plain
+from logit_reg.attacks.frozen import UNCOPIED, copied_layer, is_plain
 
 ATTACK_DTYPES = ("auto", "float32", "bfloat16")
 """What attacks may compute directions in; "auto" is bfloat16 where it pays and agrees."""
@@ -152,7 +152,8 @@ def bfloat16_copy(network: keras.Model, *, for_training: bool = False) -> keras.
         if layer.name in lower:
             is_wide = for_training or isinstance(layer, keras.layers.BatchNormalization)
             config["dtype"] = "mixed_bfloat16" if is_wide else "bfloat16"
-        return type(layer).from_config(config)
+        # A network that is trained is exported, and has to be Keras' own.
+        return type(layer).from_config(config) if for_training else copied_layer(layer, config)
 
     try:
         copy = keras.models.clone_model(network, clone_function=clone)
