@@ -168,6 +168,19 @@ def test_a_sequential_network_of_convolution_normalization_and_relu_is_folded():
     np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
 
 
+def test_only_a_few_images_are_compared(monkeypatch):
+    """A wide network's layers hold gigabytes for a whole batch."""
+    seen = []
+
+    def noted(network, images):
+        seen.append(len(images))
+        return network(images, training=False)
+
+    monkeypatch.setattr("logit_reg.attacks.frozen.call_logits", noted)
+    frozen_copy(small_network(), batch(count=500))
+    assert seen == [4, 4]
+
+
 class Scaled(layers.Layer):
     """A layer of somebody else's, of which nothing is known."""
 
