@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +171,11 @@ def _steps_of_ours(problem, adversary):
 
 
 def _fit(problem, model):
+    """Steps of `fit`, up to the end of the last one.
+
+    After it `fit` now and then waits, idle, for up to as long as the steps took: that is no
+    training, and would hide what a step takes.
+    """
     import keras
 
     case = problem.case
@@ -182,9 +188,16 @@ def _fit(problem, model):
     images, labels = _training_set(problem)
     model.fit(images, labels, batch_size=case.batch_size, steps_per_epoch=1, verbose=0)
 
+    class Clock(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            # The metrics in `logs` are numbers: the step is over.
+            del batch, logs
+            self.last = time.perf_counter()
+
     def repetition():
-        model.fit(images, labels, batch_size=case.batch_size, verbose=0)
-        return Outcome()
+        clock, started = Clock(), time.perf_counter()
+        model.fit(images, labels, batch_size=case.batch_size, verbose=0, callbacks=[clock])
+        return Outcome(seconds=clock.last - started)
 
     return repetition
 

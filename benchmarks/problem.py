@@ -41,3 +41,5 @@ class Outcome:
     `attack_contenders`)."""
     correct_any_iterate: np.ndarray | None = None
     """(N,) bool: the same, where any iterate that fools counts."""
+    seconds: float | None = None
+    """How long the work itself took, where something else comes after it; None: all of it."""

@@ -16,10 +16,11 @@ import tensorflow as tf
 
 from benchmarks import attack_contenders, figures, run
 from benchmarks.cases import CASES, Case, choose
-from benchmarks.contenders import as_installed, names
+from benchmarks.contenders import CONTENDERS, as_installed, names
 from benchmarks.machine import BusyError, busy_processors, wait_until_idle
 from benchmarks.networks import export, forward_flops, trades_cnn
 from benchmarks.prepare import prepare, starts
+from benchmarks.problem import Outcome
 from benchmarks.processes import ContenderError, Worker
 from benchmarks.summary import (
     Measurement,
@@ -291,6 +292,14 @@ def test_a_peer_that_is_not_installed_is_missing_with_its_reason(monkeypatch, pr
         monkeypatch.setitem(sys.modules, module, None)
     (answer,) = answers(request_for(problem[0], "foolbox"), [])
     assert "import of eagerpy halted" in answer["missing"]
+
+
+@pytest.mark.parametrize("own", [None, 1e-9])
+def test_a_contender_may_leave_out_what_comes_after_the_work(monkeypatch, problem, own):
+    monkeypatch.setitem(CONTENDERS["pgd"], "clocked", lambda problem: lambda: Outcome(seconds=own))
+    _, turn = answers(request_for(problem[0], "clocked"), [None])
+    assert turn["seconds"] == own if own else turn["seconds"] > 1e-9
+    assert turn["correct"] is None
 
 
 def test_the_reference_of_autoattack_is_missing_without_its_folder(problem):
