@@ -42,13 +42,13 @@ def answers(request: dict, turns):
     yield {"seconds": time.perf_counter() - started}
     for _ in turns:
         started = time.perf_counter()
-        found = dataclasses.asdict(repetition())
+        outcome = repetition()
         elapsed = time.perf_counter() - started
-        own = found.pop("seconds")
-        seconds = elapsed if own is None else own
+        seconds = elapsed if outcome.seconds is None else outcome.seconds
         found = {
             name: None if verdicts is None else verdicts.tolist()
-            for name, verdicts in found.items()
+            for name, verdicts in dataclasses.asdict(outcome).items()
+            if name != "seconds"
         }
         yield {"seconds": seconds, "peak_bytes": peak_bytes(), **found}
 

@@ -314,17 +314,18 @@ class _WorstCase:
     """What all attacks together have done to N examples; the only place that keeps N images."""
 
     def __init__(self, images, clean):
+        self._images = images
         self.robust = clean.copy()
         self.adversarial = images.copy()
         self.broken_by = ["" if is_clean else "clean" for is_clean in clean]
         self.distance = np.zeros(len(images))
 
-    def add(self, batch, adversarial, images, norm):
+    def add(self, batch, adversarial, norm):
         """Take an attack's images of those that no attack before it has broken."""
         stands = self.robust[batch]
         rows = batch[stands]
         self.adversarial[rows] = adversarial[stands]
-        self.distance[rows] = distances(adversarial[stands], images[stands], norm)
+        self.distance[rows] = distances(self.adversarial[rows], self._images[rows], norm)
 
     def close(self, name, fooled):
         """Credit an attack, once all of its batches are there, with those that it fools."""
@@ -345,8 +346,8 @@ class _Books:
         self._forwards = self._backwards = self._unconfirmed = 0
         self._seconds = 0.0
 
-    def add(self, batch, images, norm, found, seconds):
-        self._worst.add(batch, found.adversarial, images, norm)
+    def add(self, batch, norm, found, seconds):
+        self._worst.add(batch, found.adversarial, norm)
         self.fooled[batch] = found.fooled
         self._last_fooled[batch] = found.last_iterate_fooled
         self.count(found.forwards, found.backwards, seconds)
@@ -413,7 +414,7 @@ class _Run:
                     if found is None:
                         taken.append(batch)
                     else:
-                        books.add(batch, self._images[batch], attack.threat.norm, *found)
+                        books.add(batch, attack.threat.norm, *found)
                         bar.update()
                 batches = taken
 

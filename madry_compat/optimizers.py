@@ -105,8 +105,6 @@ class TF1Adam(keras.optimizers.Adam):
             super().update_step(gradient, variable, learning_rate)
             return
         index = self._get_variable_index(variable)
-        if isinstance(variable, keras.Variable):
-            variable = variable.value
         dtype = variable.dtype
         beta_1, beta_2 = tf.constant(self.beta_1, dtype), tf.constant(self.beta_2, dtype)
         updates = tf.cast(self.iterations.value + 1, dtype)

@@ -45,20 +45,18 @@ def frozen_copy(network: Any, images) -> Any:
         The copy, the same object each time for the same network; or the network itself if it is no
         plain model of Keras' own layers in float32, or if its logits are not the copy's.
     """
-    if not _is_known(network) or not (_folded(network) or _kinds(network)):
+    if not _is_known(network):
+        return network
+    folded = _folded(network)
+    if not folded and not _kinds(network):
         return network
     try:
         if network not in _copies:
-            _copies[network] = _copy(network)
+            _copies[network] = _copy(network, folded)
         copy = _copies[network]
-        copy.set_weights(network.get_weights())
+        _set_weights(copy, network, folded)
     except UNCOPIED:
         return network
-    for layer in copy.layers:
-        if isinstance(layer, _Dense):
-            layer.turn()
-    for normalization, convolution in _folded(network).items():
-        copy.get_layer(convolution.name).fold(normalization)
     sample = images[:_NUM_COMPARED]
     logits, own = (np.asarray(call_logits(model, sample)) for model in (network, copy))
     # Written so that a NaN disagrees.
@@ -126,28 +124,50 @@ def _kinds(network):
     return classes & {FrozenConvolution, _Dense}
 
 
-def _copy(network):
+def _copy(network, folded):
     """A copy in faster forms, with weights still to come."""
-    folded = _folded(network)
-    convolutions = set(folded.values())
+    normalizations = set(folded.values())
 
     def clone(layer):
+        config = layer.get_config()
+        if layer in normalizations:
+            return FoldedNormalization(name=layer.name)
         if layer in folded:
-            return FoldedNormalization.from_config(layer.get_config())
-        if layer not in convolutions:
-            return _clone(layer)
-        copy = FrozenConvolution.from_config(layer.get_config())
-        copy.is_folded = True
-        return copy
+            return FrozenConvolution.from_config(config | {"use_bias": True})
+        return _class_of(layer).from_config(config)
 
     return keras.models.clone_model(network, clone_function=clone)
 
 
+def _set_weights(copy, network, folded):
+    """Give a copy the weights that its network has now."""
+    normalizations = set(folded.values())
+    for layer in network.layers:
+        if not layer.weights or layer in normalizations:
+            continue
+        own = copy.get_layer(layer.name)
+        is_folded = layer in folded
+        own.set_weights(_folded_weights(layer, folded[layer]) if is_folded else layer.get_weights())
+        if isinstance(own, _Dense):
+            own.turn()
+
+
+def _folded_weights(convolution, normalization):
+    """Kernel and bias that do what a convolution and the normalisation after it do."""
+    factor = 1 / np.sqrt(np.float64(normalization.moving_variance) + normalization.epsilon)
+    if normalization.scale:
+        factor = factor * np.float64(normalization.gamma)
+    bias = np.float64(convolution.bias) if convolution.use_bias else 0.0
+    shift = np.float64(normalization.beta) if normalization.center else 0.0
+    bias = (bias - np.float64(normalization.moving_mean)) * factor + shift
+    return [np.float64(convolution.kernel) * factor, bias]
+
+
 def _folded(network) -> dict[keras.layers.Layer, keras.layers.Layer]:
-    """Normalisations of what a convolution alone gives, and gives to nothing else.
+    """Convolutions that give what they compute to a normalisation, and to nothing else.
 
     Returns:
-        The convolution of each.
+        The normalisation after each.
     """
     is_sequential = isinstance(network, keras.Sequential)
     operations = network.layers if is_sequential else network.operations
@@ -159,7 +179,7 @@ def _folded(network) -> dict[keras.layers.Layer, keras.layers.Layer]:
         return {}
     uses = collections.Counter(map(id, [*seen, *network.outputs]))
     return {
-        layer: producers[id(layer.input)]
+        producers[id(layer.input)]: layer
         for layer in network.layers
         if type(layer) is keras.layers.BatchNormalization
         and layer.axis in (-1, 3)
@@ -192,10 +212,6 @@ def _class_of(layer):
     return type(layer)
 
 
-def _clone(layer):
-    return _class_of(layer).from_config(layer.get_config())
-
-
 def copied_layer(layer, config: dict) -> keras.layers.Layer:
     """A layer of its own: a convolution in its faster form, anything else as it is.
 
@@ -211,28 +227,8 @@ def copied_layer(layer, config: dict) -> keras.layers.Layer:
 class FrozenConvolution(keras.layers.Conv2D):
     """A convolution in the copy; a faster form of the same sums."""
 
-    is_folded = False
-    """Whether it does the work of a `FoldedNormalization`, too."""
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        if self.is_folded:
-            self.folded_kernel = tf.Variable(self.kernel, trainable=False)
-            self.folded_bias = tf.Variable(tf.zeros(self.filters), trainable=False)
-
-    def fold(self, normalization):
-        """Take the weights as they are now, with those of a `BatchNormalization` in them."""
-        variance = np.float64(normalization.moving_variance)
-        factor = 1 / np.sqrt(variance + normalization.epsilon)
-        if normalization.scale:
-            factor = factor * np.float64(normalization.gamma)
-        bias = np.float64(self.bias) if self.use_bias else 0.0
-        shift = np.float64(normalization.beta) if normalization.center else 0.0
-        self.folded_kernel.assign(np.float64(self.kernel) * factor)
-        self.folded_bias.assign((bias - np.float64(normalization.moving_mean)) * factor + shift)
-
     def call(self, inputs):
-        kernel, padding = kernel_of(self), self.padding.upper()
+        kernel, padding = tf.convert_to_tensor(self.kernel), self.padding.upper()
         if kernel.shape[2] == 1 and _has_blocks(inputs, self.strides, self.dilation_rate):
             outputs = _convolve_one_channel(inputs, kernel, padding)
         else:
@@ -242,10 +238,11 @@ class FrozenConvolution(keras.layers.Conv2D):
         return activated(self, outputs)
 
 
-class FoldedNormalization(keras.layers.BatchNormalization):
-    """A normalisation in the copy that the convolution before it computes: nothing is left."""
+class FoldedNormalization(keras.layers.Layer):
+    """What is left in the copy of a normalisation that the convolution before it does."""
 
     def call(self, inputs, training=None, mask=None):
+        """The inputs as they are."""
         del training, mask
         return inputs
 
@@ -266,17 +263,9 @@ class _Dense(keras.layers.Dense):
         return activated(self, outputs)
 
 
-def kernel_of(convolution):
-    """The weights that a convolution computes with: its own, or with a normalisation in them."""
-    is_folded = isinstance(convolution, FrozenConvolution) and convolution.is_folded
-    return tf.convert_to_tensor(convolution.folded_kernel if is_folded else convolution.kernel)
-
-
 def activated(layer, sums):
     """What a layer does to its weighted sums: the bias and the activation."""
-    if isinstance(layer, FrozenConvolution) and layer.is_folded:
-        sums = tf.nn.bias_add(sums, layer.folded_bias)
-    elif layer.use_bias:
+    if layer.use_bias:
         sums = tf.nn.bias_add(sums, tf.convert_to_tensor(layer.bias))
     return sums if layer.activation is None else layer.activation(sums)
 

@@ -1,6 +1,5 @@
 """A network in bfloat16, which attacks follow, while float32 decides who is fooled."""
 
-import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.attack import LogitsFn, call_logits, margin
 from logit_reg.attacks.frozen import UNCOPIED, copied_layer, is_plain
+from logit_reg.attacks.standing import clean_logits
 
 ATTACK_DTYPES = ("auto", "float32", "bfloat16")
 """What attacks may compute directions in; "auto" is bfloat16 where it pays and agrees."""
@@ -27,8 +27,6 @@ _TOLERANCE = 4.0
 _LARGEST_TOLERANCE = 0.5
 # ... and at most this share of the predictions differs.
 _MOST_DIFFERENT = 0.01
-# Images of a look without a trace.
-_NUM_AT_ONCE = 8
 
 
 class PrecisionError(ValueError):
@@ -234,12 +232,8 @@ def _measured_tolerance(network, copy, images):
     """How far the margins of two networks are apart, with room to spare."""
     noise = np.random.default_rng(0).uniform(images.min(), images.max(), images.shape)
     samples = np.concatenate([images, (images + noise) / 2]).astype(np.float32)
-    # In parts: Keras keeps what every layer gives until the call ends.
-    parts = np.array_split(samples, math.ceil(len(samples) / _NUM_AT_ONCE))
-    logits, low = (
-        np.concatenate([np.asarray(call_logits(model, part)) for part in parts])
-        for model in (network, copy)
-    )
+    # Compiled: in an eager call Keras keeps what every layer gives until the end.
+    logits, low = (clean_logits(model, samples) for model in (network, copy))
     labels = logits.argmax(axis=1)
     margins, low_margins = (np.asarray(margin(found, labels)) for found in (logits, low))
     typical = float(np.median(margins))

@@ -14,13 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.attack import LogitsFn, call_logits
-from logit_reg.attacks.frozen import (
-    FoldedNormalization,
-    FrozenConvolution,
-    activated,
-    is_plain,
-    kernel_of,
-)
+from logit_reg.attacks.frozen import FoldedNormalization, FrozenConvolution, activated, is_plain
 
 # A block of which a larger share of the outputs changes is cheaper to run as a whole (measured).
 _MOST_CHANGED = 0.55
@@ -192,7 +186,7 @@ class _Block:
         outputs = padded
         for layer in self.layers:
             if isinstance(layer, keras.layers.Conv2D):
-                sums = tf.nn.conv2d(outputs, kernel_of(layer), 1, "VALID")
+                sums = tf.nn.conv2d(outputs, tf.convert_to_tensor(layer.kernel), 1, "VALID")
                 outputs = activated(layer, sums)
             elif isinstance(layer, keras.layers.MaxPooling2D):
                 outputs = tf.nn.max_pool2d(outputs, layer.pool_size, layer.strides, "VALID")
