@@ -404,9 +404,8 @@ class _Run:
         """Attack batch by batch; what another worker is at comes last, from what it saved."""
         starts = range(0, len(rows), self._batch_size)
         batches = [rows[start : start + self._batch_size] for start in starts]
-        with tqdm(
-            total=len(batches), desc=name, unit="batch", disable=not self._show_progress
-        ) as bar:
+        is_shown = self._show_progress and batches
+        with tqdm(total=len(batches), desc=name, unit="batch", disable=not is_shown) as bar:
             for wait in (False, True):
                 taken = []
                 for batch in batches:
