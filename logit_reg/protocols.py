@@ -2,53 +2,66 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from logit_reg.attacks import FGSM, PGD, SPSA, Adaptive, Attack, AutoAttack, Restarts
 from logit_reg.threat import ThreatModel
 
-FAMILIES = ("mnist", "cifar")
-
-_LINF = {
-    "mnist": ThreatModel("linf", 0.3, 0.0, 1.0),
-    "cifar": ThreatModel("linf", 8.0, 0.0, 255.0),
-}
-# The paper's CIFAR budget is 1.5 on [0, 1]; MNIST's 2.0 is the field's.
-_L2 = {
-    "mnist": ThreatModel("l2", 2.0, 0.0, 1.0),
-    "cifar": ThreatModel("l2", 1.5 * 255, 0.0, 255.0),
-}
-# The budgets that the field evaluates in l2: .5 on [0, 1] for CIFAR.
-_AUTOATTACK_L2 = {"mnist": _L2["mnist"], "cifar": ThreatModel("l2", 127.5, 0.0, 255.0)}
-_STEP_SIZE = {"mnist": 0.01, "cifar": 2.0}
-
 # The challenges' own code; the paper's Eq. 4 has no such constant.
-_CHALLENGE_CONFIDENCE = 50.0
+CHALLENGE_CONFIDENCE = 50.0
 
 
-def protocol_attacks(name: str, family: str) -> dict[str, Attack]:
+class Challenge(Protocol):
+    """What a protocol has to know of the images, as `madry_compat.challenges.Challenge` does.
+
+    Attributes:
+        family: "mnist" or "cifar".
+        lower: smallest pixel value.
+        upper: largest pixel value.
+        epsilon: allowed l-infinity distance, pixel units.
+        autoattack_epsilon_l2: l2 distance of `autoattack-l2`, pixel units.
+        attack: `num_steps` and `step_size` of the challenge's own PGD.
+        paper: `step_size` of the paper's attacks and `epsilon_l2` of `paper-l2`, pixel units.
+    """
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def lower(self) -> float: ...
+    @property
+    def upper(self) -> float: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def autoattack_epsilon_l2(self) -> float: ...
+    @property
+    def attack(self) -> Any: ...
+    @property
+    def paper(self) -> Any: ...
+
+
+def protocol_attacks(name: str, challenge: Challenge) -> dict[str, Attack]:
     """The attacks of a named protocol.
 
     Args:
         name: one of `PROTOCOLS`.
-        family: "mnist" ([0, 1] pixels) or "cifar" ([0, 255]).
+        challenge: of the images.
 
     Returns:
-        Attacks by name. Names are unique over all protocols of a family, and equal attacks of
+        Attacks by name. Names are unique over all protocols of a challenge, and equal attacks of
         two protocols compare equal.
 
     Raises:
-        ValueError: if the protocol is unknown or not defined for the family.
+        ValueError: if the protocol is unknown or not defined for the challenge.
 
     Source:
         `eval.py` of the challenges and their leaderboards (madry-*); Shafahi et al., section 5
         (paper-*); Croce and Hein 2020 (autoattack*). "paper-20" to "paper-200" use step size 2:
         the published text, "2^4", is 2 with a footnote mark.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}.")
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}.")
-    return PROTOCOLS[name](family)
+    return PROTOCOLS[name](challenge)
 
 
 def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
@@ -69,85 +82,92 @@ def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
     return ANY_THREAT[name](threat)
 
 
-def linf_threat(family: str) -> ThreatModel:
-    """The challenges' own threat model of a family."""
-    return _LINF[family]
+def threat_of(norm: str, challenge: Challenge, epsilon: float | None = None) -> ThreatModel:
+    """The threat model of a challenge's images.
+
+    Args:
+        norm: "linf", or "l2" as in `paper-l2`.
+        challenge: of the images.
+        epsilon: the budget in pixel units, if not the challenge's.
+    """
+    if epsilon is None:
+        epsilon = challenge.epsilon if norm == "linf" else challenge.paper.epsilon_l2
+    return ThreatModel(norm, epsilon, challenge.lower, challenge.upper)
 
 
-def l2_threat(family: str) -> ThreatModel:
-    """The l2 threat model of a family's `paper-l2`."""
-    return _L2[family]
-
-
-def _only(family, wanted, name, instead):
-    if family != wanted:
+def _only(challenge, wanted, name, instead):
+    if challenge.family != wanted:
         raise ValueError(f"protocol {name} is defined on {wanted} only; use {instead} here.")
 
 
-def _madry_mnist(family, *, num_steps):
-    _only(family, "mnist", "madry-mnist", "madry-cifar10")
-    return _madry(family, num_steps, 0.01)
+def _madry_mnist(challenge, *, num_steps=None):
+    _only(challenge, "mnist", "madry-mnist", "madry-cifar10")
+    return _madry(challenge, num_steps or challenge.attack.num_steps)
 
 
-def _madry_cifar10(family):
-    _only(family, "cifar", "madry-cifar10", "madry-mnist")
-    # The leaderboard's "20-step PGD" used step size 1, not the config's 2.
-    return _madry(family, 20, 1.0)
+def _madry_cifar10(challenge):
+    _only(challenge, "cifar", "madry-cifar10", "madry-mnist")
+    return _madry(challenge, challenge.attack.num_steps)
 
 
-def _paper_mnist(family):
-    _only(family, "mnist", "paper-mnist", "paper-20")
-    return _paper(family, 40, 0.01)
+def _paper_mnist(challenge):
+    _only(challenge, "mnist", "paper-mnist", "paper-20")
+    return _paper(challenge, 40)
 
 
-def _paper_pgd(family, *, num_steps):
-    _only(family, "cifar", f"paper-{num_steps}", "paper-mnist")
-    return _paper(family, num_steps, 2.0)
+def _paper_pgd(challenge, *, num_steps):
+    _only(challenge, "cifar", f"paper-{num_steps}", "paper-mnist")
+    return _paper(challenge, num_steps)
 
 
-def _paper_fgsm(family):
-    return {f"fgsm-{loss}": FGSM(_LINF[family], loss) for loss in ("xent", "cw")}
+def _paper_fgsm(challenge):
+    threat = threat_of("linf", challenge)
+    return {f"fgsm-{loss}": FGSM(threat, loss) for loss in ("xent", "cw")}
 
 
-def _paper_restarts(family):
-    attack = PGD(_LINF[family], "cw", 100, _STEP_SIZE[family], early_stop=True)
+def _paper_restarts(challenge):
+    threat, step_size = threat_of("linf", challenge), challenge.paper.step_size
+    attack = PGD(threat, "cw", 100, step_size, early_stop=True)
     return {"pgd100-cw-x10": Restarts(attack, 10)}
 
 
-def _paper_l2(family):
-    threat = _L2[family]
+def _paper_l2(challenge):
+    threat = threat_of("l2", challenge)
     attack = PGD(threat, "cw", 100, 2.5 * threat.epsilon / 100, early_stop=True)
     return {"l2-pgd100-cw-x10": Restarts(attack, 10)}
 
 
-def _paper_spsa(family):
+def _paper_spsa(challenge):
     # The paper gives the iterations and its 2,048 images, not the samples: the usual 128.
-    return {"spsa20": SPSA(_LINF[family], num_steps=20, num_samples=128)}
+    return {"spsa20": SPSA(threat_of("linf", challenge), num_steps=20, num_samples=128)}
 
 
-def _autoattack_l2(family):
-    return {"autoattack-l2": AutoAttack(_AUTOATTACK_L2[family])}
+def _autoattack_l2(challenge):
+    threat = threat_of("l2", challenge, challenge.autoattack_epsilon_l2)
+    return {"autoattack-l2": AutoAttack(threat)}
 
 
-def _linf(family, *, name):
-    return any_threat_attacks(name, _LINF[family])
+def _linf(challenge, *, name):
+    return any_threat_attacks(name, threat_of("linf", challenge))
 
 
-def _madry(family, num_steps, step_size):
+def _madry(challenge, num_steps):
     # All steps on all images: the last iterate, which the leaderboard counts, stands beside.
-    confidence = {"xent": 0.0, "cw": _CHALLENGE_CONFIDENCE}
+    threat, step_size = threat_of("linf", challenge), challenge.attack.step_size
+    confidence = {"xent": 0.0, "cw": CHALLENGE_CONFIDENCE}
     return {
         f"madry-pgd{num_steps}-{loss}": PGD(
-            _LINF[family], loss, num_steps, step_size, confidence=confidence[loss]
+            threat, loss, num_steps, step_size, confidence=confidence[loss]
         )
         for loss in ("xent", "cw")
     }
 
 
-def _paper(family, num_steps, step_size):
+def _paper(challenge, num_steps):
+    threat, step_size = threat_of("linf", challenge), challenge.paper.step_size
     # Any iterate counts, so a fallen image needs no further step.
     return {
-        f"pgd{num_steps}-{loss}": PGD(_LINF[family], loss, num_steps, step_size, early_stop=True)
+        f"pgd{num_steps}-{loss}": PGD(threat, loss, num_steps, step_size, early_stop=True)
         for loss in ("xent", "cw")
     }
 
@@ -159,8 +179,8 @@ ANY_THREAT: dict[str, Callable[[ThreatModel], dict[str, Attack]]] = {
     "adaptive": lambda threat: {"adaptive": Adaptive(threat)},
 }
 
-PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
-    "madry-mnist": functools.partial(_madry_mnist, num_steps=40),
+PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
+    "madry-mnist": _madry_mnist,
     "madry-mnist-100": functools.partial(_madry_mnist, num_steps=100),
     "madry-cifar10": _madry_cifar10,
     "paper-fgsm": _paper_fgsm,

@@ -1,28 +1,10 @@
-"""The MadryLab challenges as records, and the checks and scoring of their submissions.
+"""One record for each data set: its files and their checksums, and the challenge it is under.
 
-A submission is the file `attack.npy`: a perturbed copy of the whole test set, in its original
-order. It comes from strangers, so its header is checked before a byte of it is loaded.
+Whatever differs between data sets stands here and nowhere else; `docs/adding.md` adds one.
 """
 
-import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-
-from madry_compat.files import write_atomically
-
-# Slack of the challenges' run_attack.py, on pixel values and on the perturbation, in pixel units.
-TOLERANCE = 1e-4
-
-_CHUNK = 500
-
-
-class SubmissionError(ValueError):
-    """A submission that the challenge does not accept; the message says why and what to do."""
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -62,45 +44,88 @@ class TrainingDefaults:
 
 
 @dataclass(frozen=True)
+class PaperDefaults:
+    """How the paper trains and attacks on a challenge's images, in pixel units.
+
+    Attributes:
+        noise_stddev: of the Gaussian noise beside a regulariser.
+        adversarial_step_size: of a step of 7-step adversarial training.
+        step_size: of the attacks of the `paper-*` protocols.
+        epsilon_l2: l2 distance of `paper-l2`. The challenges have no l2 threat model.
+        stretch: how many times longer than the challenge it trains its regularised networks; the
+            boundaries of the learning rate are unpublished and stretched as much.
+        width: of the network; 0 where that has one size.
+        needs_ramp: whether short adversarial training learns nothing unless its budget grows.
+
+    Source:
+        Shafahi et al.; the noise on [0, 1] is that of its sibling arXiv:1910.11585. MNIST's l2
+        distance is the field's.
+    """
+
+    noise_stddev: float
+    adversarial_step_size: float
+    step_size: float
+    epsilon_l2: float
+    stretch: int
+    width: int
+    needs_ramp: bool
+
+
+@dataclass(frozen=True)
 class Challenge:
     """One challenge: its images, its threat model and its published settings.
 
     Attributes:
-        name: "mnist", "cifar10" or "cifar100".
+        name: "mnist", "cifar10" or "cifar100": also the data set it was made for.
+        family: "mnist" or "cifar": what its protocols and its controls go by.
+        network: the function of `madry_compat.networks` that builds its network.
+        protocol: the name that its own protocol has in this project.
         image_shape: (height, width, channels) of one image.
         lower: smallest pixel value, in the pixel units of the network's input.
         upper: largest pixel value, likewise.
         epsilon: allowed l-infinity distance, in pixel units.
-        epsilon_l2: l2 distance of the `paper-l2` protocol, in pixel units. The challenges
-            themselves have no l2 threat model.
+        autoattack_epsilon_l2: l2 distance of `autoattack-l2`, in pixel units.
         submission_shape: shape of `attack.npy`; MNIST submissions are flattened.
         attack: the attack of the published protocol, which is not always the one in config.json.
         training: the published training.
+        paper: what the paper does on these images.
+        config_names: keys of its config.json that it spells in its own way.
+        config_extras: keys that its scripts read beyond those of both challenges, with the value
+            of those that `training` does not have.
     """
 
     name: str
+    family: str
+    network: str
+    protocol: str
     image_shape: tuple[int, int, int]
     num_classes: int
     lower: float
     upper: float
     epsilon: float
-    epsilon_l2: float
+    autoattack_epsilon_l2: float
     num_test_examples: int
     submission_shape: tuple[int, ...]
     eval_batch_size: int
     eval_on_cpu: bool
     attack: AttackDefaults
     training: TrainingDefaults
+    paper: PaperDefaults
+    config_names: Mapping[str, str] = field(hash=False)
+    config_extras: Mapping[str, str | None] = field(hash=False)
 
 
 MNIST = Challenge(
     name="mnist",
+    family="mnist",
+    network="mnist_cnn",
+    protocol="madry-mnist",
     image_shape=(28, 28, 1),
     num_classes=10,
     lower=0.0,
     upper=1.0,
     epsilon=0.3,
-    epsilon_l2=2.0,
+    autoattack_epsilon_l2=2.0,
     num_test_examples=10_000,
     submission_shape=(10_000, 784),
     eval_batch_size=200,
@@ -120,16 +145,31 @@ MNIST = Challenge(
         num_summary_steps=100,
         num_checkpoint_steps=300,
     ),
+    paper=PaperDefaults(
+        noise_stddev=0.5,
+        adversarial_step_size=0.1,
+        step_size=0.01,
+        epsilon_l2=2.0,
+        stretch=1,
+        width=0,
+        needs_ramp=True,
+    ),
+    config_names={"num_steps": "k", "step_size": "a"},
+    config_extras={},
 )
 
 CIFAR10 = Challenge(
     name="cifar10",
+    family="cifar",
+    network="wide_resnet",
+    protocol="madry-cifar10",
     image_shape=(32, 32, 3),
     num_classes=10,
     lower=0.0,
     upper=255.0,
     epsilon=8.0,
-    epsilon_l2=382.5,
+    # .5 on [0, 1], which the field evaluates; the paper has 1.5.
+    autoattack_epsilon_l2=127.5,
     num_test_examples=10_000,
     submission_shape=(10_000, 32, 32, 3),
     eval_batch_size=100,
@@ -151,18 +191,147 @@ CIFAR10 = Challenge(
         num_summary_steps=100,
         num_checkpoint_steps=1000,
     ),
+    paper=PaperDefaults(
+        noise_stddev=20.0,
+        adversarial_step_size=2.0,
+        step_size=2.0,
+        epsilon_l2=382.5,
+        stretch=2,
+        width=10,
+        needs_ramp=False,
+    ),
+    config_names={"random_seed": "tf_random_seed"},
+    config_extras={
+        "data_path": "cifar10_data",
+        "np_random_seed": None,
+        "step_size_schedule": None,
+        "weight_decay": None,
+        "momentum": None,
+    },
 )
 
 # Not a MadryLab challenge: the paper runs CIFAR-100 with everything else as on CIFAR-10.
 CIFAR100 = replace(CIFAR10, name="cifar100", num_classes=100)
 
-_CHALLENGE_OF = {
-    "mnist": MNIST,
-    "mnist_5k": MNIST,
-    "fashion_mnist": MNIST,
-    "cifar10": CIFAR10,
-    "cifar100": CIFAR100,
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """One data set: how it was published and which challenge's settings it takes.
+
+    Attributes:
+        name: of the data set, as flags and files say it.
+        challenge: gives shape, classes, pixel range, threat model, training and attacks.
+        format: "idx", "pickles" or "embedded": the reader of `madry_compat.data` for its own
+            files. Where these are not, a TFDS folder of its name is read.
+        files: its own files by split, in their order, with their md5: of IDX files uncompressed,
+            of pickles as unpacked. Looked up at every load.
+        folder: where the published archive unpacks them.
+        labels_key: of a pickle's labels.
+        num_examples: by split, where TFDS's ids count them; elsewhere TFDS's shuffle is undone.
+        validation_examples: so many first training images the challenge's reader kept back.
+        taken_from: the data set whose training images these are.
+    """
+
+    name: str
+    challenge: Challenge
+    format: str
+    files: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    folder: str = ""
+    labels_key: str = ""
+    num_examples: Mapping[str, int] = field(default_factory=dict)
+    validation_examples: int = 0
+    taken_from: str = ""
+
+    @property
+    def pixel_divisor(self) -> float:
+        """Stored values, of 0 to 255, over this are in the challenge's pixel units."""
+        return 255.0 / self.challenge.upper
+
+
+IMAGE_SETS = {
+    record.name: record
+    for record in (
+        ImageSet("mnist_5k", MNIST, "embedded", taken_from="mnist"),
+        ImageSet(
+            "mnist",
+            MNIST,
+            "idx",
+            {
+                "train": {
+                    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+                    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+                },
+                "test": {
+                    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+                    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+                },
+            },
+            folder="mnist",
+            validation_examples=5_000,
+        ),
+        ImageSet(
+            "fashion_mnist",
+            MNIST,
+            "idx",
+            {
+                "train": {
+                    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+                    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+                },
+                "test": {
+                    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+                    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+                },
+            },
+            folder="fashion_mnist",
+        ),
+        ImageSet(
+            "cifar10",
+            CIFAR10,
+            "pickles",
+            {
+                "train": {
+                    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                    "data_batch_4": "634d18415352ddfa80567beed471001a",
+                    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+                },
+                "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+            },
+            folder="cifar-10-batches-py",
+            labels_key="labels",
+            num_examples={"train": 50_000, "test": 10_000},
+        ),
+        ImageSet(
+            "cifar100",
+            CIFAR100,
+            "pickles",
+            {
+                "train": {"train": "16019d7e3df5f24257cddd939b257f8d"},
+                "test": {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+            },
+            folder="cifar-100-python",
+            labels_key="fine_labels",
+            num_examples={"train": 50_000, "test": 10_000},
+        ),
+    )
 }
+
+
+# The data set that needs no files but those of an installed package.
+EMBEDDED = next(record.name for record in IMAGE_SETS.values() if record.format == "embedded")
+
+
+def image_set(name: str) -> ImageSet:
+    """The record of a data set.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in IMAGE_SETS:
+        raise ValueError(f"dataset must be one of {', '.join(IMAGE_SETS)}; got {name!r}.")
+    return IMAGE_SETS[name]
 
 
 def challenge_for(dataset_name: str) -> Challenge:
@@ -171,429 +340,4 @@ def challenge_for(dataset_name: str) -> Challenge:
     Raises:
         ValueError: if no challenge covers the data set.
     """
-    if dataset_name not in _CHALLENGE_OF:
-        options = ", ".join(repr(name) for name in _CHALLENGE_OF)
-        raise ValueError(f"dataset must be one of {options}; got {dataset_name!r}.")
-    return _CHALLENGE_OF[dataset_name]
-
-
-# Accuracies of the released models as fractions, by "protocol/loss" or by leaderboard entry.
-# "xent" and "cw" are the loss; a protocol name without one has a single attack.
-_PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
-    ("mnist", "secret"): {
-        "clean": 0.9853,
-        "fgsm/xent": 0.9636,
-        "fgsm/cw": 0.9640,
-        "madry-mnist-100/xent": 0.9252,
-        "madry-mnist-100/cw": 0.9304,
-        "madry-mnist-100-restarts-50/xent": 0.8962,
-        "madry-mnist-100-restarts-50/cw": 0.8971,
-        "autoattack": 0.8850,
-        "autoattack/apgd-ce": 0.9057,
-        "autoattack/apgd-t": 0.9057,
-        "autoattack/fab-t": 0.9369,
-        "autoattack/square": 0.8856,
-        "leaderboard/square": 0.8825,
-        "leaderboard/multitargeted": 0.8836,
-        "leaderboard/odi-pgd": 0.8813,
-        "leaderboard/best": 0.8800,
-        "black-box/best": 0.9276,
-        "black-box/adv_trained-copies/pgd-xent": 0.9354,
-        "black-box/natural/fgsm-cw": 0.9608,
-        "black-box/natural/pgd-xent": 0.9681,
-        "black-box/adv_trained/fgsm-xent": 0.9766,
-        "black-box/adv_trained/pgd-xent": 0.9779,
-    },
-    ("cifar10", "secret"): {
-        "clean": 0.8714,
-        "fgsm/xent": 0.5555,
-        "fgsm/cw": 0.5492,
-        "madry-cifar10/xent": 0.4704,
-        "madry-cifar10/cw": 0.4776,
-        "madry-cifar10-restarts-10/xent": 0.4521,
-        "autoattack": 0.4404,
-        "autoattack/apgd-ce": 0.4475,
-        "autoattack/apgd-t": 0.4428,
-        "autoattack/fab-t": 0.4475,
-        "autoattack/square": 0.5310,
-        "leaderboard/fab": 0.4451,
-        "leaderboard/multitargeted": 0.4403,
-        "leaderboard/odi-pgd": 0.4399,
-        "leaderboard/best": 0.4395,
-        "black-box/adv_trained/pgd-xent": 0.6339,
-        "black-box/adv_trained/pgd-cw": 0.6438,
-        "black-box/adv_trained/fgsm-cw": 0.6725,
-        "black-box/natural/fgsm-cw": 0.8523,
-    },
-    ("cifar10", "adv_trained"): {
-        "clean": 0.8725,
-        "paper-fgsm/xent": 0.5622,
-        "paper-fgsm/cw": 0.5557,
-        "paper-20/xent": 0.4584,
-        "paper-20/cw": 0.4690,
-        "paper-50/xent": 0.4539,
-        "paper-200/xent": 0.4532,
-        "paper-200/cw": 0.4648,
-    },
-    ("cifar10", "natural"): {"clean": 0.9501, "pgd": 0.0},
-}
-
-_RELEASED_MODELS = ("natural", "adv_trained", "secret")
-
-
-def published_results(challenge: Challenge, model: str) -> Mapping[str, float]:
-    """Published accuracies of a released model.
-
-    Args:
-        challenge: MNIST or CIFAR10; CIFAR100 has no releases.
-        model: "natural", "adv_trained" or "secret".
-
-    Returns:
-        Accuracy as a fraction by "protocol/loss"; empty where nothing was published. "clean" is
-        the accuracy without an attack, "leaderboard/..." and "black-box/..." are submissions by
-        others, and these two have no protocol here that repeats them.
-
-    Raises:
-        ValueError: if there is no released model of that name.
-
-    Source:
-        The challenges' README leaderboards; AutoAttack (arXiv:2003.01690), Table 2; Shafahi et
-        al. for the public CIFAR-10 model, with steps of 2 and a CW loss without confidence,
-        while the leaderboard's own attacks on the secret one took steps of 1 and confidence 50;
-        free adversarial training (arXiv:1904.12843) for the natural one.
-    """
-    if model not in _RELEASED_MODELS:
-        options = ", ".join(repr(name) for name in _RELEASED_MODELS)
-        raise ValueError(f"model must be one of {options}; got {model!r}.")
-    return dict(_PUBLISHED.get((challenge.name, model), {}))
-
-
-def require_canonical(dataset_note: str, canonical: bool) -> None:
-    """Refuse to score or write a submission against anything but the original test set.
-
-    Args:
-        dataset_note: what the test set is and why it is not canonical, for the message.
-        canonical: whether images and order were proved to be the original ones.
-
-    Raises:
-        SubmissionError: if it is not canonical.
-    """
-    if not canonical:
-        raise SubmissionError(
-            f"a submission perturbs the original test set in its original order, which this is "
-            f"not: {dataset_note}. Point --data_dir or --data_path at the original files."
-        )
-
-
-def load_submission(path: str | os.PathLike[str], challenge: Challenge) -> np.ndarray:
-    """Read and validate an `attack.npy`.
-
-    Args:
-        path: a .npy file of float16, float32 or float64 values in `challenge.submission_shape`.
-        challenge: decides the shape and the pixel range.
-
-    Returns:
-        (10000, H, W, C) float32 in the challenge's pixel units.
-
-    Raises:
-        SubmissionError: if the file is missing, damaged, not a plain array of floats, has another
-            shape, a NaN or an infinity, or leaves the pixel range by more than 1e-4.
-
-    Source:
-        `run_attack.py` of both challenges. Deviations: the CIFAR-10 script has no NaN check, and
-        both read pickles and integer arrays, which wrap around when subtracted.
-    """
-    path = Path(path)
-    try:
-        if not path.is_file():
-            state = "is not a regular file" if path.exists() else "does not exist"
-            raise SubmissionError(f"{path}: {state}, expected a .npy file. Check the path.")
-        with path.open("rb") as file:
-            submission = _read_floats(file, path.name, challenge)
-    except (OSError, EOFError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise SubmissionError(
-            f"{path}: cannot be read ({reason}), expected a .npy file. Check the file."
-        ) from error
-
-    images = submission.reshape(-1, *challenge.image_shape)
-    _check_pixels(images, path.name, challenge)
-    return np.ascontiguousarray(images, dtype=np.float32)
-
-
-def check_submission(
-    adversarial: np.ndarray,
-    natural: np.ndarray,
-    challenge: Challenge,
-    *,
-    epsilon: float | None = None,
-    name: str = "submission",
-) -> np.ndarray:
-    """Check that every adversarial image lies within epsilon of its natural one.
-
-    Args:
-        adversarial: (N, H, W, C) in the challenge's pixel units.
-        natural: (N, H, W, C) in the same units, in the same order.
-        challenge: gives the default epsilon.
-        epsilon: allowed l-infinity distance in pixel units, if not the challenge's.
-        name: what to call the submission in a message, such as its file name.
-
-    Returns:
-        (N,) float64 l-infinity distances in pixel units.
-
-    Raises:
-        SubmissionError: if a distance exceeds epsilon by more than 1e-4 or is not a number.
-        ValueError: if the shapes differ, or `natural` is not in the challenge's pixel units.
-    """
-    epsilon = challenge.epsilon if epsilon is None else epsilon
-    if not 0 <= epsilon < float("inf"):
-        raise ValueError(f"epsilon must be finite and at least 0, in pixel units; got {epsilon}.")
-    if adversarial.shape != natural.shape or natural.shape[1:] != challenge.image_shape:
-        raise ValueError(
-            f"adversarial and natural must both be (N, {', '.join(map(str, challenge.image_shape))}"
-            f"); got {adversarial.shape} and {natural.shape}."
-        )
-    if natural.size and not challenge.lower <= natural.min() <= natural.max() <= challenge.upper:
-        raise ValueError(
-            f"natural images must lie in [{challenge.lower:g}, {challenge.upper:g}]; got "
-            f"[{natural.min():g}, {natural.max():g}]. Convert them to pixel units first."
-        )
-
-    distances = np.empty(len(natural))
-    for start in range(0, len(natural), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        # Cast before subtracting: unsigned integers wrap around.
-        difference = adversarial[rows].astype(np.float64) - natural[rows].astype(np.float64)
-        distances[rows] = np.abs(difference).max(axis=(1, 2, 3))
-
-    # Written so that a NaN counts as outside.
-    outside = ~(distances <= epsilon + TOLERANCE)
-    if outside.any():
-        # argmax takes a NaN for the largest, which is what we want named.
-        worst = int(np.argmax(distances))
-        raise SubmissionError(
-            f"{name}: maximum perturbation found: {distances[worst]:.6g} (image {worst}; "
-            f"{int(outside.sum())} of {len(distances)} images are outside), maximum perturbation "
-            f"allowed: {epsilon:g} in linf. Clip each image to within epsilon of the original."
-        )
-    return distances
-
-
-def score_submission(
-    predict: Callable[[np.ndarray], Any],
-    adversarial: np.ndarray,
-    labels: np.ndarray,
-    batch_size: int,
-) -> tuple[float, np.ndarray]:
-    """Classify a submission as the challenge's `run_attack.py` does.
-
-    Args:
-        predict: from (B, H, W, C) float32 in pixel units to (B,) predicted classes.
-        adversarial: (N, H, W, C) in pixel units.
-        labels: (N,) true classes.
-        batch_size: images per call of `predict`; the last batch may be smaller.
-
-    Returns:
-        The accuracy as a fraction, and the (N,) int64 predictions.
-
-    Raises:
-        ValueError: if the lengths differ, `batch_size` is not positive, or `predict` gives
-            something else than one class for each image.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    if not len(adversarial) or labels.shape != (len(adversarial),):
-        raise ValueError(
-            f"labels must be ({len(adversarial)},), one for each of at least one image; "
-            f"got {labels.shape}."
-        )
-    batches = []
-    for start in range(0, len(adversarial), batch_size):
-        images = adversarial[start : start + batch_size].astype(np.float32, copy=False)
-        batch = np.asarray(predict(images))
-        if batch.shape != (len(images),) or batch.dtype.kind not in "iu":
-            raise ValueError(
-                f"predict must give ({len(images)},) integer classes; got {batch.shape} of "
-                f"{batch.dtype}. Take the argmax of the logits over their last axis."
-            )
-        batches.append(batch.astype(np.int64))
-    predictions = np.concatenate(batches)
-    return int((predictions == labels).sum()) / len(labels), predictions
-
-
-def worst_case(predictions: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """Per example, whether it is classified correctly under every submission.
-
-    Args:
-        predictions: at least one (N,) array, one for each submission.
-        labels: (N,) true classes.
-
-    Returns:
-        (N,) bool; its mean is the worst-case accuracy.
-
-    Raises:
-        ValueError: if there are no predictions or their shape is not that of the labels.
-    """
-    if not predictions or any(array.shape != labels.shape for array in predictions):
-        shapes = ", ".join(str(array.shape) for array in predictions) or "none"
-        raise ValueError(f"predictions must be arrays of shape {labels.shape}; got {shapes}.")
-    return np.logical_and.reduce([array == labels for array in predictions])
-
-
-def format_score(accuracy: float, path: str | os.PathLike[str] = "pred.npy") -> str:
-    """The two lines that the challenges' `run_attack.py` ends with.
-
-    Args:
-        accuracy: as a fraction.
-        path: the file of predictions that was written.
-    """
-    return f"Accuracy: {100.0 * accuracy:.2f}%\nOutput saved at {os.fspath(path)}"
-
-
-def write_submission(
-    path: str | os.PathLike[str], adversarial: np.ndarray, challenge: Challenge
-) -> None:
-    """Write a valid `attack.npy`: float32, flattened for MNIST, whole or not at all.
-
-    The distance to the natural images is not checked here; call `check_submission` first.
-
-    Args:
-        path: the file to write, under exactly this name.
-        adversarial: (10000, H, W, C) float in the challenge's pixel units, in test-set order.
-        challenge: decides the shape and the pixel range.
-
-    Raises:
-        SubmissionError: if the challenge would refuse the array.
-    """
-    name = Path(path).name
-    _check_dtype(adversarial.dtype, name)
-    expected = (challenge.num_test_examples, *challenge.image_shape)
-    if adversarial.shape != expected:
-        raise SubmissionError(
-            f"{name}: shape {adversarial.shape}, expected {expected}. "
-            f"A submission holds the whole test set; attack all of it."
-        )
-    _check_pixels(adversarial, name, challenge)
-    submission = adversarial.reshape(challenge.submission_shape).astype(np.float32)
-    write_atomically(path, lambda file: np.save(file, submission, allow_pickle=False))
-
-
-def write_predictions(path: str | os.PathLike[str], predictions: np.ndarray) -> None:
-    """Write `pred.npy`, int64 as the challenges' own, whole or not at all.
-
-    Args:
-        path: the file to write, under exactly this name.
-        predictions: (N,) integer classes.
-
-    Raises:
-        ValueError: if the predictions are not a vector of integers.
-    """
-    if predictions.ndim != 1 or predictions.dtype.kind not in "iu":
-        raise ValueError(
-            f"predictions must be (N,) integer classes; got {predictions.shape} of "
-            f"{predictions.dtype}."
-        )
-    classes = predictions.astype(np.int64)
-    write_atomically(path, lambda file: np.save(file, classes, allow_pickle=False))
-
-
-def _read_floats(file: IO[bytes], name: str, challenge: Challenge) -> np.ndarray:
-    """The array in an open .npy file, once its header promises what the challenge expects."""
-    size = os.fstat(file.fileno()).st_size
-    shape, dtype = _read_header(file, name)
-    _check_dtype(dtype, name)
-    if shape != challenge.submission_shape:
-        raise SubmissionError(
-            f"{name}: shape {_show_shape(shape)}, expected {challenge.submission_shape}. "
-            f"{_shape_remedy(shape, challenge)}"
-        )
-    needed = file.tell() + int(np.prod(shape)) * dtype.itemsize
-    if size < needed:
-        raise SubmissionError(
-            f"{name}: truncated, {size} bytes where its header promises {needed}. "
-            f"Write or copy the file again."
-        )
-    file.seek(0)
-    try:
-        return np.load(file, allow_pickle=False)
-    except ValueError as error:
-        raise SubmissionError(
-            f"{name}: cannot be read ({error}). Write or copy the file again."
-        ) from error
-
-
-def _read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype]:
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    try:
-        with warnings.catch_warnings():
-            # Headers written under Python 2, as most old submissions are, are only slow to read.
-            warnings.simplefilter("ignore")
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = readers[version](file)
-    # Beside ValueError, a mutated header makes numpy's parser raise tokenizer, recursion,
-    # memory and type errors; every one of them means the same.
-    except Exception as error:
-        raise SubmissionError(
-            f"{name}: not a .npy array of version 1.0 or 2.0, expected what numpy.save writes. "
-            f"Save one float32 array with numpy.save."
-        ) from error
-    return shape, dtype
-
-
-def _check_dtype(dtype: np.dtype, name: str) -> None:
-    if dtype.hasobject:
-        raise SubmissionError(
-            f"{name}: holds pickled objects, expected float32. Pickles can run code and are "
-            f"never loaded; save images.astype(numpy.float32)."
-        )
-    if dtype.kind in "iu":
-        raise SubmissionError(
-            f"{name}: dtype {dtype}, expected float32. Integers wrap around when the original "
-            f"images are subtracted; save images.astype(numpy.float32) in pixel units."
-        )
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        # A structured dtype prints as long as its author likes.
-        shown = str(dtype) if len(str(dtype)) <= 40 else f"{str(dtype)[:40]}..."
-        raise SubmissionError(
-            f"{name}: dtype {shown!r}, expected float32. Save images.astype(numpy.float32)."
-        )
-
-
-def _show_shape(shape: tuple[int, ...]) -> str:
-    # A header may hold thousands of dimensions, or one too long for Python to print.
-    if len(shape) > 8 or any(abs(size) > 2**63 for size in shape):
-        return f"with {len(shape)} dimensions of absurd size or number"
-    return str(shape)
-
-
-def _shape_remedy(shape: tuple[int, ...], challenge: Challenge) -> str:
-    count, height, width, channels = challenge.num_test_examples, *challenge.image_shape
-    expected = challenge.submission_shape
-    if shape[:1] != (count,) and shape[1:] == expected[1:]:
-        return f"A submission holds all {count} test images, in the original order."
-    if len(expected) == 2 and shape[1:3] == (height, width):
-        return f"MNIST submissions are flattened; use images.reshape(-1, {expected[1]})."
-    if len(expected) == 4 and shape == (count, height * width * channels):
-        return f"CIFAR submissions are not flattened; use images.reshape{(-1, *expected[1:])}."
-    if len(expected) == 4 and shape == (count, channels, height, width):
-        return "Channels come last; use images.transpose(0, 2, 3, 1)."
-    return f"Save the perturbed {challenge.name} test set as one array."
-
-
-def _check_pixels(images: np.ndarray, name: str, challenge: Challenge) -> None:
-    finite = np.isfinite(images).all(axis=(1, 2, 3))
-    if not finite.all():
-        raise SubmissionError(
-            f"{name}: image {int(np.argmin(finite))} has a NaN or infinite pixel ("
-            f"{int((~finite).sum())} images do), expected numbers in "
-            f"[{challenge.lower:g}, {challenge.upper:g}]. Repair the attack that made it."
-        )
-    low, high = float(images.min()), float(images.max())
-    if low < challenge.lower - TOLERANCE or high > challenge.upper + TOLERANCE:
-        raise SubmissionError(
-            f"{name}: Invalid pixel range. Expected [{challenge.lower:g}, {challenge.upper:g}], "
-            f"found [{low:.6g}, {high:.6g}]. Clip the images to the range of the challenge."
-        )
+    return image_set(dataset_name).challenge

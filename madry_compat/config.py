@@ -142,12 +142,9 @@ def write_config(
         )
     checked = {key: _check(key, value, f"settings: {key}") for key, value in given.items()}
     values = {**_defaults(challenge), "np_random_seed": checked["random_seed"] % 2**32, **checked}
-    if challenge.name == "mnist":
+    if "np_random_seed" not in challenge.config_extras:
         values.pop("np_random_seed")
-        own_names = {"num_steps": "k", "step_size": "a"}
-    else:
-        own_names = {"random_seed": "tf_random_seed"}
-    written = {own_names.get(key, key): value for key, value in values.items()}
+    written = {challenge.config_names.get(key, key): value for key, value in values.items()}
     text = json.dumps(written, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -156,8 +153,9 @@ def _defaults(challenge: Challenge) -> dict[str, Any]:
     """The values of a challenge's keys that need no choice, in the order of its file."""
     training = challenge.training
     values: dict[str, Any] = {"model_dir": None}
-    if challenge.name != "mnist":
-        values["data_path"] = "cifar10_data"
+    extras = challenge.config_extras
+    if "data_path" in extras:
+        values["data_path"] = extras["data_path"]
     values |= {
         "random_seed": None,
         "max_num_training_steps": training.max_num_training_steps,
@@ -166,12 +164,9 @@ def _defaults(challenge: Challenge) -> dict[str, Any]:
         "num_checkpoint_steps": training.num_checkpoint_steps,
         "training_batch_size": training.training_batch_size,
     }
-    if challenge.name != "mnist":
-        values |= {
-            "step_size_schedule": training.step_size_schedule,
-            "weight_decay": training.weight_decay,
-            "momentum": training.momentum,
-        }
+    for key in ("step_size_schedule", "weight_decay", "momentum"):
+        if key in extras:
+            values[key] = getattr(training, key)
     return values | {
         "num_eval_examples": challenge.num_test_examples,
         "eval_batch_size": challenge.eval_batch_size,

@@ -15,6 +15,19 @@ _CIFAR_SHAPE = (32, 32, 3)
 _UNITS_PER_GROUP = 5
 
 
+def build(network: str, width: int, num_classes: int) -> keras.Model:
+    """The untrained network of a challenge.
+
+    Args:
+        network: `Challenge.network`, the name of a function of this module.
+        width: of a network that has more than one size, else 0.
+        num_classes: number of logits; 10 for `mnist_cnn`.
+    """
+    if network == "mnist_cnn":
+        return mnist_cnn()
+    return wide_resnet(width, num_classes)
+
+
 def mnist_cnn() -> keras.Model:
     """The MNIST challenge's network: two convolutions and two dense layers.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from logit_reg.attacks import PGD, Attack, Restarts
+from logit_reg.protocols import CHALLENGE_CONFIDENCE, threat_of
 from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
@@ -19,9 +20,6 @@ ATTACK_FLAGS = (
     "confidence",
     "restarts",
 )
-
-# The challenges' own constant; the paper's Eq. 4 has 0.
-_CHALLENGE_CONFIDENCE = 50.0
 
 
 def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
@@ -55,9 +53,7 @@ def given_attack_flags() -> list[str]:
 
 def challenge_threat(challenge: Challenge) -> ThreatModel:
     """The threat model of --norm and --epsilon, the challenge's where they are not given."""
-    norm = _flag("norm", "linf")
-    default = challenge.epsilon if norm == "linf" else challenge.epsilon_l2
-    return ThreatModel(norm, _flag("epsilon", default), challenge.lower, challenge.upper)
+    return threat_of(_flag("norm", "linf"), challenge, FLAGS.epsilon)
 
 
 def attack_from_flags(threat: ThreatModel, challenge: Challenge | None) -> dict[str, Attack]:
@@ -83,7 +79,7 @@ def attack_from_flags(threat: ThreatModel, challenge: Challenge | None) -> dict[
         num_steps,
         _flag("step_size", step_size),
         random_start=_flag("random_start", True),
-        confidence=_flag("confidence", _CHALLENGE_CONFIDENCE) if loss == "cw" else 0.0,
+        confidence=_flag("confidence", CHALLENGE_CONFIDENCE) if loss == "cw" else 0.0,
         early_stop=restarts != 1,
     )
     name = f"pgd{num_steps}-{loss}"

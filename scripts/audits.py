@@ -75,8 +75,7 @@ def audited_challenge() -> Audited:
     threat = challenge_threat(challenge)
     attacks = {} if not _is_attack_given() else attack_from_flags(threat, challenge)
     if FLAGS.claimed_by in PROTOCOLS:
-        family = "mnist" if challenge.name == "mnist" else "cifar"
-        attacks |= protocol_attacks(FLAGS.claimed_by, family)
+        attacks |= protocol_attacks(FLAGS.claimed_by, challenge)
     elif FLAGS.claimed_by:
         command_line.notice(
             f"--claimed_by={FLAGS.claimed_by} is no protocol of this project and stands for the "

@@ -1,5 +1,6 @@
 """Control models for an audit, trained where none are given: their truth is how they were made."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,12 +32,34 @@ KINDS = {
 LEAST_STEPS = 10
 
 _FOLDER = RUNS / "controls"
-# On MNIST enough for a natural model at 99 %; adversarial training starts slowly, and a control
-# that is cut short would excuse whatever is compared with it. On CIFAR for narrow networks.
-_MNIST_STEPS, _MNIST_ADVERSARIAL_STEPS, _CIFAR_STEPS = 1500, 5000, 20_000
-# Adam's rate, ten times the challenge's, then the challenge's for the last fifth: a control has
-# to be trained to its end, not as long as the challenge trains.
-_MNIST_RATES = (1e-3, 1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """How controls are trained on the images of a family.
+
+    A control has to be trained to its end, not as long as the challenge trains; one that is cut
+    short would excuse whatever is compared with it.
+    """
+
+    num_steps: int
+    """Of every control but the adversarial one."""
+    num_adversarial_steps: int
+    """More where adversarial training starts slowly."""
+    width: int | None
+    """Of the network, where the audited run's is not known; None where it has one size."""
+    rates: tuple[float, float] | None = None
+    """Until the last fifth of training and in it; None for the challenge's own, as far shorter."""
+    is_cheap: bool = False
+    """Minutes on two cores, not hours."""
+
+
+_RECIPES = {
+    # Enough for a natural model at 99 %; first ten times the challenge's rate of Adam.
+    "mnist": _Recipe(1500, 5000, None, rates=(1e-3, 1e-4), is_cheap=True),
+    # For narrow networks.
+    "cifar": _Recipe(20_000, 20_000, 1),
+}
 # Neither the audited run's nor the claimant's favourite: a transfer from the very same network
 # would say nothing.
 _SEED = 1
@@ -47,7 +70,7 @@ _TIMED_STEPS = 3
 
 def is_cheap(dataset: str) -> bool:
     """Whether controls on a data set take minutes on two cores, not hours."""
-    return challenge_for(dataset).name == "mnist"
+    return _RECIPES[challenge_for(dataset).family].is_cheap
 
 
 def control_settings(
@@ -65,25 +88,25 @@ def control_settings(
     Returns:
         Settings by kind of control.
     """
-    is_mnist = challenge_for(dataset).name == "mnist"
+    challenge = challenge_for(dataset)
+    recipe = _RECIPES[challenge.family]
 
     def resolve(default_steps: int, **settings) -> RunSettings:
         steps = num_steps or default_steps
         common = {
             "dataset": dataset,
             "max_num_training_steps": steps,
-            "step_size_schedule": _schedule(challenge_for(dataset), steps),
+            "step_size_schedule": _schedule(challenge, recipe, steps),
             "random_seed": _SEED,
-            "width": None if is_mnist else (audited.width if audited else 1),
+            "width": recipe.width and (audited.width if audited else recipe.width),
         }
         return resolve_settings(common | settings)
 
-    most = _MNIST_STEPS if is_mnist else _CIFAR_STEPS
-    squeezed = resolve(most, **_BROKEN, sigma=(audited.sigma if audited else 0) or None)
+    squeezed = resolve(recipe.num_steps, **_BROKEN, sigma=(audited.sigma if audited else 0) or None)
     return {
-        "natural": resolve(most),
-        "noise_only": resolve(most, sigma=squeezed.sigma),
-        "adversarial": resolve(_MNIST_ADVERSARIAL_STEPS if is_mnist else most, adversary="pgd"),
+        "natural": resolve(recipe.num_steps),
+        "noise_only": resolve(recipe.num_steps, sigma=squeezed.sigma),
+        "adversarial": resolve(recipe.num_adversarial_steps, adversary="pgd"),
         "squeezed": squeezed,
     }
 
@@ -151,11 +174,12 @@ def is_trained(folder: Path, settings: RunSettings) -> bool:
     return is_finished and read_run(folder) == settings
 
 
-def _schedule(challenge: Challenge, num_steps: int) -> tuple[tuple[int, float], ...]:
-    if challenge.name == "mnist":
-        first, last = _MNIST_RATES
+def _schedule(
+    challenge: Challenge, recipe: _Recipe, num_steps: int
+) -> tuple[tuple[int, float], ...]:
+    if recipe.rates is not None:
+        first, last = recipe.rates
         return (0, first), (num_steps * 4 // 5, last)
-    # The challenge's own, as far shorter as its training.
     training = challenge.training
     share = num_steps / training.max_num_training_steps
     return tuple((round(step * share), rate) for step, rate in training.step_size_schedule)

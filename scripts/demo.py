@@ -10,11 +10,12 @@ from absl import flags
 
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
+from madry_compat.challenges import EMBEDDED, challenge_for
 
 flags.DEFINE_string("demo_dir", "demo", "folder of the runs and the page")
 flags.DEFINE_bool("progress", True, "draw progress bars")
 
-_DATASET = "mnist_5k"
+_DATASET = EMBEDDED
 # A higher rate than the challenge's 1e-4: near 97 % clean on 4,000 digits within half a minute.
 _COMMON: dict[str, Any] = {
     "dataset": _DATASET,
@@ -61,7 +62,9 @@ def main() -> None:
     training_set = load_split(_DATASET, "train", None, download=False)
     test_set = load(_DATASET, "test")
     pixels = to_pixels(test_set.images, _DATASET)
-    test = TestImages(_DATASET, pixels, test_set.labels, (0.0, 1.0))
+    challenge = challenge_for(_DATASET)
+    bounds = (challenge.lower, challenge.upper)
+    test = TestImages(_DATASET, pixels, test_set.labels, bounds)
     evaluations = {
         "evaluation": (_PROTOCOLS, test.first(_NUM_EXAMPLES)),
         "strong": (("autoattack",), test.first(_NUM_STRONG_EXAMPLES)),
@@ -86,7 +89,7 @@ def main() -> None:
             evaluate_protocols(
                 network,
                 images,
-                {name: protocol_attacks(name, "mnist") for name in protocols},
+                {name: protocol_attacks(name, challenge) for name in protocols},
                 folder / kind,
                 batch_size=200,
                 seed=0,

@@ -184,11 +184,10 @@ def _protocols(model, challenge):
         given_attack_flags,
     )
 
-    family = "mnist" if challenge.name == "mnist" else "cifar"
     names = [name.strip() for name in FLAGS.protocol or ()]
     given = given_attack_flags()
     if names and not given:
-        return {name: protocol_attacks(name, family) for name in names}
+        return {name: protocol_attacks(name, challenge) for name in names}
     if names:
         _refuse_attack_flags(names, given)
         threat = challenge_threat(challenge)
@@ -202,9 +201,9 @@ def _protocols(model, challenge):
             for name in names
         }
     if not given:
-        name = "madry-mnist" if family == "mnist" else "madry-cifar10"
+        name = challenge.protocol
         print(f"protocol: {name}, the challenge's own (choose with --protocol)")
-        return {name: protocol_attacks(name, family)}
+        return {name: protocol_attacks(name, challenge)}
     return {"flags": attack_from_flags(challenge_threat(challenge), challenge)}
 
 
@@ -240,12 +239,15 @@ def _refuse_attack_flags(names, given) -> None:
 
 
 def _is_contaminated(model, name) -> bool:
-    """mnist_5k is made of MNIST's training images."""
-    contaminated = model.run is not None and model.run.dataset == "mnist" and name == "mnist_5k"
+    """Whether the images are some that the run was trained on."""
+    from madry_compat.challenges import image_set
+
+    taken_from = image_set(name).taken_from
+    contaminated = model.run is not None and model.run.dataset == taken_from
     if contaminated:
         command_line.notice(
-            "warning: this run was trained on mnist and mnist_5k consists of mnist's training "
-            "images: the numbers are of no value and never enter a table."
+            f"warning: this run was trained on {taken_from} and {name} consists of {taken_from}'s "
+            "training images: the numbers are of no value and never enter a table."
         )
     return contaminated
 

@@ -21,10 +21,10 @@ from logit_reg.evaluation import (
 from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
+from logit_reg.published import published_accuracies
 from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.runs import commit, versions
 from madry_compat.data import Dataset
-from madry_compat.releases import published_accuracies
 
 # Images kept with the ledger, for people to look at.
 _EXAMPLES = 10
@@ -245,7 +245,7 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
     Args:
         result: content of `result.json`.
         published: accuracies of this released model by "clean", "protocol/loss" or "protocol",
-            see `madry_compat.challenges.published_results`; they get a column of their own.
+            see `published_accuracies`; they get a column of their own.
     """
     published = published or {}
     count = result["num_examples"]

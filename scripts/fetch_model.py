@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
-from madry_compat.fetch import RELEASES, Release, fetch, sha256_of
 from madry_compat.files import default_cache_dir
+from madry_compat.releases import RELEASES, Release, fetch, sha256_of
 
 flags.DEFINE_list("name", None, f"models to fetch, from {', '.join(RELEASES)}")
 flags.DEFINE_string(
@@ -57,14 +57,7 @@ def fetch_models(
         with tqdm(
             desc=name, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress
         ) as bar:
-
-            def advance(done: int, total: int | None, bar: tqdm = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            folder = fetch(
-                name, cache_dir, releases=releases, progress=advance, notice=lambda _: None
-            )
+            folder = fetch(name, cache_dir, releases=releases, progress=bar, notice=lambda _: None)
         digest = sha256_of(cache_dir / f"{name}.zip")
         is_verified = releases[name].sha256 is not None
         print(f"{name}: {folder}")

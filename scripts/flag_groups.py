@@ -2,7 +2,7 @@
 
 from absl import flags
 
-DATASETS = ("mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
+from madry_compat.challenges import IMAGE_SETS
 
 
 def define_model_flag() -> None:
@@ -20,7 +20,7 @@ def define_data_flags(dataset: str = "data set; the run's own if not given") -> 
     Args:
         dataset: what `--help` says of --dataset.
     """
-    flags.DEFINE_enum("dataset", None, DATASETS, dataset)
+    flags.DEFINE_enum("dataset", None, list(IMAGE_SETS), dataset)
     flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
     flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
 

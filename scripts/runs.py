@@ -26,9 +26,9 @@ from logit_reg.objectives import Objective
 from logit_reg.state import saved_steps
 from logit_reg.threat import ThreatModel
 from logit_reg.training import FreeAdversary, PGDAdversary, RegularizedModel
-from madry_compat.challenges import Challenge, challenge_for
+from madry_compat.challenges import Challenge, challenge_for, image_set
 from madry_compat.config import write_config
-from madry_compat.networks import mnist_cnn, wide_resnet
+from madry_compat.networks import build
 from madry_compat.optimizers import ADAM_EPSILON, TF1Adam, TF1Momentum, piecewise_constant
 from madry_compat.tf1_checkpoints import (
     has_training_state,
@@ -42,11 +42,6 @@ TRAIN_DTYPES = ("float32", "float64", "bfloat16")
 
 _PAPER_BATCH_SIZE = 128
 _DEMO_STEPS = 1000
-# The paper's noise: .5 on [0, 1] (its sibling arXiv:1910.11585) and 20 on [0, 255].
-_PAPER_STDDEV = {"mnist": 0.5, "cifar10": 20.0, "cifar100": 20.0}
-# The paper trains its regularised CIFAR networks twice as long as the challenge; the boundaries
-# of the learning rate are unpublished and doubled here.
-_PAPER_CIFAR_STRETCH = 2
 _FREE_REPLAYS = 8
 # Whole numbers that a run can hold; a file may have any.
 _INTEGERS = range(-(2**63), 2**63)
@@ -54,7 +49,6 @@ _INTEGERS = range(-(2**63), 2**63)
 _ADVERSARIAL_STEPS = 7
 # Settings of later versions; where they have their defaults, runs keep the names they had before.
 _LATER_SETTINGS = ("train_dtype", "max_to_keep")
-_ADVERSARIAL_STEP_SIZE = {"mnist": 0.1, "cifar10": 2.0, "cifar100": 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,14 +179,13 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     """
     given = {name: value for name, value in given.items() if value is not None}
     challenge = challenge_for(given["dataset"])
-    is_mnist = challenge.name == "mnist"
-    training = challenge.training
+    training, paper = challenge.training, challenge.paper
     reg = given.get("reg", "none")
     adversary = given.get("adversary", "pgd" if is_challenge_config else "none")
     is_regularized = reg != "none" or given.get("smoothing", 0.0) > 0
 
     defaults: dict[str, Any] = {
-        "width": 0 if is_mnist else 10,
+        "width": paper.width,
         "epsilon": challenge.epsilon,
         "weight_decay": training.weight_decay,
         "momentum": training.momentum,
@@ -208,20 +201,18 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
         defaults |= {
             "training_batch_size": training.training_batch_size,
             "loss_reduction": training.reduction,
-            # The MNIST challenge's reader kept these images for validation.
-            "first_example": 5000 if given["dataset"] == "mnist" else 0,
+            "first_example": image_set(given["dataset"]).validation_examples,
             "attack_batch_norm": "training",
         }
     else:
         defaults["training_batch_size"] = _PAPER_BATCH_SIZE
-        if is_regularized and not is_mnist and adversary == "none":
-            stretch = _PAPER_CIFAR_STRETCH
-            defaults["max_num_training_steps"] *= stretch
+        if is_regularized and adversary == "none":
+            defaults["max_num_training_steps"] *= paper.stretch
             defaults["step_size_schedule"] = tuple(
-                (step * stretch, rate) for step, rate in training.step_size_schedule
+                (step * paper.stretch, rate) for step, rate in training.step_size_schedule
             )
     if is_regularized:
-        defaults["sigma"] = _PAPER_STDDEV[challenge.name]
+        defaults["sigma"] = paper.noise_stddev
     if reg == "similarity":
         defaults["gamma"] = 1.0
     if reg in ("clip_xent", "clip_xent_batch"):
@@ -233,8 +224,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
             f"--reg={reg} needs --beta, the weight of its penalty (2 is the paper's choice on "
             f"MNIST; `squeeze` collapses from 10.73 on at batch 128)."
         )
-    if adversary in ("pgd", "free") and is_mnist and not is_challenge_config:
-        # Without a ramp, short MNIST runs learn nothing.
+    if adversary in ("pgd", "free") and paper.needs_ramp and not is_challenge_config:
         steps = given.get("max_num_training_steps", defaults["max_num_training_steps"])
         defaults["ramp_steps"] = steps // 10
     if adversary == "pgd":
@@ -249,7 +239,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     elif adversary == "free":
         defaults |= {"replays": _FREE_REPLAYS, "step_size": challenge.epsilon, "num_steps": 1}
     if not is_challenge_config:
-        _refuse_without_effect(given, adversary, is_mnist)
+        _refuse_without_effect(given, adversary, challenge)
     settings = RunSettings(**(defaults | given))
     _check_settings(settings)
     return settings
@@ -263,9 +253,7 @@ def build_network(settings: RunSettings):
     keras.utils.set_random_seed(settings.random_seed)
     challenge = settings.challenge
     with _default_dtype("float64" if settings.train_dtype == "float64" else "float32"):
-        if challenge.name == "mnist":
-            return mnist_cnn()
-        return wide_resnet(settings.width, challenge.num_classes)
+        return build(challenge.network, settings.width, challenge.num_classes)
 
 
 @contextlib.contextmanager
@@ -549,13 +537,13 @@ def commit() -> str | None:
 def _adversarial_step_size(challenge, num_steps):
     """The challenges' own step sizes for their own numbers of steps, else 2.5 epsilon / steps."""
     if num_steps == _ADVERSARIAL_STEPS:
-        return _ADVERSARIAL_STEP_SIZE[challenge.name]
+        return challenge.paper.adversarial_step_size
     if num_steps == challenge.training.attack.num_steps:
         return challenge.training.attack.step_size
     return 2.5 * challenge.epsilon / num_steps if num_steps > 0 else 0.0
 
 
-def _refuse_without_effect(given, adversary, is_mnist):
+def _refuse_without_effect(given, adversary, challenge):
     """A flag that would be silently ignored is a mistake waiting to be published."""
     needs_adversary = {
         "ramp_steps": ("pgd", "free"),
@@ -568,7 +556,7 @@ def _refuse_without_effect(given, adversary, is_mnist):
         if name in given and adversary not in wanted:
             choices = " or ".join(f"--adversary={choice}" for choice in wanted)
             raise ValueError(f"--{name} has an effect only with {choices}.")
-    if is_mnist and given.get("width"):
+    if not challenge.paper.width and given.get("width"):
         raise ValueError("--width is for CIFAR's network; MNIST's has one size.")
 
 
@@ -589,7 +577,7 @@ def _check_settings(settings: RunSettings) -> None:
         )
     _ = settings.objective, settings.threat, settings.loop
     piecewise_constant(settings.step_size_schedule)
-    if settings.challenge.name != "mnist" and settings.width < 1:
+    if settings.challenge.paper.width and settings.width < 1:
         raise ValueError(f"width must be at least 1; got {settings.width}.")
 
 

@@ -10,7 +10,7 @@ from logit_reg.files import read_arrays, read_json
 from logit_reg_scripts.command_line import UsageError, existing_path, notice
 from logit_reg_scripts.keras_files import read_keras
 from logit_reg_scripts.runs import RunSettings, read_run
-from madry_compat.challenges import challenge_for
+from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
 from madry_compat.data import NAMES, Dataset, is_available, load
 from madry_compat.releases import identify_release
 from madry_compat.tf1_checkpoints import load_network
@@ -47,19 +47,23 @@ class Model:
         return self.run is not None and (self.run.reg != "none" or self.run.smoothing > 0)
 
 
-def choose_dataset(name: str | None, data_dir: str | None) -> str:
-    """The data set to take: the one named, else `mnist` where it is, else the embedded one.
+def choose_dataset(name: str | None, data_dir: str | None, challenge: Challenge = MNIST) -> str:
+    """The data set to take: the one named, else the challenge's where it is or nothing stands in.
 
     Args:
         name: value of --dataset or None.
         data_dir: value of --data_dir or None.
+        challenge: whose data set to take; for MNIST's stand the embedded digits in.
 
     Returns:
         A name of `madry_compat.data.NAMES`.
     """
     if name is not None:
         return name
-    return "mnist" if is_available("mnist", data_dir) else "mnist_5k"
+    stand_ins = [each.name for each in IMAGE_SETS.values() if each.taken_from == challenge.name]
+    if not stand_ins or is_available(challenge.name, data_dir):
+        return challenge.name
+    return stand_ins[0]
 
 
 def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -> Dataset:
@@ -69,15 +73,16 @@ def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -
         UsageError: if --data_dir does not exist.
         ValueError: from `madry_compat.data.load`.
     """
-    if data_dir is not None and name != "mnist_5k" and not download:
+    full_set = image_set(name).taken_from
+    if data_dir is not None and not full_set and not download:
         existing_path("data_dir", data_dir)
     dataset = load(name, split, data_dir, download=download)
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:
         print(f"      {dataset.note}")
-    if name == "mnist_5k":
+    if full_set:
         print(
-            "      The full set: --dataset=mnist with --data_dir=FOLDER (TFDS or IDX files) or "
+            f"      The full set: --dataset={full_set} with --data_dir=FOLDER (TFDS or IDX files) or "
             "--download."
         )
     return dataset
@@ -155,10 +160,11 @@ def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
     num_classes = model.network.output_shape[-1]
     if name is None and model.run is not None:
         name = model.run.dataset
-    if name is None and shape == challenge_for("mnist").image_shape:
-        name = choose_dataset(None, data_dir)
-    if name is None and shape == challenge_for("cifar10").image_shape:
-        name = "cifar100" if num_classes == 100 else "cifar10"
+    if name is None:
+        known = [each.challenge for each in IMAGE_SETS.values()]
+        fitting = [challenge for challenge in known if challenge.image_shape == shape]
+        fitting.sort(key=lambda challenge: challenge.num_classes != num_classes)
+        name = choose_dataset(None, data_dir, fitting[0]) if fitting else None
     if name is None:
         raise UsageError(
             f"the network takes images of shape {shape}; name your own data with --data=images.npz "

@@ -7,8 +7,9 @@ import numpy as np
 
 from logit_reg.evaluation import predict
 from logit_reg.files import write_array
-from madry_compat.challenges import (
-    Challenge,
+from madry_compat.challenges import Challenge
+from madry_compat.data import Dataset, to_pixels
+from madry_compat.submissions import (
     check_submission,
     format_score,
     load_submission,
@@ -18,7 +19,6 @@ from madry_compat.challenges import (
     write_predictions,
     write_submission,
 )
-from madry_compat.data import Dataset, to_pixels
 
 
 def score_files(

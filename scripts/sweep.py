@@ -51,15 +51,17 @@ _CHECK = """
 import json, sys
 from logit_reg_scripts import command_line, eval_challenge
 def main(words):
-    from logit_reg.protocols import FAMILIES, protocol_attacks
-    family, *lines = json.loads(words[0])
+    from logit_reg.protocols import protocol_attacks
+    from madry_compat.challenges import challenge_for
+    datasets, *lines = json.loads(words[0])
     for line in lines:
         command_line.FLAGS.unparse_flags()
         rest = command_line.FLAGS(["", *line])[1:]
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; flags look like --name=value.")
         for name in command_line.FLAGS.protocol or ():
-            protocol_attacks(name, family)
+            for dataset in datasets:
+                protocol_attacks(name, challenge_for(dataset))
 command_line.run(main, "", takes_arguments=True)
 """
 
@@ -202,9 +204,10 @@ def _evaluation_flag(name, value):
 def _check_evaluations(points, given, lines):
     if not lines:
         return
-    datasets = [FLAGS.dataset or "", *(point.get("dataset", "") for point in points)]
-    family = "cifar" if any(name.startswith("cifar") for name in datasets) else "mnist"
-    words = json.dumps([family, *lines])
+    from madry_compat.challenges import EMBEDDED
+
+    datasets = {point.get("dataset", FLAGS.dataset or EMBEDDED) for point in points}
+    words = json.dumps([sorted(datasets), *lines])
     found = subprocess.run([sys.executable, "-c", _CHECK, words], capture_output=True, text=True)
     if found.returncode:
         message = (found.stderr.strip().splitlines() or ["cannot be checked"])[-1]

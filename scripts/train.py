@@ -150,13 +150,13 @@ def _train() -> None:
     from logit_reg_scripts.attack_flags import apply_config
     from logit_reg_scripts.runs import RunSettings, resolve_settings, train_run
     from logit_reg_scripts.sources import RUNS, choose_dataset, load_split
+    from madry_compat.challenges import MNIST, challenge_for
 
     config = apply_config()
     data_dir = FLAGS.data_dir or FLAGS.data_path
     dataset = FLAGS.dataset
-    if dataset is None and config is not None and config.challenge_name == "cifar10":
-        dataset = "cifar10"
-    name = choose_dataset(dataset, data_dir)
+    named = config.challenge_name if config is not None else None
+    name = choose_dataset(dataset, data_dir, challenge_for(named or MNIST.name))
 
     names = {field.name for field in dataclasses.fields(RunSettings)} - {"dataset"}
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madry_compat import challenges
-from madry_compat.challenges import CIFAR10, CIFAR100, MNIST, SubmissionError
+from logit_reg.published import published_accuracies
+from madry_compat import challenges, submissions
+from madry_compat.challenges import CIFAR10, CIFAR100, MNIST
 from madry_compat.files import write_atomically
+from madry_compat.submissions import SubmissionError
 
 N = 10_000
 
@@ -57,47 +59,45 @@ def test_every_data_set_has_its_challenge(dataset_name, challenge):
 
 
 def test_an_unknown_data_set_lists_the_options():
-    with pytest.raises(ValueError, match="'mnist', 'mnist_5k'.*got 'svhn'"):
+    with pytest.raises(ValueError, match="mnist_5k, mnist.*got 'svhn'"):
         challenges.challenge_for("svhn")
 
 
 def test_published_results_are_fractions_by_protocol():
-    secret = challenges.published_results(CIFAR10, "secret")
+    secret = published_accuracies("cifar10/secret")
     assert secret["madry-cifar10/xent"] == 0.4704
-    assert challenges.published_results(MNIST, "secret")["madry-mnist-100/xent"] == 0.9252
+    assert published_accuracies("mnist/secret")["madry-mnist-100/xent"] == 0.9252
     # The public model's 45.84 is a protocol of its own: steps of 2.
-    assert challenges.published_results(CIFAR10, "adv_trained")["paper-20/xent"] == 0.4584
-    assert challenges.published_results(MNIST, "natural") == {}
-    with pytest.raises(ValueError, match="'natural', 'adv_trained', 'secret'; got 'best'"):
-        challenges.published_results(MNIST, "best")
+    assert published_accuracies("cifar10/adv_trained")["paper-20/xent"] == 0.4584
+    assert published_accuracies("mnist/natural") == {}
 
 
 def test_a_test_set_that_is_not_the_original_is_refused_with_the_reason():
-    challenges.require_canonical("the challenge's own files", True)
+    submissions.require_canonical("the challenge's own files", True)
     with pytest.raises(SubmissionError, match="a JPEG copy of CIFAR-10"):
-        challenges.require_canonical("a JPEG copy of CIFAR-10", False)
+        submissions.require_canonical("a JPEG copy of CIFAR-10", False)
 
 
 def test_a_written_submission_is_flat_and_reads_back(tmp_path, natural):
     path = tmp_path / "attack.npy"
-    challenges.write_submission(path, natural, MNIST)
+    submissions.write_submission(path, natural, MNIST)
     assert np.load(path).shape == (N, 784)
     assert np.load(path).dtype == np.float32
-    np.testing.assert_array_equal(challenges.load_submission(path, MNIST), natural)
+    np.testing.assert_array_equal(submissions.load_submission(path, MNIST), natural)
     assert [entry.name for entry in tmp_path.iterdir()] == ["attack.npy"]
 
 
 def test_the_challenge_code_s_own_float64_files_are_read(tmp_path, natural):
     flat = natural.reshape(N, 784).astype(np.float64)
     for array in (flat, np.asfortranarray(flat), flat.astype(">f8")):
-        images = challenges.load_submission(save(tmp_path / "attack.npy", array), MNIST)
+        images = submissions.load_submission(save(tmp_path / "attack.npy", array), MNIST)
         assert images.dtype == np.float32
         np.testing.assert_array_equal(images, natural)
 
 
 def test_a_cifar_submission_keeps_its_shape(tmp_path):
     images = np.full((N, 32, 32, 3), 255.00009, np.float32)
-    loaded = challenges.load_submission(save(tmp_path / "attack.npy", images), CIFAR10)
+    loaded = submissions.load_submission(save(tmp_path / "attack.npy", images), CIFAR10)
     np.testing.assert_array_equal(loaded, images)
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_shape_says_how_to_make_it_right(tmp_path, shape, challenge, mes
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(SubmissionError) as refused:
-        challenges.load_submission(path, challenge)
+        submissions.load_submission(path, challenge)
     assert str(refused.value) == message
 
 
@@ -158,7 +158,7 @@ def test_a_wrong_shape_says_how_to_make_it_right(tmp_path, shape, challenge, mes
 )
 def test_other_types_than_floats_are_refused(tmp_path, array, message):
     with pytest.raises(SubmissionError, match=message):
-        challenges.load_submission(save(tmp_path / "attack.npy", array), MNIST)
+        submissions.load_submission(save(tmp_path / "attack.npy", array), MNIST)
 
 
 class _Payload:
@@ -175,12 +175,12 @@ def test_pickles_are_refused_and_never_run(tmp_path):
     evil = _Payload(tmp_path / "evil")
     objects = save(tmp_path / "objects.npy", np.array([evil], dtype=object), allow_pickle=True)
     with pytest.raises(SubmissionError, match=r"objects.npy: holds pickled objects"):
-        challenges.load_submission(objects, MNIST)
+        submissions.load_submission(objects, MNIST)
 
     bare = tmp_path / "bare.npy"
     bare.write_bytes(pickle.dumps(evil))
     with pytest.raises(SubmissionError, match=r"bare.npy: not a .npy array"):
-        challenges.load_submission(bare, MNIST)
+        submissions.load_submission(bare, MNIST)
     assert not (tmp_path / "evil").exists()
 
 
@@ -189,14 +189,14 @@ def test_a_truncated_file_is_refused(tmp_path, natural):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(SubmissionError, match=f"truncated, {size - 1000} bytes .* {size}"):
-        challenges.load_submission(path, MNIST)
+        submissions.load_submission(path, MNIST)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(SubmissionError, match="does not exist"):
-        challenges.load_submission(tmp_path / "attack.npy", MNIST)
+        submissions.load_submission(tmp_path / "attack.npy", MNIST)
     with pytest.raises(SubmissionError, match="not a regular file"):
-        challenges.load_submission(tmp_path, MNIST)
+        submissions.load_submission(tmp_path, MNIST)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -205,71 +205,71 @@ def test_a_value_that_is_no_number_is_refused_before_the_range(tmp_path, natural
     images[17, 3] = value
     images[18, 3] = 2.0
     with pytest.raises(SubmissionError, match="image 17 has a NaN or infinite pixel"):
-        challenges.load_submission(save(tmp_path / "attack.npy", images), MNIST)
+        submissions.load_submission(save(tmp_path / "attack.npy", images), MNIST)
 
 
 def test_a_double_that_overflows_a_float_is_out_of_range(tmp_path, natural):
     images = natural.reshape(N, 784).astype(np.float64)
     images[0, 0] = 1e300
     with pytest.raises(SubmissionError, match=r"Invalid pixel range. Expected \[0, 1\], found"):
-        challenges.load_submission(save(tmp_path / "attack.npy", images), MNIST)
+        submissions.load_submission(save(tmp_path / "attack.npy", images), MNIST)
 
 
 def test_the_pixel_range_has_the_challenge_s_tolerance(tmp_path, natural):
     images = natural.reshape(N, 784).copy()
     images[0, :2] = [-0.9e-4, 1 + 0.9e-4]
-    challenges.load_submission(save(tmp_path / "attack.npy", images), MNIST)
+    submissions.load_submission(save(tmp_path / "attack.npy", images), MNIST)
     images[0, 0] = -2e-4
     with pytest.raises(SubmissionError, match="Invalid pixel range"):
-        challenges.load_submission(save(tmp_path / "attack.npy", images), MNIST)
+        submissions.load_submission(save(tmp_path / "attack.npy", images), MNIST)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_distance_has_the_challenge_s_tolerance(natural, sign):
     adversarial = natural + np.float32(sign * (0.3 + 0.9e-4))
-    distances = challenges.check_submission(adversarial, natural, MNIST)
+    distances = submissions.check_submission(adversarial, natural, MNIST)
     np.testing.assert_allclose(distances, 0.30009, atol=1e-6)
 
     adversarial = natural.copy()
     adversarial[4321, 5, 6] += np.float32(sign * 0.301)
     with pytest.raises(SubmissionError) as refused:
-        challenges.check_submission(adversarial, natural, MNIST, name="attack.npy")
+        submissions.check_submission(adversarial, natural, MNIST, name="attack.npy")
     assert "attack.npy: maximum perturbation found: 0.301 (image 4321; 1 of 10000" in str(
         refused.value
     )
     assert "maximum perturbation allowed: 0.3 " in str(refused.value)
-    challenges.check_submission(adversarial, natural, MNIST, epsilon=0.4)
+    submissions.check_submission(adversarial, natural, MNIST, epsilon=0.4)
 
 
 def test_cifar_keeps_its_tolerance_at_the_end_of_the_range():
     # One float32 step at 255 is 1.5e-5, small against the tolerance of 1e-4.
     natural = np.full((3, 32, 32, 3), 247.0, np.float32)
     adversarial = np.full_like(natural, np.float32(255.00009))
-    challenges.check_submission(adversarial, natural, CIFAR10)
+    submissions.check_submission(adversarial, natural, CIFAR10)
     with pytest.raises(SubmissionError, match="image 0; 3 of 3"):
-        challenges.check_submission(adversarial + 1e-3, natural, CIFAR10)
+        submissions.check_submission(adversarial + 1e-3, natural, CIFAR10)
 
 
 def test_unsigned_integers_do_not_wrap_around_in_the_distance():
     natural = np.full((1, 32, 32, 3), 10, np.uint8)
     adversarial = np.full((1, 32, 32, 3), 5, np.uint8)
-    assert challenges.check_submission(adversarial, natural, CIFAR10) == [5.0]
+    assert submissions.check_submission(adversarial, natural, CIFAR10) == [5.0]
 
 
 def test_a_nan_is_outside_every_threat_model(natural):
     adversarial = natural[:3].copy()
     adversarial[1, 0, 0] = np.nan
     with pytest.raises(SubmissionError, match="image 1; 1 of 3"):
-        challenges.check_submission(adversarial, natural[:3], MNIST, epsilon=1e9)
+        submissions.check_submission(adversarial, natural[:3], MNIST, epsilon=1e9)
 
 
 def test_natural_images_in_the_wrong_units_are_the_caller_s_mistake(natural):
     with pytest.raises(ValueError, match=r"natural images must lie in \[0, 1\]"):
-        challenges.check_submission(natural[:2], natural[:2] * 255, MNIST)
+        submissions.check_submission(natural[:2], natural[:2] * 255, MNIST)
     with pytest.raises(ValueError, match="must both be"):
-        challenges.check_submission(natural[:2], natural[:3], MNIST)
+        submissions.check_submission(natural[:2], natural[:3], MNIST)
     with pytest.raises(ValueError, match="epsilon must be finite"):
-        challenges.check_submission(natural, natural, MNIST, epsilon=float("nan"))
+        submissions.check_submission(natural, natural, MNIST, epsilon=float("nan"))
 
 
 def test_scoring_by_hand():
@@ -284,7 +284,7 @@ def test_scoring_by_hand():
         assert batch.dtype == np.float32
         return np.round(10 * batch[:, 0, 0, 0]).astype(np.int32)
 
-    accuracy, predictions = challenges.score_submission(predict, images, labels, 2)
+    accuracy, predictions = submissions.score_submission(predict, images, labels, 2)
     assert sizes == [2, 2, 1]
     assert accuracy == 0.6
     assert predictions.dtype == np.int64
@@ -294,34 +294,34 @@ def test_scoring_by_hand():
 def test_scoring_refuses_logits_and_labels_of_another_length():
     images, labels = np.zeros((4, 28, 28, 1), np.float32), np.zeros(4, np.int64)
     with pytest.raises(ValueError, match=r"got \(4, 10\) of float64. Take the argmax"):
-        challenges.score_submission(lambda batch: np.zeros((len(batch), 10)), images, labels, 4)
+        submissions.score_submission(lambda batch: np.zeros((len(batch), 10)), images, labels, 4)
     with pytest.raises(ValueError, match=r"labels must be \(4,\)"):
-        challenges.score_submission(lambda batch: labels, images, labels[:3], 4)
+        submissions.score_submission(lambda batch: labels, images, labels[:3], 4)
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
-        challenges.score_submission(lambda batch: labels, images, labels, 0)
+        submissions.score_submission(lambda batch: labels, images, labels, 0)
 
 
 def test_the_worst_case_counts_an_example_only_if_every_file_leaves_it_correct():
     labels = np.array([0, 1, 2, 3])
     first, second = np.array([0, 1, 9, 9]), np.array([0, 9, 2, 9])
-    correct = challenges.worst_case([first, second], labels)
+    correct = submissions.worst_case([first, second], labels)
     assert correct.tolist() == [True, False, False, False]
-    assert challenges.worst_case([first], labels).mean() == 0.5
+    assert submissions.worst_case([first], labels).mean() == 0.5
     with pytest.raises(ValueError, match="got none"):
-        challenges.worst_case([], labels)
+        submissions.worst_case([], labels)
 
 
 def test_the_printed_lines_are_the_challenge_s():
-    assert challenges.format_score(0.1234) == "Accuracy: 12.34%\nOutput saved at pred.npy"
+    assert submissions.format_score(0.1234) == "Accuracy: 12.34%\nOutput saved at pred.npy"
 
 
 def test_predictions_are_written_as_int64(tmp_path):
-    challenges.write_predictions(tmp_path / "pred.npy", np.array([3, 1], np.int32))
+    submissions.write_predictions(tmp_path / "pred.npy", np.array([3, 1], np.int32))
     written = np.load(tmp_path / "pred.npy")
     assert written.dtype == np.int64
     assert written.tolist() == [3, 1]
     with pytest.raises(ValueError, match="integer classes"):
-        challenges.write_predictions(tmp_path / "pred.npy", np.array([0.5]))
+        submissions.write_predictions(tmp_path / "pred.npy", np.array([0.5]))
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -348,7 +348,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 )
 def test_an_invalid_submission_is_not_written(tmp_path, natural, change, message):
     with pytest.raises(SubmissionError, match=message):
-        challenges.write_submission(tmp_path / "attack.npy", change(natural), MNIST)
+        submissions.write_submission(tmp_path / "attack.npy", change(natural), MNIST)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -376,7 +376,7 @@ def test_strange_headers_are_refused_in_one_line(tmp_path, data):
     path = tmp_path / "attack.npy"
     path.write_bytes(data)
     with pytest.raises(SubmissionError) as refused:
-        challenges.load_submission(path, MNIST)
+        submissions.load_submission(path, MNIST)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
 
@@ -394,4 +394,4 @@ def test_a_mutated_file_is_refused_and_nothing_else(tmp_path_factory, position, 
     path = tmp_path_factory.getbasetemp() / "mutated.npy"
     path.write_bytes(data[:position] + replacement + data[position + len(replacement) :])
     with pytest.raises(SubmissionError):
-        challenges.load_submission(path, MNIST)
+        submissions.load_submission(path, MNIST)

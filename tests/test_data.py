@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madry_compat import data, tfds_files
+from madry_compat import data
+from madry_compat.challenges import IMAGE_SETS
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +72,11 @@ def write_test_batch(folder, images, labels, protocol=4):
     content = pickle.dumps(batch, protocol=protocol)
     (folder / "test_batch").write_bytes(content)
     return hashlib.md5(content).hexdigest()
+
+
+def publish(monkeypatch, name, file, digest):
+    """Makes a checksum the published one of a file of a test set."""
+    monkeypatch.setitem(IMAGE_SETS[name].files["test"], file, digest)
 
 
 def one_line_error(name, split, *args, **kwargs):
@@ -165,7 +171,7 @@ def test_idx_files_are_canonical_only_with_the_published_checksums(tmp_path, mon
 
     # The same files, already cached: the proof must not come from the cache.
     for stem, digest in digests.items():
-        monkeypatch.setitem(data.MD5, f"fashion_mnist/{stem}", digest)
+        publish(monkeypatch, "fashion_mnist", stem, digest)
     proved = data.load("fashion_mnist", "test", tmp_path)
     assert proved.canonical
     assert proved.note == ""
@@ -174,7 +180,7 @@ def test_idx_files_are_canonical_only_with_the_published_checksums(tmp_path, mon
 def test_files_of_another_set_are_refused(tmp_path, monkeypatch):
     digests = write_idx(tmp_path, "test", *digits(30))
     stem = "t10k-images-idx3-ubyte"
-    monkeypatch.setitem(data.MD5, f"mnist/{stem}", digests[stem])
+    publish(monkeypatch, "mnist", stem, digests[stem])
     message = one_line_error("fashion_mnist", "test", tmp_path)
     assert f"fashion_mnist/{stem} is mnist/{stem}" in message
 
@@ -288,7 +294,7 @@ def test_the_gate_of_a_submission_is_the_checksum_of_test_batch(tmp_path, monkey
     without = data.load("cifar10", "test", tmp_path)
     assert not without.canonical
     assert "40351d587109b95175f43aff81a1287e" in without.note
-    monkeypatch.setitem(data.MD5, "cifar10/test_batch", digest)
+    publish(monkeypatch, "cifar10", "test_batch", digest)
     assert data.load("cifar10", "test", tmp_path).canonical
 
 
@@ -412,7 +418,7 @@ def test_tfds_gives_the_order_of_the_idx_files_back(prepared, monkeypatch):
     np.testing.assert_array_equal(loaded.labels, labels)
     assert not loaded.canonical
     for stem, digest in digests.items():
-        monkeypatch.setitem(data.MD5, f"fashion_mnist/{stem}", digest)
+        publish(monkeypatch, "fashion_mnist", stem, digest)
     assert data.load("fashion_mnist", "test", folder).canonical
 
 
@@ -424,7 +430,7 @@ def test_tfds_cifar_is_ordered_by_id_and_canonical_when_complete(prepared, monke
     np.testing.assert_array_equal(loaded.labels, labels)
     assert not loaded.canonical
     assert "test_00000 to test_09999" in loaded.note
-    monkeypatch.setitem(tfds_files._CIFAR_SIZES, "test", 120)
+    monkeypatch.setitem(IMAGE_SETS["cifar100"].num_examples, "test", 120)
     assert data.load("cifar100", "test", folder, cache_dir=tmp_path).canonical
 
 

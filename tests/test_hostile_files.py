@@ -36,10 +36,11 @@ from logit_reg_scripts.runs import read_run, resolve_settings
 from logit_reg_scripts.sources import load_own_images
 from logit_reg_scripts.submissions import prepare_output
 from madry_compat import data
-from madry_compat.challenges import challenge_for, load_submission, write_predictions
+from madry_compat.archives import FetchError, unpack
+from madry_compat.challenges import challenge_for
 from madry_compat.config import load_config
-from madry_compat.fetch import FetchError, unpack
 from madry_compat.networks import mnist_cnn
+from madry_compat.submissions import load_submission, write_predictions
 from madry_compat.tf1_checkpoints import CheckpointError, load_network, save_network
 
 

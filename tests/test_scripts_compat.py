@@ -20,7 +20,7 @@ from tf1_challenge_graphs import mnist_graph
 
 from logit_reg.attacks import FGSM, PGD, Restarts
 from logit_reg.loop import BatchOrder
-from logit_reg.protocols import l2_threat, linf_threat
+from logit_reg.protocols import threat_of
 from logit_reg_scripts import evaluations
 from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.evaluations import evaluate_protocols, print_result, published_beside
@@ -28,12 +28,13 @@ from logit_reg_scripts.exports import export_model
 from logit_reg_scripts.runs import resolve_settings, train_run
 from logit_reg_scripts.sources import load_model
 from logit_reg_scripts.submissions import score_files
-from madry_compat.challenges import CIFAR10, MNIST, SubmissionError
+from madry_compat.archives import unpack
+from madry_compat.challenges import CIFAR10, IMAGE_SETS, MNIST
 from madry_compat.config import load_config
-from madry_compat.data import MD5, load, to_pixels
-from madry_compat.fetch import Release, sha256_of, unpack
+from madry_compat.data import load, to_pixels
 from madry_compat.networks import mnist_cnn
-from madry_compat.releases import identify_release, pack_release
+from madry_compat.releases import Release, identify_release, pack_release, sha256_of
+from madry_compat.submissions import SubmissionError
 from madry_compat.tf1_checkpoints import (
     has_training_state,
     load_network,
@@ -67,12 +68,12 @@ def run(tmp_path_factory, digits_5k):
 
 def evaluate_cheaply(network, test, output_dir, dataset="mnist_5k", **settings):
     """One ledger of five protocols, each so cheap that only its name is that of the real one."""
-    threat = linf_threat("mnist")
+    threat = threat_of("linf", MNIST)
     protocols = {
         "paper-fgsm": {"fgsm-xent": FGSM(threat, "xent"), "fgsm-cw": FGSM(threat, "cw")},
         "madry-mnist": {"madry-pgd40-xent": PGD(threat, "xent", 3, 0.1)},
         "paper-restarts": {"restarts": Restarts(PGD(threat, "cw", 3, 0.1), 2)},
-        "paper-l2": {"l2": Restarts(PGD(l2_threat("mnist"), "xent", 3, 5.0), 2)},
+        "paper-l2": {"l2": Restarts(PGD(threat_of("l2", MNIST), "xent", 3, 5.0), 2)},
         "autoattack": {"autoattack": PGD(threat, "cw", 5, 0.1)},
     }
     return evaluate_protocols(
@@ -338,7 +339,7 @@ def make_dataset(folder, monkeypatch, count=10_000):
     """A made-up canonical MNIST test set, in random order."""
     images, labels = digits(count)
     for stem, digest in write_idx(folder, "test", images, labels).items():
-        monkeypatch.setitem(MD5, f"mnist/{stem}", digest)
+        monkeypatch.setitem(IMAGE_SETS["mnist"].files["test"], stem, digest)
     return load("mnist", "test", folder, cache_dir=folder / "cache")
 
 
@@ -348,7 +349,7 @@ def test_published_numbers_stand_beside_those_of_the_release_only(
     test = make_dataset(tmp_path, monkeypatch, 20)
     published = published_beside("mnist/secret", test)
     assert published["madry-mnist-100/xent"] == 0.9252
-    threat = linf_threat("mnist")
+    threat = threat_of("linf", MNIST)
     attack = PGD(threat, "xent", 1, 0.1)
     names = ("madry-pgd100-xent", "madry-pgd100-cw")
     _, result = evaluate_protocols(
@@ -686,7 +687,7 @@ def test_submissions_for_cifar10_need_the_original_pickle(tmp_path, monkeypatch)
         score(paths, copy, tmp_path, CIFAR10)
     assert not (tmp_path / "pred.npy").exists()
 
-    monkeypatch.setitem(MD5, "cifar10/test_batch", digest)
+    monkeypatch.setitem(IMAGE_SETS["cifar10"].files["test"], "test_batch", digest)
     original = load("cifar10", "test", tmp_path, cache_dir=tmp_path / "cache")
     expected = np.mean(submission.reshape(10_000, -1)[:, :10].argmax(axis=1) == labels)
     assert score(paths, original, tmp_path, CIFAR10) == expected

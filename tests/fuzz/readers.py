@@ -80,7 +80,7 @@ def _seed_submission(folder):
 
 
 def _read_submission(folder, outside):
-    from madry_compat.challenges import check_submission, load_submission
+    from madry_compat.submissions import check_submission, load_submission
 
     images = load_submission(folder / "attack.npy", _challenge())
     check_submission(images, np.zeros_like(images), _challenge(), epsilon=1.0)
@@ -122,13 +122,14 @@ def _seed_pickles(folder):
 
 
 def _read_pickles(folder, outside):
-    from madry_compat.cifar_pickles import read_pickles
-    from madry_compat.image_sets import Source
+    from madry_compat.challenges import image_set
+    from madry_compat.data.pickles import read_pickles
+    from madry_compat.data.sources import Source
 
     refused = None
     for path in sorted((folder / "cifar-10-batches-py").iterdir()):
         try:
-            read_pickles(Source("pickles", "cifar10", "test", folder, (path,), ""))
+            read_pickles(Source("pickles", image_set("cifar10"), "test", folder, (path,), ""))
         except ValueError as error:
             refused = error
     if refused:
@@ -163,7 +164,7 @@ def _seed_zip(folder):
 
 
 def _read_zip(folder, outside):
-    from madry_compat.fetch import unpack
+    from madry_compat.archives import unpack
 
     unpack(folder / "natural.zip", outside / "natural")
 

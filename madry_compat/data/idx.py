@@ -9,42 +9,30 @@ from typing import BinaryIO
 
 import numpy as np
 
-from madry_compat.checksums import checksum_note, md5
-from madry_compat.image_sets import (
-    IMAGE_SETS,
+from madry_compat.challenges import ImageSet
+from madry_compat.data.checksums import checksum_note, md5
+from madry_compat.data.sources import (
     MAX_FILE_BYTES,
     Arrays,
     DataError,
     Source,
-    all_there,
+    find_files,
     one_line,
 )
 
-_PREFIXES = {"train": "train", "test": "t10k"}
 # The magic number of unsigned bytes, without the number of dimensions that is added to it.
 _UNSIGNED_BYTES = 0x0800
 # Deflate cannot do better than this, so a header that claims more is a lie.
 _MAX_DEFLATE_RATIO = 1032
 
 
-def idx_names(split: str) -> tuple[str, str]:
-    """The published names of a split's images and labels, without .gz."""
-    prefix = _PREFIXES[split]
-    return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-
-
-def find_idx(name: str, split: str, root: Path) -> Source | None:
-    """Finds the two files of a split in root/name or root.
+def find_idx(image_set: ImageSet, split: str, root: Path) -> Source | None:
+    """Finds the two files of a split in root/NAME or root, gzipped or not.
 
     Raises:
         DataError: if there is only one of them.
     """
-    for folder in (root / name, root):
-        plain = [folder / file for file in idx_names(split)]
-        wanted = [path if path.exists() else path.with_name(f"{path.name}.gz") for path in plain]
-        if all_there(wanted):
-            return Source("idx", name, split, folder, tuple(wanted), f"IDX files in {folder}")
-    return None
+    return find_files(image_set, split, root, suffix=".gz")
 
 
 def read_idx(source: Source) -> Arrays:
@@ -57,7 +45,7 @@ def read_idx(source: Source) -> Arrays:
         DataError: if a file is damaged, not what its name says, or of another data set.
     """
     images_file, labels_file = source.files
-    images = _read_file(images_file, IMAGE_SETS[source.name].shape[:2])
+    images = _read_file(images_file, source.shape[:2])
     labels = _read_file(labels_file, ())
     return Arrays(images[..., np.newaxis], labels, idx_note(source, images, labels))
 
@@ -78,7 +66,7 @@ def idx_note(source: Source, images: np.ndarray, labels: np.ndarray) -> str:
     """
     digests = {
         file: md5(_header(array), np.ascontiguousarray(array).data)
-        for file, array in zip(idx_names(source.split), (images, labels), strict=True)
+        for file, array in zip(source.image_set.files[source.split], (images, labels), strict=True)
     }
     return checksum_note(source, digests)
 

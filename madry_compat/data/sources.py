@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from madry_compat.challenges import ImageSet
+
 # The largest published file, CIFAR-100's `train`, has 155 MB.
 MAX_FILE_BYTES = 256 * 2**20
 
@@ -15,36 +17,12 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """What is known about an image set before it is read.
-
-    Attributes:
-        shape: (H, W, C) of an image.
-        num_classes: labels run from 0 to num_classes - 1.
-        pixel_divisor: stored values over this are in the challenge's pixel units.
-    """
-
-    shape: tuple[int, int, int]
-    num_classes: int
-    pixel_divisor: float
-
-
-IMAGE_SETS = {
-    "mnist_5k": ImageSet((28, 28, 1), 10, 255.0),
-    "mnist": ImageSet((28, 28, 1), 10, 255.0),
-    "fashion_mnist": ImageSet((28, 28, 1), 10, 255.0),
-    "cifar10": ImageSet((32, 32, 3), 10, 1.0),
-    "cifar100": ImageSet((32, 32, 3), 100, 1.0),
-}
-
-
-@dataclass(frozen=True)
 class Source:
     """Where one split was found; nothing has been read yet.
 
     Attributes:
-        kind: "mnist_5k", "idx", "pickles" or "tfds": says which reader to use.
-        name: a key of `IMAGE_SETS`.
+        kind: the format of the files, "tfds" or that of `image_set`: says which reader to use.
+        image_set: the data set.
         split: "train" or "test".
         folder: for messages; TFDS reads the whole folder.
         files: all files that the result depends on.
@@ -52,11 +30,16 @@ class Source:
     """
 
     kind: str
-    name: str
+    image_set: ImageSet
     split: str
     folder: Path
     files: tuple[Path, ...]
     sentence: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        return self.image_set.challenge.image_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,26 +57,38 @@ class Arrays:
     note: str
 
 
-def one_line(error: Exception) -> str:
-    """The first line of what a library has to say, without TensorFlow's node names."""
-    text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:.*", "", str(error)).strip()
-    line = (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-    return line if line.isprintable() else ascii(line)
+def find_files(image_set: ImageSet, split: str, root: Path, suffix: str = "") -> Source | None:
+    """Finds a set's own files in root/FOLDER, as its archive unpacks them, or in root.
 
-
-def all_there(paths: list[Path]) -> bool:
-    """Whether the files of one folder exist.
+    Args:
+        image_set: the data set.
+        split: "train" or "test".
+        root: where to look.
+        suffix: of a file that stands in for one that is missing, such as ".gz".
 
     Raises:
-        DataError: if only some of them do.
+        DataError: if only some of them are there.
     """
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing and len(missing) < len(paths):
-        raise DataError(
-            f"{paths[0].parent} is incomplete: {', '.join(missing)} is missing; "
-            "unpack the archive again."
-        )
-    return not missing
+    for folder in (root / image_set.folder, root):
+        plain = [folder / name for name in image_set.files[split]]
+        paths = [path if path.exists() else Path(f"{path}{suffix}") for path in plain]
+        missing = [path.name for path in paths if not path.is_file()]
+        if not missing:
+            sentence = f"original files in {folder}"
+            return Source(image_set.format, image_set, split, folder, tuple(paths), sentence)
+        if len(missing) < len(paths):
+            raise DataError(
+                f"{folder} is incomplete: {', '.join(missing)} is missing; "
+                "unpack the archive again."
+            )
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what a library has to say, without TensorFlow's node names."""
+    text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:.*", "", str(error)[:1000]).strip()
+    line = (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return line if line.isprintable() else ascii(line)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from madry_compat.checksums import MD5, content_hash
+from madry_compat.data.checksums import content_hash
+from madry_compat.data.sources import Arrays, DataError, Source, one_line
 from madry_compat.files import default_cache_dir, write_atomically
-from madry_compat.image_sets import Arrays, DataError, Source, one_line
 
 # Part of every entry's name: raise it when a reader's result changes.
 _FORMAT = 1
@@ -26,21 +26,22 @@ def cache_entry(cache_dir: str | Path | None, source: Source) -> Path:
     Raises:
         DataError: if a file of the source is unreadable.
     """
+    name = source.image_set.name
     files = []
     for path in source.files:
         try:
             status = path.stat()
         except OSError as error:
             raise DataError(
-                f"{path}: unreadable ({one_line(error)}); copy or download {source.name} again."
+                f"{path}: unreadable ({one_line(error)}); copy or download {name} again."
             ) from error
         files.append([path.name, status.st_size, status.st_mtime_ns])
-    checksums = {key: value for key, value in MD5.items() if key.startswith(f"{source.name}/")}
+    checksums = source.image_set.files
     place = str(source.folder.resolve())
-    key = json.dumps([_FORMAT, source.name, source.split, place, files, checksums])
+    key = json.dumps([_FORMAT, name, source.split, place, files, checksums])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    return folder / f"{source.name}-{source.split}-{fingerprint}"
+    return folder / f"{name}-{source.split}-{fingerprint}"
 
 
 def read_cache(entry: Path) -> Arrays | None:

