@@ -308,6 +308,9 @@ class _Part(io.FileIO):
             headers["Range"] = f"bytes={offset}-"
             if known := _read_validator(self.validator):
                 headers["If-Range"] = known
+        if progress is not False:
+            # Pooch asks whether there is a bar, and tqdm has no answer without a total.
+            progress.total = progress.total or 1
         download = pooch.HTTPDownloader(
             progressbar=progress,
             chunk_size=_DOWNLOAD_CHUNK,

@@ -82,8 +82,8 @@ def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -
         print(f"      {dataset.note}")
     if full_set:
         print(
-            f"      The full set: --dataset={full_set} with --data_dir=FOLDER (TFDS or IDX files) or "
-            "--download."
+            f"      The full set: --dataset={full_set} with --data_dir=FOLDER (TFDS or original "
+            "files) or --download."
         )
     return dataset
 

@@ -10,6 +10,7 @@ from logit_reg.attacks.adaptive import Adaptive, NoisyStart
 from logit_reg.evaluation import evaluate
 from logit_reg.protocols import protocol_attacks
 from logit_reg.threat import ThreatModel
+from madry_compat.challenges import CIFAR10
 
 THREAT = ThreatModel("linf", 0.022, 0.0, 1.0)
 SHORT = Adaptive(THREAT, num_steps=10, num_targets=3, num_restarts=2, num_queries=20)
@@ -24,7 +25,7 @@ def case(num_classes):
 
 
 def test_the_protocol_takes_the_reference_settings():
-    (attack,) = protocol_attacks("adaptive", "cifar").values()
+    (attack,) = protocol_attacks("adaptive", CIFAR10).values()
     assert attack == Adaptive(ThreatModel("linf", 8.0, 0.0, 255.0))
     stages = attack.attacks(num_classes=10)
     assert {"apgd-t", "multitargeted", "odi", "cw-x100", "square-p0.3"} <= stages.keys()

@@ -30,8 +30,8 @@ def save(path, array, **kwargs):
 
 
 def test_the_challenges_are_as_published():
-    assert (MNIST.epsilon, MNIST.epsilon_l2, MNIST.upper) == (0.3, 2.0, 1.0)
-    assert (CIFAR10.epsilon, CIFAR10.epsilon_l2, CIFAR10.upper) == (8.0, 1.5 * 255, 255.0)
+    assert (MNIST.epsilon, MNIST.paper.epsilon_l2, MNIST.upper) == (0.3, 2.0, 1.0)
+    assert (CIFAR10.epsilon, CIFAR10.paper.epsilon_l2, CIFAR10.upper) == (8.0, 1.5 * 255, 255.0)
     assert MNIST.submission_shape == (10_000, 784)
     assert CIFAR10.submission_shape == (10_000, 32, 32, 3)
     assert (MNIST.attack.num_steps, MNIST.attack.step_size) == (40, 0.01)

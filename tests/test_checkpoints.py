@@ -12,6 +12,7 @@ from logit_reg.ledger import read_ledger
 from logit_reg.protocols import protocol_attacks
 from logit_reg_scripts.sources import load_model
 from madry_compat.bundle_index import find_prefix
+from madry_compat.challenges import MNIST
 from madry_compat.data import load, to_pixels
 from madry_compat.tf1_checkpoints import has_training_state
 
@@ -66,7 +67,7 @@ def test_a_release_evaluated_again_gives_the_committed_numbers(name, tfds_dir):
     network = load_model(str(RELEASES / name)).network
     ledger, _ = read_ledger(RELEASES / name / "evaluation")
     for protocol in ("paper-fgsm", "paper-mnist"):
-        attacks = protocol_attacks(protocol, "mnist")
+        attacks = protocol_attacks(protocol, MNIST)
         found = evaluate(network, attacks, images, labels)
         for attack, correct in found.correct.items():
             # Rounding of another machine may tip an image over.

@@ -25,8 +25,9 @@ from logit_reg.evaluation import (
 from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_json
 from logit_reg.ledger import build_result, read_ledger, write_ledger
-from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
+from madry_compat.challenges import CIFAR10, MNIST
 
 THREAT = ThreatModel("linf", 0.1, 0.0, 1.0)
 
@@ -344,33 +345,33 @@ def test_a_ledger_edited_by_hand_is_noticed(tmp_path):
         read_ledger(tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_protocol_is_frozen_named_once_and_within_its_family(family):
+@pytest.mark.parametrize("challenge", [MNIST, CIFAR10], ids=["mnist", "cifar"])
+def test_every_protocol_is_frozen_named_once_and_within_its_challenge(challenge):
     names = {}
     for protocol in PROTOCOLS:
         try:
-            attacks = protocol_attacks(protocol, family)
+            attacks = protocol_attacks(protocol, challenge)
         except ValueError as error:
             assert f"use {'paper' if 'paper' in protocol else 'madry'}" in str(error)
             continue
         for name, attack in attacks.items():
             assert names.setdefault(name, attack) == attack
-            assert attack.threat.upper == {"mnist": 1.0, "cifar": 255.0}[family]
+            assert attack.threat.upper == challenge.upper
     assert len(names) >= 7
 
 
 def test_the_protocols_of_the_reference_table():
-    madry = protocol_attacks("madry-cifar10", "cifar")["madry-pgd20-cw"]
+    madry = protocol_attacks("madry-cifar10", CIFAR10)["madry-pgd20-cw"]
     assert madry == PGD(ThreatModel("linf", 8, 0, 255), "cw", 20, 1.0, confidence=50.0)
-    paper = protocol_attacks("paper-mnist", "mnist")["pgd40-cw"]
+    paper = protocol_attacks("paper-mnist", MNIST)["pgd40-cw"]
     assert paper == PGD(ThreatModel("linf", 0.3, 0, 1), "cw", 40, 0.01, early_stop=True)
-    restarts = protocol_attacks("paper-l2", "cifar")["l2-pgd100-cw-x10"]
+    restarts = protocol_attacks("paper-l2", CIFAR10)["l2-pgd100-cw-x10"]
     assert (restarts.num_restarts, restarts.threat.epsilon) == (10, 382.5)
     assert restarts.attack.step_size == pytest.approx(9.5625)
     with pytest.raises(ValueError, match="paper-20 is defined on cifar only; use paper-mnist"):
-        protocol_attacks("paper-20", "mnist")
+        protocol_attacks("paper-20", MNIST)
     with pytest.raises(ValueError, match="protocol must be one of madry-mnist"):
-        protocol_attacks("paper-99", "mnist")
+        protocol_attacks("paper-99", MNIST)
 
 
 def test_of_all_images_evaluate_keeps_one_copy():

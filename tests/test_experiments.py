@@ -12,6 +12,7 @@ import pytest
 
 from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.sweep import expand_grid
+from madry_compat.challenges import CIFAR10, MNIST
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "EXPERIMENTS.md").read_text()
@@ -45,6 +46,7 @@ import dataclasses, json, sys
 from logit_reg_scripts import train
 from logit_reg_scripts.command_line import FLAGS
 from logit_reg_scripts.runs import RunSettings, resolve_settings
+from madry_compat.challenges import CIFAR10, MNIST
 names = {field.name for field in dataclasses.fields(RunSettings)}
 for words in json.loads(sys.argv[1]):
     FLAGS.unparse_flags()
@@ -98,12 +100,12 @@ def test_every_sweep_is_cut_short_by_one_flag_at_its_end():
 
 def test_the_protocols_exist_and_fit_their_data():
     for words in COMMANDS:
-        family = "cifar" if any("cifar" in word for word in words) else "mnist"
+        challenge = CIFAR10 if any("cifar" in word for word in words) else MNIST
         for names in re.findall(r"--protocol=([\w,-]+)", " ".join(words)):
             for name in names.split(","):
                 if "adv_trained" not in " ".join(words):
                     assert name in PROTOCOLS
-                    protocol_attacks(name, family)
+                    protocol_attacks(name, challenge)
 
 
 def test_there_is_a_command_for_everything_in_the_paper():

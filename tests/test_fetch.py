@@ -13,9 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
-from madry_compat import fetch as fetch_module
-from madry_compat.fetch import RELEASES, FetchError, Release, default_cache_dir, fetch, unpack
+from madry_compat import archives, releases
+from madry_compat.archives import FetchError, unpack
+from madry_compat.files import default_cache_dir
+from madry_compat.releases import RELEASES, Release, fetch
 
 NAME = "mnist/secret"
 
@@ -110,16 +113,17 @@ def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-def begin_download(server, cache, length=1000):
-    """Leave a download that was cut after `length` bytes."""
-    server.cut_after = length
-    with pytest.raises(FetchError, match=f"stopped at {length} of {len(server.body)} bytes"):
+def begin_download(server, cache):
+    """Leave a download that was cut; returns its file and the range that is asked for next."""
+    server.cut_after = len(server.body) // 2
+    with pytest.raises(FetchError, match="the download stopped at .* Fetch again to go on"):
         get(server, cache)
     server.cut_after = None
     server.requests.clear()
     part = cache / "mnist" / "secret.zip.part"
-    assert part.read_bytes() == server.body[:length]
-    return part
+    begun = part.read_bytes()
+    assert begun and server.body.startswith(begun)
+    return part, f"bytes={len(begun)}-"
 
 
 def test_the_releases_have_the_published_hashes():
@@ -134,12 +138,12 @@ def test_the_releases_have_the_published_hashes():
 
 
 def test_a_download_is_verified_unpacked_and_kept(server, cache):
-    seen = []
-    folder = get(server, cache, progress=lambda done, total: seen.append((done, total)))
+    bar = tqdm(file=io.StringIO())
+    folder = get(server, cache, progress=bar)
     assert folder == cache / "mnist" / "secret" / "models" / "secret"
     assert (folder / "checkpoint-24900.data-00000-of-00001").read_bytes() == WEIGHTS
     assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
-    assert seen[-1] == (len(ARCHIVE), len(ARCHIVE))
+    assert (bar.n, bar.total) == (len(ARCHIVE), len(ARCHIVE))
     assert files_below(cache / "mnist") == [
         "secret.zip",
         "secret/config.json",
@@ -173,50 +177,50 @@ def test_without_a_network_the_error_says_which_file_to_put_where(cache):
 @pytest.mark.parametrize("etag", ['"v1"', None])
 def test_a_cut_download_goes_on_where_it_stopped(server, cache, etag):
     server.etag = etag
-    begin_download(server, cache)
+    _, rest = begin_download(server, cache)
     folder = get(server, cache)
-    assert server.requests == [("bytes=1000-", etag)]
+    assert server.requests == [(rest, etag)]
     assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
     assert (folder / "checkpoint").is_file()
     assert not list(cache.rglob("*.part*"))
 
 
 def test_a_download_that_was_complete_but_not_renamed(server, cache):
-    part = begin_download(server, cache)
+    part, _ = begin_download(server, cache)
     part.write_bytes(ARCHIVE)
     get(server, cache)
-    assert server.requests == [(f"bytes={len(ARCHIVE)}-", '"v1"')]
+    assert server.requests[0] == (f"bytes={len(ARCHIVE)}-", '"v1"')
     assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
 
 
 def test_a_server_that_ignores_ranges_is_read_from_the_start(server, cache):
-    begin_download(server, cache)
+    _, rest = begin_download(server, cache)
     server.ranges = False
     get(server, cache)
-    assert server.requests == [("bytes=1000-", '"v1"')]
+    assert server.requests == [(rest, '"v1"')]
     assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
 
 
 def test_a_file_that_changed_on_the_server_is_read_from_the_start(server, cache):
-    server.body = b"an older archive" * 100
-    begin_download(server, cache)
+    server.body = b"an older archive" * 10_000
+    _, rest = begin_download(server, cache)
     server.body, server.etag = ARCHIVE, '"v2"'
     get(server, cache)
-    assert server.requests == [("bytes=1000-", '"v1"')]
+    assert server.requests == [(rest, '"v1"')]
     assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
 
 
 @pytest.mark.parametrize("wrong", ["bytes 0-999/96000", "bytes 1001-2000/9", "nonsense", "bytes 9"])
 def test_a_wrong_content_range_starts_afresh(server, cache, wrong):
-    begin_download(server, cache)
+    _, rest = begin_download(server, cache)
     server.content_range = wrong
     get(server, cache)
-    assert server.requests == [("bytes=1000-", '"v1"'), (None, None)]
+    assert server.requests == [(rest, '"v1"'), (None, None)]
     assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
 
 
 def test_a_partial_file_longer_than_the_server_s_starts_afresh(server, cache):
-    part = begin_download(server, cache)
+    part, _ = begin_download(server, cache)
     part.write_bytes(b"x" * (len(ARCHIVE) + 1))
     get(server, cache)
     assert [asked for asked, _ in server.requests] == [f"bytes={len(ARCHIVE) + 1}-", None]
@@ -256,17 +260,30 @@ def test_a_server_that_has_no_archive(server, cache, status):
         get(server, cache)
 
 
+def test_a_server_that_is_busy_keeps_what_has_arrived(server, cache):
+    part, rest = begin_download(server, cache)
+    begun = part.read_bytes()
+    server.status, server.ranges = 503, False
+    with pytest.raises(FetchError, match="answered 503"):
+        get(server, cache)
+    assert part.read_bytes() == begun
+    server.status, server.ranges = None, True
+    get(server, cache)
+    assert server.requests[-1] == (rest, '"v1"')
+    assert (cache / "mnist" / "secret.zip").read_bytes() == ARCHIVE
+
+
 def test_an_archive_over_the_size_bound_is_not_downloaded(server, cache, monkeypatch):
-    monkeypatch.setattr(fetch_module, "MAX_ARCHIVE_BYTES", len(ARCHIVE) - 1)
+    monkeypatch.setattr(releases, "MAX_ARCHIVE_BYTES", len(ARCHIVE) - 1)
     with pytest.raises(FetchError, match=f"has {len(ARCHIVE)} bytes, allowed"):
         get(server, cache)
     assert not (cache / "mnist" / "secret.zip").exists()
 
 
 def test_two_downloads_of_one_model_do_not_mix(server, cache):
-    part = begin_download(server, cache)
+    part, _ = begin_download(server, cache)
     with part.open("ab") as file:
-        fetch_module.fcntl.flock(file, fetch_module.fcntl.LOCK_EX)
+        releases.fcntl.flock(file, releases.fcntl.LOCK_EX)
         with pytest.raises(FetchError, match="written by another process"):
             get(server, cache)
     get(server, cache)
@@ -275,7 +292,7 @@ def test_two_downloads_of_one_model_do_not_mix(server, cache):
 def test_only_the_web_is_fetched(cache, tmp_path):
     (tmp_path / "secret.zip").write_bytes(ARCHIVE)
     releases = {NAME: Release((tmp_path / "secret.zip").as_uri(), SHA256)}
-    with pytest.raises(FetchError, match="not an http or https address"):
+    with pytest.raises(FetchError, match="No connection adapters"):
         fetch(NAME, cache, releases=releases)
 
 
@@ -390,7 +407,7 @@ def test_an_entry_that_stands_twice(tmp_path):
 
 
 def test_the_unpacked_size_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch_module, "MAX_UNPACKED_BYTES", len(WEIGHTS))
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", len(WEIGHTS))
     (tmp_path / "a.zip").write_bytes(ARCHIVE)
     with pytest.raises(FetchError, match=f"allowed {len(WEIGHTS)}"):
         unpack(tmp_path / "a.zip", tmp_path / "model")

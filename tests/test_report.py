@@ -28,6 +28,7 @@ from logit_reg.sweep_figures import (
     sweep_points,
     sweep_table,
 )
+from madry_compat.challenges import CIFAR10, MNIST
 
 PROTOCOLS = ("paper-fgsm", "paper-mnist")
 PROTOCOLS_OF_CIFAR = ("paper-fgsm", "paper-20", "paper-50", "paper-200", "autoattack")
@@ -68,13 +69,13 @@ def save_evaluation(directory, clean, correct, *, dataset="mnist_5k", protocols=
         },
     )
     if protocols is None:
-        protocols = {name: protocol_attacks(name, "mnist") for name in PROTOCOLS}
+        protocols = {name: protocol_attacks(name, MNIST) for name in PROTOCOLS}
     result = build_result(evaluation, protocols, dataset=dataset, settings={}, seed=0)
     write_ledger(directory, evaluation, result, np.arange(num) if indices is None else indices)
 
 
 def save_strong(directory, num_correct, num_examples, *, clean=None, name="l2-pgd100-cw-x10"):
-    attack = protocol_attacks("paper-l2", "mnist")["l2-pgd100-cw-x10"]
+    attack = protocol_attacks("paper-l2", MNIST)["l2-pgd100-cw-x10"]
     clean = np.ones(num_examples, bool) if clean is None else clean
     save_evaluation(
         directory,
@@ -328,7 +329,7 @@ def test_numbers_of_examples_that_differ_stand_in_the_cells(tmp_path):
 
 def test_other_pgd_lengths_get_their_own_columns(tmp_path):
     folder = save_training(tmp_path / "a", "a", dataset="cifar10")
-    protocols = {"paper-20": protocol_attacks("paper-20", "cifar")}
+    protocols = {"paper-20": protocol_attacks("paper-20", CIFAR10)}
     correct = {"pgd20-xent": first(4, 10), "pgd20-cw": first(3, 10)}
     save_evaluation(
         folder / "evaluation", first(9, 10), correct, dataset="cifar10", protocols=protocols
@@ -409,7 +410,7 @@ def test_what_was_published_of_the_same_training_stands_beside(tmp_path):
 
 def test_published_numbers_are_shares_under_attacks_that_exist():
     attacks = {"clean"} | {
-        name for p in PROTOCOLS_OF_CIFAR for name in protocol_attacks(p, "cifar")
+        name for p in PROTOCOLS_OF_CIFAR for name in protocol_attacks(p, CIFAR10)
     }
     for entry in PUBLISHED:
         assert set(entry.accuracy) <= attacks
@@ -488,7 +489,7 @@ def test_checkpoints_of_one_run_are_a_curve_over_training_steps(tmp_path):
             directory,
             first(9, 10),
             dict.fromkeys(ATTACKS[2:], first(count, 10)),
-            protocols={"paper-mnist": protocol_attacks("paper-mnist", "mnist")},
+            protocols={"paper-mnist": protocol_attacks("paper-mnist", MNIST)},
         )
         result = read_json(directory / "result.json")
         model = {"model": f"runs/a/checkpoint-{step}"}
@@ -507,7 +508,7 @@ def test_checkpoints_of_one_run_are_a_curve_over_training_steps(tmp_path):
 
 def test_pgd_of_several_lengths_is_a_curve_over_its_iterations(tmp_path):
     folder = save_run(tmp_path / "a", "squeeze")
-    attack = protocol_attacks("paper-mnist", "mnist")["pgd40-cw"]
+    attack = protocol_attacks("paper-mnist", MNIST)["pgd40-cw"]
     for steps, count in ((1, 9), (20, 5), (400, 1)):
         name = f"pgd{steps}-cw"
         save_evaluation(
@@ -526,7 +527,7 @@ def test_pgd_of_several_lengths_is_a_curve_over_its_iterations(tmp_path):
 
 
 def test_networks_attacked_for_several_lengths_have_a_panel_each_by_their_names(tmp_path):
-    attack = protocol_attacks("paper-mnist", "mnist")["pgd40-cw"]
+    attack = protocol_attacks("paper-mnist", MNIST)["pgd40-cw"]
     runs = []
     for reg in ("squeeze", "similarity"):
         folder = save_run(tmp_path / reg, reg)

@@ -20,6 +20,7 @@ from logit_reg.evaluation import check_threat
 from logit_reg.protocols import protocol_attacks
 from logit_reg.threat import ThreatModel
 from madry_compat import data
+from madry_compat.challenges import CIFAR10, MNIST
 
 LINF = ThreatModel("linf", 0.05)
 L2 = ThreatModel("l2", 0.3)
@@ -218,12 +219,12 @@ def test_bad_settings_are_refused(settings, message):
 
 
 def test_the_protocol_of_the_paper():
-    for family, threat in (
-        ("mnist", ThreatModel("linf", 0.3, 0.0, 1.0)),
-        ("cifar", ThreatModel("linf", 8.0, 0.0, 255.0)),
+    for challenge, threat in (
+        (MNIST, ThreatModel("linf", 0.3, 0.0, 1.0)),
+        (CIFAR10, ThreatModel("linf", 8.0, 0.0, 255.0)),
     ):
         expected = {"spsa20": SPSA(threat, num_steps=20, num_samples=128)}
-        assert protocol_attacks("paper-spsa", family) == expected
+        assert protocol_attacks("paper-spsa", challenge) == expected
 
 
 def golden_case(shared, count):
