@@ -4,6 +4,8 @@ from absl import flags
 
 from madry_compat.challenges import IMAGE_SETS
 
+DATASETS = tuple(IMAGE_SETS)
+
 
 def define_model_flag() -> None:
     """The network to look at."""
@@ -20,7 +22,7 @@ def define_data_flags(dataset: str = "data set; the run's own if not given") -> 
     Args:
         dataset: what `--help` says of --dataset.
     """
-    flags.DEFINE_enum("dataset", None, list(IMAGE_SETS), dataset)
+    flags.DEFINE_enum("dataset", None, DATASETS, dataset)
     flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
     flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
 

@@ -297,6 +297,40 @@ def cifar_batch(folder, content):
     (folder / "cifar-10-batches-py" / "test_batch").write_bytes(content)
 
 
+def text(content):
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def encoded_again_and_again():
+    """A text of 4 MB that takes 4 TB if each of its encodings is made."""
+    begin = b"\x80\x02" + text(b"x" * 2**22) + b"q\x00" + text(b"latin1") + b"q\x01"
+    return begin + b"c_codecs\nencode\nq\x02(" + b"h\x02h\x00h\x01\x86R" * 75_000 + b"l."
+
+
+def arguments_without_end():
+    """A text spread into a million arguments, and that a hundred thousand times."""
+    begin = b"\x80\x02cnumpy\nndarray\nq\x00" + text(b"x" * 2**20) + b"q\x01("
+    return begin + b"h\x00h\x01R" * 100_000 + b"l."
+
+
+def equal_hashes():
+    """A dict of 30,000 integers that all have one hash."""
+    numbers = (number * (2**61 - 1) for number in range(1, 30_001))
+    return (
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0a" + n.to_bytes(10, "little") + b"N" for n in numbers)
+        + b"u."
+    )
+
+
+def shown_for_ever():
+    """An array whose type is a list of 2**40 items where it is shown."""
+    nested = b"]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(40))
+    dtype = b"cnumpy\ndtype\nh(\x85R"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01\x85" + dtype + b"\x89"
+    return b"\x80\x02" + nested + b"q(}" + text(b"data") + array + text(b"x") + b"tbs."
+
+
 def repeated_tuples():
     """A dict whose key takes 2**50 steps to hash."""
     twice = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(50))
@@ -311,8 +345,28 @@ def repeated_tuples():
         repeated_tuples(),
         b"\x80\x02}(X\x06\x00\x00\x00labels](]q\x00h\x00ee.",
         b"\x80\x02cnumpy.core.multiarray\nscalar\nq\x01N}X\x01\x00\x00\x00aK\x01s\x86b.",
+        b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
+        b"\x80\x02(" + b"]" * 3_000_000 + b"l.",
+        b"c" + b"{" * 2_000_000 + b"\nx\n.",
+        encoded_again_and_again(),
+        arguments_without_end(),
+        equal_hashes(),
+        shown_for_ever(),
     ],
-    ids=["2**31 places", "a terabyte", "hash", "nested", "attribute of a function"],
+    ids=[
+        "2**31 places",
+        "a terabyte",
+        "hash",
+        "nested",
+        "attribute of a function",
+        "a terabyte of bytearray",
+        "millions of lists",
+        "a long name",
+        "encodings",
+        "arguments",
+        "equal hashes",
+        "a type that is shown",
+    ],
 )
 def test_pickles_that_swell_or_hang_are_refused(tmp_path, content):
     cifar_batch(tmp_path, content)
