@@ -23,7 +23,7 @@ from logit_reg.attacks.odi import ODI
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing
+from logit_reg.attacks.standing import Standing, check_examples
 from logit_reg.threat import ThreatModel
 
 # Step sizes, in epsilon. The jagged surfaces of squeezed models are climbed with .4 to .65, far
@@ -71,6 +71,7 @@ class NoisyStart(ImageAttack):
     ) -> AttackResult:
         """Attack a batch; see `Attack.run`."""
         images, labels, indices = attack_inputs(images, labels, indices)
+        check_examples(logits_fn, images, labels)
         ascent = Ascent(self._as_pgd(), self.num_steps, start_stddev=self.stddev)
         return ascent.run(
             (logits_fn, gradient_logits_fn or logits_fn),
