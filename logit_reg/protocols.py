@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 from logit_reg.attacks import FGSM, PGD, SPSA, Adaptive, Attack, AutoAttack, Restarts
+from logit_reg.attacks.checks import Finding
 from logit_reg.threat import ThreatModel
 
 FAMILIES = ("mnist", "cifar")
@@ -23,6 +24,8 @@ _STEP_SIZE = {"mnist": 0.01, "cifar": 2.0}
 
 # The challenges' own code; the paper's Eq. 4 has no such constant.
 _CHALLENGE_CONFIDENCE = 50.0
+
+_EACH = "autoattack-each"
 
 
 def protocol_attacks(name: str, family: str) -> dict[str, Attack]:
@@ -51,12 +54,13 @@ def protocol_attacks(name: str, family: str) -> dict[str, Attack]:
     return PROTOCOLS[name](family)
 
 
-def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
+def any_threat_attacks(name: str, threat: ThreatModel, num_classes: int = 10) -> dict[str, Attack]:
     """The attacks of a protocol that needs nothing but a threat model, for data of one's own.
 
     Args:
         name: one of `ANY_THREAT`.
         threat: norm, budget and pixel range.
+        num_classes: K; attacks that are not defined for so few are left out, see `left_out`.
 
     Returns:
         Attacks by name.
@@ -66,7 +70,18 @@ def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
     """
     if name not in ANY_THREAT:
         raise ValueError(f"protocol must be one of {', '.join(ANY_THREAT)}; got {name!r}.")
-    return ANY_THREAT[name](threat)
+    return ANY_THREAT[name](threat, num_classes)
+
+
+def left_out(name: str, threat: ThreatModel, num_classes: int) -> list[Finding]:
+    """What a protocol leaves out for so few classes, if it is no cascade that says so itself.
+
+    Args:
+        name: one of `PROTOCOLS`, or any other name.
+        threat: of its attacks.
+        num_classes: K.
+    """
+    return AutoAttack(threat).check_num_classes(num_classes) if name == _EACH else []
 
 
 def linf_threat(family: str) -> ThreatModel:
@@ -152,11 +167,11 @@ def _paper(family, num_steps, step_size):
     }
 
 
-ANY_THREAT: dict[str, Callable[[ThreatModel], dict[str, Attack]]] = {
-    "autoattack": lambda threat: {"autoattack": AutoAttack(threat)},
+ANY_THREAT: dict[str, Callable[[ThreatModel, int], dict[str, Attack]]] = {
+    "autoattack": lambda threat, num_classes: {"autoattack": AutoAttack(threat)},
     # The columns of the AutoAttack paper's tables: each on all images.
-    "autoattack-each": lambda threat: AutoAttack(threat).attacks(num_classes=10),
-    "adaptive": lambda threat: {"adaptive": Adaptive(threat)},
+    _EACH: lambda threat, num_classes: AutoAttack(threat).attacks(num_classes),
+    "adaptive": lambda threat, num_classes: {"adaptive": Adaptive(threat)},
 }
 
 PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
@@ -172,7 +187,7 @@ PROTOCOLS: dict[str, Callable[[str], dict[str, Attack]]] = {
     "paper-l2": _paper_l2,
     "paper-spsa": _paper_spsa,
     "autoattack": functools.partial(_linf, name="autoattack"),
-    "autoattack-each": functools.partial(_linf, name="autoattack-each"),
+    _EACH: functools.partial(_linf, name=_EACH),
     "autoattack-l2": _autoattack_l2,
     "adaptive": functools.partial(_linf, name="adaptive"),
 }

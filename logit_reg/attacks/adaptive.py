@@ -164,19 +164,11 @@ class Adaptive(ImageAttack):
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
         ten_classes = dataclasses.replace(self, num_targets=min(self.num_targets, 9))
-        return cost_of_stages(ten_classes._all_attacks(), self.cost_of_checks())
+        return cost_of_stages(ten_classes._all_attacks())
 
-    def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
-        """What can be seen before the attacks that makes their figure doubtful: AutoAttack's."""
-        return self._autoattack().checks(logits_fn, images, labels, seed=seed, indices=indices)
-
-    def cost_of_checks(self) -> tuple[int, int]:
-        """Return the forwards and backwards that `checks` takes for one image."""
-        return self._autoattack().cost_of_checks()
-
-    def _autoattack(self):
-        # One target: the checks say that targets are cut, which here is the rule.
-        return AutoAttack(self.threat, num_targets=1)
+    def check_num_classes(self, num_classes: int) -> list[Finding]:
+        """What so few classes leave out: AutoAttack's; that targets are cut is the rule here."""
+        return AutoAttack(self.threat, num_targets=1).check_num_classes(num_classes)
 
     def _all_attacks(self) -> dict[str, Attack]:
         threat, steps = self.threat, self.num_steps

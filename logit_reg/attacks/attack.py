@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.checks import Finding
 from logit_reg.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from logit_reg.attacks.checks import Finding
 
 LogitsFn = Callable[[Any], Any]
 """Images (N, H, W, C) in pixel units -> logits (N, K)."""
@@ -112,14 +114,8 @@ class Cascade(Protocol):
         """The attacks by name, in order, for a network of so many classes."""
         ...
 
-    def checks(
-        self, logits_fn: LogitsFn, images, labels, *, seed: int = 0, indices=None
-    ) -> tuple[Finding, ...]:
-        """What can be seen before the attacks that makes their figure doubtful."""
-        ...
-
-    def cost_of_checks(self) -> tuple[int, int]:
-        """Return the forwards and backwards that `checks` takes for one image."""
+    def check_num_classes(self, num_classes: int) -> "list[Finding]":
+        """What so few classes leave out of the cascade."""
         ...
 
 
@@ -523,7 +519,7 @@ def attack_inputs(images, labels, indices):
         )
     if labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels must be one an image; got {len(labels)} labels for {len(images)} images."
+            f"labels must be {images.shape[:1]} integers, one an image; got {labels.shape}."
         )
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     if indices.shape != labels.shape:
