@@ -84,8 +84,8 @@ class AutoAttack(ImageAttack):
             An `AttackResult` with `stages`.
         """
         images, labels, indices = attack_inputs(images, labels, indices)
-        warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
         standing = Standing(logits_fn, images, labels)
+        warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
         forwards, backwards = cost_of_checks(len(images), for_randomised=self.for_randomised)
         standing.count(1, forwards=forwards, backwards=backwards)
         warn(check_finite(~np.isfinite(standing.clean_logits).all(axis=1)))
