@@ -21,6 +21,7 @@ from logit_reg.attacks.attack import (
 )
 from logit_reg.attacks.minimum_norm import MinimumNorm
 from logit_reg.attacks.pgd import PGD
+from logit_reg.attacks.standing import check_examples
 from logit_reg.evaluation import check_threat, evaluate
 from logit_reg.threat import ThreatModel
 
@@ -293,6 +294,7 @@ def accuracy_against_steps_and_size(
             seed=seed,
             # What a shorter run breaks the longer one breaks too.
             worst_case_only=True,
+            with_checks=not rows,
         )
         rows.append([found.correct[str(count)] for count in counts])
     return StepGrid(sizes, counts, np.array(rows))
@@ -334,6 +336,7 @@ def losses_over_restarts(
     if num_restarts < 1:
         raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
     images, labels, indices = attack_inputs(images, labels, None)
+    check_examples(logits_fn, images, labels)
     _, fooled = _losses(logits_fn, images, labels, batch_size)
     standing = ~fooled
     correct = np.zeros((num_restarts, len(images)), bool)

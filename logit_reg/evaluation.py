@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,12 +18,22 @@ from logit_reg.attacks.attack import (
     AttackResult,
     Cascade,
     Classifier,
+    Judgement,
     attack_inputs,
 )
-from logit_reg.attacks.checks import check_square, warn
+from logit_reg.attacks.checks import (
+    NUM_CHECKED,
+    Finding,
+    check_finite,
+    check_network,
+    check_square,
+    cost_of_checks,
+    followed_losses,
+    warn,
+)
 from logit_reg.attacks.frozen import frozen_copy
 from logit_reg.attacks.pgd import PGD
-from logit_reg.attacks.standing import clean_logits
+from logit_reg.attacks.standing import check_examples, clean_logits
 from logit_reg.evaluation_state import EvaluationState
 from logit_reg.threat import ThreatModel
 
@@ -85,16 +96,20 @@ class Evaluation:
     it."""
     records: dict[str, AttackRecord]
     """Books of each attack."""
+    findings: tuple[Finding, ...] = ()
+    """What makes these numbers doubtful or incomplete, each once; see `check_network`."""
+    cost_of_checks: tuple[int, int] = (0, 0)
+    """Forwards and backwards of the checks that gave the findings."""
 
     @property
     def forwards(self) -> int:
-        """Images sent forward by all attacks."""
-        return sum(record.forwards for record in self.records.values())
+        """Images sent forward by the checks and all attacks."""
+        return self.cost_of_checks[0] + sum(record.forwards for record in self.records.values())
 
     @property
     def backwards(self) -> int:
-        """Gradients computed by all attacks."""
-        return sum(record.backwards for record in self.records.values())
+        """Gradients computed by the checks and all attacks."""
+        return self.cost_of_checks[1] + sum(record.backwards for record in self.records.values())
 
 
 def evaluate(
@@ -110,14 +125,18 @@ def evaluate(
     state: EvaluationState | None = None,
     show_progress: bool = False,
     gradient_logits_fn=None,
+    with_checks: bool = True,
 ) -> Evaluation:
     """Attack a data set with several attacks and combine them per example.
+
+    Signs that the numbers cannot be trusted stand in `findings`, and each is issued once as an
+    `AttackWarning`.
 
     Args:
         logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
         attacks: the attacks by name, in the order in which they are to be credited.
         images: (N, H, W, C) float, pixel units, within the attacks' bounds.
-        labels: (N,) int true classes.
+        labels: (N,) or (N, 1) int true classes.
         batch_size: most images sent through the network at once.
         seed: source of all random numbers.
         worst_case_only: attack only what the attacks before have left standing. The worst case
@@ -127,18 +146,29 @@ def evaluate(
         state: where finished batches are kept.
         show_progress: draw a progress bar for each attack.
         gradient_logits_fn: what the attacks follow, see `Attack.run`; `logits_fn` if None.
+        with_checks: look at the network first, on a few images, see `check_network`; without it
+            `findings` hold what the attacks show by themselves.
 
     Returns:
-        An `Evaluation`: robust <= each single attack <= clean, per example.
+        An `Evaluation`: robust <= each single attack <= clean, per example. Logits that are not
+        finite are a wrong answer.
 
     Raises:
-        ValueError: if there are no images or attacks, or an image is outside the bounds.
+        ValueError: if there are no images or attacks, an image is outside the bounds, or a label
+            is no class of the network.
         GateError: if an attack leaves its threat model.
     """
     images, labels, indices = attack_inputs(images, labels, indices)
     _check_inputs(images, attacks, batch_size)
-    prediction, misclassified = _judge(logits_fn, images, labels, batch_size)
-    clean = ~misclassified
+    check_examples(logits_fn, images, labels)
+    findings, cost = [], (0, 0)
+    if with_checks:
+        found, cost = _check(logits_fn, attacks, images, labels, indices, batch_size, seed)
+        findings += found
+        warn(findings)
+    judgement = _judge(logits_fn, images, labels, batch_size)
+    clean = ~judgement.fooled
+    not_finite = judgement.not_finite
     worst = _WorstCase(images, clean)
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
@@ -162,10 +192,13 @@ def evaluate(
         books = run.attack(name, attack, attacked, worst)
         worst.close(name, books.fooled)
         records[name] = books.close(clean, attacked)
+        not_finite |= books.not_finite
         done[attack] = name
+    late = check_finite(not_finite) + run.findings
+    warn(late)
     return Evaluation(
         labels=labels,
-        clean_prediction=prediction,
+        clean_prediction=judgement.prediction,
         clean=clean,
         robust=worst.robust,
         correct={name: record.correct for name, record in records.items()},
@@ -173,6 +206,8 @@ def evaluate(
         broken_by=worst.broken_by,
         distance=worst.distance,
         records=records,
+        findings=tuple(dict.fromkeys([*findings, *late])),
+        cost_of_checks=cost,
     )
 
 
@@ -259,7 +294,10 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
     share = successes / total
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total / 2) ** 2)
-    return max(0.0, center - half), min(1.0, center + half)
+    # At the ends exactly, where rounding leaves 1e-19.
+    low = center - half if successes else 0.0
+    high = center + half if successes < total else 1.0
+    return max(0.0, low), min(1.0, high)
 
 
 def content_hash(*arrays: np.ndarray) -> str:
@@ -341,6 +379,7 @@ class _Books:
     def __init__(self, worst):
         self._worst = worst
         self.fooled = np.zeros(len(worst.robust), bool)
+        self.not_finite = np.zeros(len(worst.robust), bool)
         self.stages: dict[str, np.ndarray] = {}
         self._last_fooled = np.zeros(len(worst.robust), bool)
         self._forwards = self._backwards = self._unconfirmed = 0
@@ -349,6 +388,7 @@ class _Books:
     def add(self, batch, norm, found, seconds):
         self._worst.add(batch, found.adversarial, norm)
         self.fooled[batch] = found.fooled
+        self.not_finite[batch] = found.not_finite
         self._last_fooled[batch] = found.last_iterate_fooled
         self.count(found.forwards, found.backwards, seconds)
         self._unconfirmed += found.unconfirmed
@@ -376,6 +416,8 @@ class _Books:
 @dataclasses.dataclass(frozen=True)
 class _Confirmed(AttackResult):
     unconfirmed: int = 0
+    not_finite: Any = None
+    """(N,) bool: whom logits that are not finite fool."""
 
 
 class _Run:
@@ -390,6 +432,8 @@ class _Run:
         self._state = state
         self._show_progress = show_progress
         self._data_key = content_hash(images, labels, indices) if state else ""
+        self.findings: list[Finding] = []
+        """What the attacks show of the network."""
 
     def attack(self, name, attack, rows, worst):
         """Attack some rows of the data set; the images go to the worst case."""
@@ -421,14 +465,7 @@ class _Run:
         """Each stage on all that still stand, so that batches stay full as examples fall."""
         if not len(rows):
             return
-        first = rows[: self._batch_size]
-        started = time.monotonic()
-        images, labels, indices = self._images[first], self._labels[first], self._indices[first]
-        warn(cascade.checks(self._logits_fn, images, labels, seed=self._seed, indices=indices))
-        num_classes = clean_logits(self._logits_fn, images[:1]).shape[1]
-        forwards, backwards = cascade.cost_of_checks()
-        seconds = time.monotonic() - started
-        books.count(1 + len(first) * forwards, len(first) * backwards, seconds)
+        num_classes = clean_logits(self._logits_fn, self._images[:1]).shape[1]
         is_standing = np.zeros(len(self._images), bool)
         is_standing[rows] = True
         before = is_standing.copy()
@@ -437,7 +474,7 @@ class _Run:
             self._attack_all(books, f"{name}: {stage}", attack, rows)
             is_standing &= ~books.fooled
             books.stages[stage] = is_standing.copy()
-        warn(check_square(before, books.stages.items()))
+        self.findings += check_square(before, books.stages.items())
 
     def _attack_batch(self, name, attack, batch, *, wait):
         """Attack one batch, or take its result from the state; either way it passes the gate.
@@ -494,9 +531,12 @@ def _confirm(logits_fn, found, labels, batch_size):
     """Count an image as fooled only if it is, read back from the array in another batch size."""
     candidates = np.flatnonzero(found.fooled)
     other_size = max(1, batch_size // 2) if batch_size > 1 else 2
-    _, wrong = _judge(logits_fn, found.adversarial[candidates], labels[candidates], other_size)
+    judgement = _judge(logits_fn, found.adversarial[candidates], labels[candidates], other_size)
+    wrong = judgement.fooled
     fooled = found.fooled.copy()
     fooled[candidates[~wrong]] = False
+    not_finite = np.zeros(len(fooled), bool)
+    not_finite[candidates] = judgement.not_finite
     return _Confirmed(
         adversarial=found.adversarial,
         fooled=fooled,
@@ -504,17 +544,43 @@ def _confirm(logits_fn, found, labels, batch_size):
         forwards=found.forwards,
         backwards=found.backwards,
         unconfirmed=int((~wrong).sum()),
+        not_finite=not_finite,
     )
 
 
-def _judge(logits_fn, images, labels, batch_size):
-    """Predicted classes and where they count as wrong, from one pass over the images."""
-    prediction = np.zeros(len(images), np.int64)
-    wrong = np.zeros(len(images), bool)
+def _judge(logits_fn, images, labels, batch_size) -> Judgement:
+    """One pass over the images."""
+    judgement = Judgement(np.zeros(len(images), np.int64), np.zeros(len(images), bool))
     for i in range(0, len(images), batch_size):
         part = slice(i, i + batch_size)
-        prediction[part], wrong[part] = _CLASSIFIER.judge(logits_fn, images[part], labels[part])
-    return prediction, wrong
+        found = _CLASSIFIER.judge(logits_fn, images[part], labels[part])
+        for whole, values in zip(judgement, found, strict=True):
+            whole[part] = values
+    return judgement
+
+
+def _check(logits_fn, attacks, images, labels, indices, batch_size, seed):
+    """What a look at the first images says of the network, and its forwards and backwards."""
+    count = min(batch_size, NUM_CHECKED)
+    images, labels, indices = images[:count], labels[:count], indices[:count]
+    num_classes = clean_logits(logits_fn, images[:1]).shape[1]
+    findings: list[Finding] = []
+    for attack in attacks.values():
+        if isinstance(attack, Cascade):
+            findings += attack.check_num_classes(num_classes)
+    for_randomised = all(getattr(attack, "for_randomised", False) for attack in attacks.values())
+    findings += check_network(
+        logits_fn,
+        next(iter(attacks.values())).threat,
+        images,
+        labels,
+        followed=followed_losses(attacks.values()),
+        for_randomised=for_randomised,
+        seed=seed,
+        indices=indices,
+    )
+    cost = cost_of_checks(len(images), for_randomised=for_randomised)
+    return list(dict.fromkeys(findings)), cost
 
 
 def _check_inputs(images, attacks, batch_size):

@@ -24,6 +24,7 @@ from logit_reg.attacks.attack import (
     random_stream,
 )
 from logit_reg.attacks.pgd import PGD
+from logit_reg.attacks.standing import check_examples
 from logit_reg.threat import ThreatModel
 
 # Arrays of a `Comparison` and their numbers of axes.
@@ -99,6 +100,7 @@ class Landscape:
             The `Surfaces` of the N examples.
         """
         images, labels, indices = attack_inputs(images, labels, indices)
+        check_examples(logits_fn, images, labels)
         image, number = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         signature = (image, number, number, tf.TensorSpec((), tf.int64))
         compute = compiled(self, "_surfaces", (logits_fn,), signature)

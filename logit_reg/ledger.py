@@ -63,7 +63,8 @@ def build_result(
         seed: of the evaluation.
 
     Returns:
-        A JSON object; accuracies are fractions.
+        A JSON object; accuracies are fractions. "notices" holds the findings of the evaluation,
+        each with "name", "message" and "value".
     """
     num_examples = len(evaluation.labels)
     num_robust = int(evaluation.robust.sum())
@@ -83,6 +84,7 @@ def build_result(
         "seconds": sum(record.seconds for record in evaluation.records.values()),
         "settings": settings,
         "seed": seed,
+        "notices": [dataclasses.asdict(finding) for finding in evaluation.findings],
     }
 
 

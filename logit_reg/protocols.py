@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from logit_reg.attacks import FGSM, PGD, SPSA, Adaptive, Attack, AutoAttack, Restarts
+from logit_reg.attacks.checks import Finding
 from logit_reg.threat import ThreatModel
 
 # The challenges' own code; the paper's Eq. 4 has no such constant.
 CHALLENGE_CONFIDENCE = 50.0
+
+_EACH = "autoattack-each"
 
 
 class Challenge(Protocol):
@@ -64,12 +67,13 @@ def protocol_attacks(name: str, challenge: Challenge) -> dict[str, Attack]:
     return PROTOCOLS[name](challenge)
 
 
-def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
+def any_threat_attacks(name: str, threat: ThreatModel, num_classes: int = 10) -> dict[str, Attack]:
     """The attacks of a protocol that needs nothing but a threat model, for data of one's own.
 
     Args:
         name: one of `ANY_THREAT`.
         threat: norm, budget and pixel range.
+        num_classes: K; attacks that are not defined for so few are left out, see `left_out`.
 
     Returns:
         Attacks by name.
@@ -79,7 +83,18 @@ def any_threat_attacks(name: str, threat: ThreatModel) -> dict[str, Attack]:
     """
     if name not in ANY_THREAT:
         raise ValueError(f"protocol must be one of {', '.join(ANY_THREAT)}; got {name!r}.")
-    return ANY_THREAT[name](threat)
+    return ANY_THREAT[name](threat, num_classes)
+
+
+def left_out(name: str, threat: ThreatModel, num_classes: int) -> list[Finding]:
+    """What a protocol leaves out for so few classes, if it is no cascade that says so itself.
+
+    Args:
+        name: one of `PROTOCOLS`, or any other name.
+        threat: of its attacks.
+        num_classes: K.
+    """
+    return AutoAttack(threat).check_num_classes(num_classes) if name == _EACH else []
 
 
 def threat_of(norm: str, challenge: Challenge, epsilon: float | None = None) -> ThreatModel:
@@ -172,11 +187,11 @@ def _paper(challenge, num_steps):
     }
 
 
-ANY_THREAT: dict[str, Callable[[ThreatModel], dict[str, Attack]]] = {
-    "autoattack": lambda threat: {"autoattack": AutoAttack(threat)},
+ANY_THREAT: dict[str, Callable[[ThreatModel, int], dict[str, Attack]]] = {
+    "autoattack": lambda threat, num_classes: {"autoattack": AutoAttack(threat)},
     # The columns of the AutoAttack paper's tables: each on all images.
-    "autoattack-each": lambda threat: AutoAttack(threat).attacks(num_classes=10),
-    "adaptive": lambda threat: {"adaptive": Adaptive(threat)},
+    _EACH: lambda threat, num_classes: AutoAttack(threat).attacks(num_classes),
+    "adaptive": lambda threat, num_classes: {"adaptive": Adaptive(threat)},
 }
 
 PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
@@ -192,7 +207,7 @@ PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
     "paper-l2": _paper_l2,
     "paper-spsa": _paper_spsa,
     "autoattack": functools.partial(_linf, name="autoattack"),
-    "autoattack-each": functools.partial(_linf, name="autoattack-each"),
+    _EACH: functools.partial(_linf, name=_EACH),
     "autoattack-l2": _autoattack_l2,
     "adaptive": functools.partial(_linf, name="adaptive"),
 }

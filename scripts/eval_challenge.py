@@ -115,13 +115,15 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
+    from logit_reg.attacks.standing import clean_logits
     from logit_reg_scripts.evaluations import TestImages, print_result
     from logit_reg_scripts.own_models import load_own_model
 
     own = load_own_model()
     test = TestImages(own.path.stem, own.images, own.labels, (own.threat.lower, own.threat.upper))
     output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{own.name}")
-    protocols = _own_protocols(own.threat)
+    num_classes = clean_logits(own.network, own.images[:1]).shape[1]
+    protocols = _own_protocols(own.threat, num_classes)
     settings = {"model": FLAGS.model, "data": FLAGS.data}
     result = _evaluate(
         own.network, test, protocols, output_dir, FLAGS.eval_batch_size or 200, settings, _store
@@ -207,7 +209,7 @@ def _protocols(model, challenge):
     return {"flags": attack_from_flags(challenge_threat(challenge), challenge)}
 
 
-def _own_protocols(threat):
+def _own_protocols(threat, num_classes):
     """Attacks by protocol and name on a threat model of the user's own."""
     from logit_reg.protocols import any_threat_attacks
     from logit_reg_scripts.attack_flags import attack_from_flags, given_attack_flags
@@ -216,7 +218,7 @@ def _own_protocols(threat):
         return {"flags": attack_from_flags(threat, None)}
     names = [name.strip() for name in FLAGS.protocol]
     _refuse_attack_flags(names, given_attack_flags())
-    return {name: any_threat_attacks(name, threat) for name in names}
+    return {name: any_threat_attacks(name, threat, num_classes) for name in names}
 
 
 def _refuse_attack_flags(names, given) -> None:

@@ -1,14 +1,16 @@
 """An evaluation from start to ledger: hash, estimate, attack, write, show."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import keras
 import numpy as np
 
-from logit_reg.attacks import Attack, precision
+from logit_reg.attacks import Attack, AttackWarning, precision
 from logit_reg.attacks.precision import LowPrecision
+from logit_reg.attacks.standing import clean_logits
 from logit_reg.durations import in_words
 from logit_reg.evaluation import (
     Evaluation,
@@ -22,6 +24,7 @@ from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
 from logit_reg.published import published_accuracies
+from logit_reg.protocols import left_out
 from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.runs import commit, versions
 from madry_compat.data import Dataset
@@ -96,6 +99,15 @@ def evaluate_protocols(
         show_progress=show_progress,
         gradient_logits_fn=gradient_logits_fn,
     )
+    num_classes = clean_logits(network, test.images[:1]).shape[1]
+    omissions = [
+        finding
+        for name, attacks in protocols.items()
+        for finding in left_out(name, next(iter(attacks.values())).threat, num_classes)
+    ]
+    evaluation = dataclasses.replace(
+        evaluation, findings=tuple(dict.fromkeys([*omissions, *evaluation.findings]))
+    )
     result = build_result(
         evaluation,
         protocols,
@@ -147,18 +159,21 @@ def compute_batches(
         show_progress: draw progress bars.
         gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
     """
-    return evaluate(
-        network,
-        _attacks(protocols),
-        test.images,
-        test.labels,
-        batch_size=batch_size,
-        seed=seed,
-        worst_case_only=worst_case_only,
-        state=state,
-        show_progress=show_progress,
-        gradient_logits_fn=gradient_logits_fn,
-    )
+    with warnings.catch_warnings():
+        # They are printed with the table, see `print_notices`.
+        warnings.simplefilter("ignore", AttackWarning)
+        return evaluate(
+            network,
+            _attacks(protocols),
+            test.images,
+            test.labels,
+            batch_size=batch_size,
+            seed=seed,
+            worst_case_only=worst_case_only,
+            state=state,
+            show_progress=show_progress,
+            gradient_logits_fn=gradient_logits_fn,
+        )
 
 
 def read_attack_dtype(
@@ -278,6 +293,17 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
         f"seed {result['seed']}, {result['forwards']} forwards, {result['backwards']} gradients, "
         f"{in_words(result['seconds'])})"
     )
+    print_notices(result.get("notices", ()))
+
+
+def print_notices(notices: Iterable[Mapping]) -> None:
+    """Print what makes the numbers above doubtful.
+
+    Args:
+        notices: "notices" of `result.json`.
+    """
+    for entry in notices:
+        print(f"notice: {entry['message']}")
 
 
 def _attacks(protocols) -> dict[str, Attack]:

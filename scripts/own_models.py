@@ -6,6 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from logit_reg.attacks.standing import check_examples
 from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
@@ -60,12 +61,7 @@ def load_own_model() -> OwnModel:
             f"{path}: images have shape {images.shape[1:]}, the network takes "
             f"{tuple(network.input_shape[1:])}."
         )
-    num_classes = network.output_shape[-1]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UsageError(
-            f"{path}: labels span {labels.min()} to {labels.max()}, the network has "
-            f"{num_classes} classes."
-        )
+    check_examples(network, images, labels)
     count = command_line.num_examples(FLAGS.num_eval_examples, len(images))
     return OwnModel(network, threat, images[:count], labels[:count], path)
 

@@ -23,7 +23,7 @@ from logit_reg.attacks.odi import ODI
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing
+from logit_reg.attacks.standing import Standing, check_examples
 from logit_reg.threat import ThreatModel
 
 # Step sizes, in epsilon. The jagged surfaces of squeezed models are climbed with .4 to .65, far
@@ -71,6 +71,7 @@ class NoisyStart(ImageAttack):
     ) -> AttackResult:
         """Attack a batch; see `Attack.run`."""
         images, labels, indices = attack_inputs(images, labels, indices)
+        check_examples(logits_fn, images, labels)
         ascent = Ascent(self._as_pgd(), self.num_steps, start_stddev=self.stddev)
         return ascent.run(
             (logits_fn, gradient_logits_fn or logits_fn),
@@ -163,19 +164,11 @@ class Adaptive(ImageAttack):
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
         ten_classes = dataclasses.replace(self, num_targets=min(self.num_targets, 9))
-        return cost_of_stages(ten_classes._all_attacks(), self.cost_of_checks())
+        return cost_of_stages(ten_classes._all_attacks())
 
-    def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
-        """What can be seen before the attacks that makes their figure doubtful: AutoAttack's."""
-        return self._autoattack().checks(logits_fn, images, labels, seed=seed, indices=indices)
-
-    def cost_of_checks(self) -> tuple[int, int]:
-        """Return the forwards and backwards that `checks` takes for one image."""
-        return self._autoattack().cost_of_checks()
-
-    def _autoattack(self):
-        # One target: the checks say that targets are cut, which here is the rule.
-        return AutoAttack(self.threat, num_targets=1)
+    def check_num_classes(self, num_classes: int) -> list[Finding]:
+        """What so few classes leave out: AutoAttack's; that targets are cut is the rule here."""
+        return AutoAttack(self.threat, num_targets=1).check_num_classes(num_classes)
 
     def _all_attacks(self) -> dict[str, Attack]:
         threat, steps = self.threat, self.num_steps

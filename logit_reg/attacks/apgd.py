@@ -95,28 +95,6 @@ class APGD(ImageAttack):
         forwards, backwards = self._ascent().cost()
         return forwards + 1, backwards
 
-    def start_gradient(self, logits_fn, images, labels, *, seed, indices=None) -> np.ndarray:
-        """The gradient of the loss at the random start, to see whether there is one.
-
-        Args:
-            logits_fn: images -> logits.
-            images: (N, H, W, C) float, pixel units.
-            labels: (N,) int.
-            seed: source of the random numbers.
-            indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
-
-        Returns:
-            (N, H, W, C) float32.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        state, _ = self._ascent().begin(
-            (logits_fn, logits_fn),
-            (images, labels, labels, indices),
-            stream=random_stream(seed, type(self).__name__, self.loss),
-            restart=0,
-        )
-        return state.gradient
-
     def _ascent(self):
         return _Ascent(self.threat, self.loss, self.num_steps, self.num_samples)
 

@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.checks import Finding
 from logit_reg.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from logit_reg.attacks.checks import Finding
 
 LogitsFn = Callable[[Any], Any]
 """Images (N, H, W, C) in pixel units -> logits (N, K)."""
@@ -112,14 +114,8 @@ class Cascade(Protocol):
         """The attacks by name, in order, for a network of so many classes."""
         ...
 
-    def checks(
-        self, logits_fn: LogitsFn, images, labels, *, seed: int = 0, indices=None
-    ) -> tuple[Finding, ...]:
-        """What can be seen before the attacks that makes their figure doubtful."""
-        ...
-
-    def cost_of_checks(self) -> tuple[int, int]:
-        """Return the forwards and backwards that `checks` takes for one image."""
+    def check_num_classes(self, num_classes: int) -> "list[Finding]":
+        """What so few classes leave out of the cascade."""
         ...
 
 
@@ -127,25 +123,78 @@ def call_logits(logits_fn: LogitsFn, images):
     """Logits in float32 at least, a Keras model in evaluation mode, whatever surrounds the call.
 
     Args:
-        logits_fn: a Keras model or any other callable.
+        logits_fn: a Keras model or any other callable; a dictionary or list of one output counts
+            as that output.
         images: (N, H, W, C) float, pixel units.
 
     Returns:
         (N, K) float32 or float64.
 
     Raises:
-        ValueError: if the result is not a matrix of at least two logits an image.
+        ValueError: if the result is not a matrix of at least two real logits an image, or the
+            callable is not written in TensorFlow.
     """
-    if isinstance(logits_fn, keras.Model):
-        logits = logits_fn(images, training=False)
-    else:
-        logits = logits_fn(images)
-    logits = tf.convert_to_tensor(logits)
-    if logits.shape.rank != 2 or (logits.shape[1] is not None and logits.shape[1] < 2):
+    options = {"training": False} if isinstance(logits_fn, keras.Model) else {}
+    try:
+        logits = _only_output(logits_fn(images, **options))
+    except (NotImplementedError, AttributeError, tf.errors.OperatorNotAllowedInGraphError) as error:
+        # What numpy, PyTorch and plain Python raise when they are given a tensor of a graph.
+        if tf.is_symbolic_tensor(images) and _is_about_symbols(error):
+            raise ValueError(
+                "logits_fn must be written in TensorFlow, from a tensor of images to a tensor of "
+                "logits; this one wants numbers. For attacks without gradients (Square, SPSA, "
+                "HopSkipJump) wrap it: lambda x: tf.numpy_function(logits_fn, [x], tf.float32)."
+            ) from error
+        raise
+    dtype, shape = logits.dtype, logits.shape
+    if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+        raise ValueError(f"logits_fn must return real numbers; got {dtype.name}.")
+    if shape.rank is None:
+        # A `tf.numpy_function` does not know.
+        logits = tf.ensure_shape(logits, (None, None))
+    elif shape.rank != 2 or (shape[1] is not None and shape[1] < 2):
+        raise ValueError(f"logits_fn must return (N, K) logits with K >= 2; got shape {shape}.")
+    elif shape[0] is not None and shape[0] != images.shape[0]:
         raise ValueError(
-            f"logits_fn must return (N, K) logits with K >= 2; got shape {logits.shape}."
+            f"logits_fn must return a row of logits for each image; it returns {shape[0]} for "
+            f"{'any number of' if images.shape[0] is None else images.shape[0]} images."
         )
-    return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
+    return logits if dtype == tf.float64 else tf.cast(logits, tf.float32)
+
+
+def _only_output(result):
+    """The one tensor that a network returns, out of a dictionary or list of one."""
+    if isinstance(result, tf.RaggedTensor | tf.SparseTensor):
+        raise ValueError(
+            f"logits_fn must return a dense tensor (N, K) of logits; got a "
+            f"{type(result).__name__}: return its to_tensor() or tf.sparse.to_dense of it."
+        )
+    is_dictionary = isinstance(result, Mapping)
+    if is_dictionary or isinstance(result, list | tuple):
+        parts = tf.nest.flatten(result)
+        # A list of numbers or rows is the matrix itself.
+        is_matrix = not is_dictionary and all(np.ndim(part) < 2 for part in parts)
+        if len(parts) > 1 and not is_matrix:
+            names, key = "", "0"
+            if is_dictionary:
+                names, key = f" ({', '.join(map(str, result))})", repr(next(iter(result)))
+            raise ValueError(
+                f"logits_fn must return logits alone; got {len(parts)} outputs{names}: pass "
+                f"lambda images: network(images, training=False)[{key}], or another of them."
+            )
+        if parts and not is_matrix:
+            (result,) = parts
+    return tf.convert_to_tensor(result)
+
+
+def _is_about_symbols(error):
+    is_graph_error = isinstance(error, tf.errors.OperatorNotAllowedInGraphError)
+    return is_graph_error or "symbolic" in str(error).lower()
+
+
+def is_finite(logits):
+    """Where all logits of an image are finite: (N, K) -> (N,) bool."""
+    return tf.reduce_all(tf.math.is_finite(logits), axis=-1)
 
 
 def margin(logits, labels):
@@ -156,10 +205,11 @@ def margin(logits, labels):
         labels: (N,) int.
 
     Returns:
-        (N,) float.
+        (N,) float; -inf where any logit of the image is not finite, so that it counts as wrong.
     """
     true_logit, other = margin_terms(logits, labels)
-    return true_logit - other
+    # Never NaN: compiled code turns `not (NaN > 0)` into `NaN <= 0`.
+    return tf.where(is_finite(logits), true_logit - other, -np.inf)
 
 
 def margin_terms(logits, labels):
@@ -182,7 +232,7 @@ def margin_terms(logits, labels):
 
 
 def is_fooled(logits, labels):
-    """Where the prediction is wrong: a tie, or a logit that is not a number, counts as wrong.
+    """Where the prediction is wrong: a tie, or a logit that is not finite, counts as wrong.
 
     Args:
         logits: (N, K) float.
@@ -360,31 +410,91 @@ def batch_spec(shape, dtype=tf.float32) -> tf.TensorSpec:
     return tf.TensorSpec((None, *shape), dtype)
 
 
+class Judgement(NamedTuple):
+    """What one forward pass says of N images."""
+
+    prediction: np.ndarray
+    """(N,) int64 classes; -1, which is none, where a logit is not finite."""
+    fooled: np.ndarray
+    """(N,) bool: where attacks count it as misclassified; differs from the prediction on ties."""
+
+    @property
+    def not_finite(self) -> np.ndarray:
+        """(N,) bool: where a logit is not finite."""
+        return self.prediction < 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Classifier:
     """Plain predictions, compiled like an attack so that a network is traced for images once."""
 
     def predict(self, logits_fn: LogitsFn, images) -> np.ndarray:
-        """Classes of a batch: (N, H, W, C) float, pixel units -> (N,) int64."""
+        """Classes of a batch: (N, H, W, C) float, pixel units -> (N,) int64, as `Judgement`."""
         signature = (batch_spec(images.shape[1:]),)
         return compiled(self, "_predict", (logits_fn,), signature)(images).numpy()
 
-    def judge(self, logits_fn: LogitsFn, images, labels) -> tuple[np.ndarray, np.ndarray]:
-        """Classes of a batch, (N,) int64, and where attacks count it as misclassified, (N,) bool.
-
-        One forward pass gives both; they differ on ties and on logits that are not numbers.
-        """
+    def judge(self, logits_fn: LogitsFn, images, labels) -> Judgement:
+        """Judge a batch: (N, H, W, C) float in pixel units, (N,) int64."""
         signature = (batch_spec(images.shape[1:]), batch_spec((), tf.int64))
         judged = compiled(self, "_judge", (logits_fn,), signature)(images, labels)
-        prediction, fooled = (tensor.numpy() for tensor in judged)
-        return prediction, fooled
+        return Judgement(*(tensor.numpy() for tensor in judged))
 
     def _predict(self, logits_fn, images):
-        return tf.argmax(call_logits(logits_fn, images), axis=-1)
+        return _classes(call_logits(logits_fn, images))
 
     def _judge(self, logits_fn, images, labels):
         logits = call_logits(logits_fn, images)
-        return tf.argmax(logits, axis=-1), is_fooled(logits, labels)
+        return _classes(logits), is_fooled(logits, labels)
+
+
+def _classes(logits):
+    return tf.where(is_finite(logits), tf.argmax(logits, axis=-1), -1)
+
+
+def class_numbers(labels) -> np.ndarray:
+    """Labels as one class number an image.
+
+    Args:
+        labels: (N,) or (N, 1) int, as data sets give them.
+
+    Returns:
+        (N,) int64.
+
+    Raises:
+        ValueError: if they are one-hot, not integers, or have another shape.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2:
+        raise ValueError(
+            f"labels must be class numbers (N,); got {labels.shape}, as one-hot labels are: give "
+            f"labels.argmax(axis=1)."
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be integers, one class number an image; got {labels.dtype} "
+            f"{labels.shape}."
+        )
+    return labels.astype(np.int64, copy=False)
+
+
+def check_classes(labels: np.ndarray, num_classes: int) -> None:
+    """Refuse labels that are no class of the network.
+
+    Args:
+        labels: (N,) int.
+        num_classes: K.
+
+    Raises:
+        ValueError: if one is not in 0 ... K-1; names the first one and its place.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(outside):
+        raise ValueError(
+            f"labels must be 0 to {num_classes - 1}, for the network's {num_classes} classes; "
+            f"label {outside[0]} is {labels[outside[0]]} ({len(outside)} such labels)."
+        )
 
 
 def attack_inputs(images, labels, indices):
@@ -392,7 +502,7 @@ def attack_inputs(images, labels, indices):
 
     Args:
         images: (N, H, W, C) float, pixel units.
-        labels: (N,) int.
+        labels: (N,) or (N, 1) int.
         indices: (N,) int or None for 0 ... N-1.
 
     Returns:
@@ -402,21 +512,20 @@ def attack_inputs(images, labels, indices):
     Raises:
         ValueError: if shapes or types do not fit together.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = np.asarray(images), class_numbers(labels)
     if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
         raise ValueError(
             f"images must be float (N, H, W, C) in pixel units; got {images.dtype} {images.shape}."
         )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+    if labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels must be {images.shape[:1]} integers, one an image; "
-            f"got {labels.dtype} {labels.shape}."
+            f"labels must be {images.shape[:1]} integers, one an image; got {labels.shape}."
         )
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     if indices.shape != labels.shape:
         raise ValueError(f"indices must have shape {labels.shape}; got {indices.shape}.")
     return (
         images.astype(np.float32, copy=False),
-        labels.astype(np.int64, copy=False),
+        labels,
         indices.astype(np.int64, copy=False),
     )

@@ -2,27 +2,28 @@
 
 import dataclasses
 
+import numpy as np
+
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.attack import Attack, AttackResult, ImageAttack, attack_inputs
 from logit_reg.attacks.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.checks import (
     Finding,
-    check_dynamic,
-    check_randomised,
+    check_finite,
+    check_network,
     check_square,
-    check_zero_gradients,
-    refuse_probabilities,
+    cost_of_checks,
+    followed_losses,
     warn,
 )
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing, clean_logits, forward_graph
+from logit_reg.attacks.standing import Standing, clean_logits
 from logit_reg.threat import ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")
 
-_NUM_PASSES = 5
 _NUM_RESTARTS = 5
 _NUM_SAMPLES = 20
 
@@ -38,8 +39,8 @@ class AutoAttack(ImageAttack):
 
     Source:
         Croce and Hein 2020, arXiv:2003.01690, and its public code (linf and l2). Deviations:
-        with fewer than 4 classes, attacks on losses that are not defined are left out; outputs
-        that are probabilities are refused; see also each attack.
+        with fewer than 4 classes, attacks on losses that are not defined are left out; see also
+        each attack.
     """
 
     threat: ThreatModel
@@ -81,15 +82,13 @@ class AutoAttack(ImageAttack):
 
         Returns:
             An `AttackResult` with `stages`.
-
-        Raises:
-            ValueError: if `logits_fn` returns probabilities.
         """
         images, labels, indices = attack_inputs(images, labels, indices)
-        warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
         standing = Standing(logits_fn, images, labels)
-        forwards, backwards = self.cost_of_checks()
-        standing.count(len(images), forwards=forwards, backwards=backwards)
+        warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
+        forwards, backwards = cost_of_checks(len(images), for_randomised=self.for_randomised)
+        standing.count(1, forwards=forwards, backwards=backwards)
+        warn(check_finite(~np.isfinite(standing.clean_logits).all(axis=1)))
         before = ~standing.fooled
         stages = run_stages(
             self.attacks(standing.clean_logits.shape[1]),
@@ -107,7 +106,9 @@ class AutoAttack(ImageAttack):
 
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
-        return cost_of_stages(self._all_attacks(), self.cost_of_checks())
+        return cost_of_stages(
+            self._all_attacks(), cost_of_checks(1, for_randomised=self.for_randomised)
+        )
 
     def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
         """What can be seen before the attacks that makes their figure doubtful.
@@ -122,26 +123,26 @@ class AutoAttack(ImageAttack):
         Returns:
             Findings; that Square lowers the worst case is seen only by `run`.
 
-        Raises:
-            ValueError: if `logits_fn` returns probabilities.
-
         Source:
-            `checks.py` of the public code. Deviations: the gradient is that of DLR (of
-            cross-entropy with 2 classes) at APGD's start, in all versions; the number of targets
-            is cut instead of failing.
+            See `check_network`. Deviation: the number of targets is cut instead of failing.
         """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        num_passes = 1 if self.version == "rand" else _NUM_PASSES
-        passes = [clean_logits(logits_fn, images) for _ in range(num_passes)]
-        refuse_probabilities(passes[0])
-        num_classes = passes[0].shape[1]
-        findings = self._check_num_classes(num_classes)
-        findings += check_dynamic(forward_graph(logits_fn, images))
-        if self.version != "rand":
-            findings += check_randomised(passes, labels)
-        probe = APGD(self.threat, "dlr" if num_classes >= 3 else "xent", self.num_steps)
-        gradient = probe.start_gradient(logits_fn, images, labels, seed=seed, indices=indices)
-        return tuple(findings + check_zero_gradients(gradient))
+        num_classes = clean_logits(logits_fn, images[:1]).shape[1]
+        found = check_network(
+            logits_fn,
+            self.threat,
+            images,
+            labels,
+            followed=followed_losses([self]),
+            for_randomised=self.for_randomised,
+            seed=seed,
+            indices=indices,
+        )
+        return (*self.check_num_classes(num_classes), *found)
+
+    @property
+    def for_randomised(self) -> bool:
+        """Whether the attacks are made for randomised networks."""
+        return self.version == "rand"
 
     def _all_attacks(self) -> dict[str, Attack]:
         num_samples = _NUM_SAMPLES if self.version == "rand" else 1
@@ -165,7 +166,15 @@ class AutoAttack(ImageAttack):
             **targeted,
         }
 
-    def _check_num_classes(self, num_classes) -> list[Finding]:
+    def check_num_classes(self, num_classes: int) -> list[Finding]:
+        """What so few classes leave out.
+
+        Args:
+            num_classes: K, at least 2.
+
+        Returns:
+            Findings "num_classes" and "num_targets".
+        """
         findings = []
         left_out = self._all_attacks().keys() - self.attacks(num_classes).keys()
         if left_out:
@@ -187,7 +196,3 @@ class AutoAttack(ImageAttack):
                 )
             )
         return findings
-
-    def cost_of_checks(self):
-        """Return the forwards and backwards that `checks` takes for one image."""
-        return (2, 1) if self.version == "rand" else (_NUM_PASSES + 1, 1)

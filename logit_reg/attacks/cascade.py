@@ -62,7 +62,7 @@ def run_stages(
 
 
 def cost_of_stages(
-    attacks: Mapping[str, Attack], cost_of_checks: tuple[int, int]
+    attacks: Mapping[str, Attack], cost_of_checks: tuple[int, int] = (0, 0)
 ) -> tuple[int, int]:
     """The most forwards and backwards that one image can take: checks, a clean look, stages."""
     costs = [attack.cost() for attack in attacks.values()]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import logits_and_gradient
+from logit_reg.attacks.ascent import logits_and_gradient, usable_gradient
 from logit_reg.attacks.attack import (
     AttackResult,
     ImageAttack,
@@ -363,7 +363,7 @@ class _BoundarySearch:
                 return wrong - true
 
             logits, normal = logits_and_gradient(gradient_logits_fn, points, ahead)
-            return tf.cast(ahead(judged(logits)), points.dtype), normal
+            return _finite(tf.cast(ahead(judged(logits)), points.dtype)), normal
 
         # Only the images are watched: gradients of the weights would double the cost.
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
@@ -376,13 +376,14 @@ class _BoundarySearch:
         def gradient_towards(wrong):
             difference = tf.one_hot(wrong, self.num_classes, dtype=logits.dtype) - is_label
             unconnected = tf.UnconnectedGradients.ZERO
-            return tape.gradient(
+            gradient = tape.gradient(
                 logits, points, output_gradients=difference, unconnected_gradients=unconnected
             )
+            return usable_gradient(gradient)
 
         def body(wrong, nearest, value, normal):
             gradient = gradient_towards(wrong)
-            difference = tf.cast(deciding[:, wrong] - true_logit, points.dtype)
+            difference = _finite(tf.cast(deciding[:, wrong] - true_logit, points.dtype))
             move, length = self._move(points, gradient, difference)
             # 1 where the boundary is within the pixel range; else how far it is out of reach.
             missed = tf.abs(difference / tf.reduce_sum(gradient * move, axis=(1, 2, 3)))
@@ -402,6 +403,11 @@ class _BoundarySearch:
             (tf.constant(0, tf.int64), nothing + np.inf, nothing, tf.zeros_like(points)),
         )
         return value, normal
+
+
+def _finite(values):
+    """0 where a number is not finite: the image is misclassified there, and goes nowhere."""
+    return tf.where(tf.math.is_finite(values), values, 0.0)
 
 
 def _check_settings(attack):

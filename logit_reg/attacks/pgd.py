@@ -13,6 +13,7 @@ from logit_reg.attacks.attack import (
     check_loss,
     random_stream,
 )
+from logit_reg.attacks.standing import check_examples
 from logit_reg.threat import ThreatModel
 
 
@@ -65,6 +66,7 @@ class PGD(ImageAttack):
             ValueError: if the loss is "dlr" and there are fewer than 3 classes.
         """
         images, labels, indices = attack_inputs(images, labels, indices)
+        check_examples(logits_fn, images, labels)
         return Ascent(self, self.num_steps, self.random_start, self.early_stop).run(
             (logits_fn, gradient_logits_fn or logits_fn),
             images,

@@ -213,6 +213,8 @@ class SPSA(ImageAttack):
         margins = margin(logits, tf.repeat(labels, 2 * num_each))
         margins = tf.reshape(margins, (-1, 2, num_each))
         slopes = tf.cast((margins[:, 1] - margins[:, 0]) / (2 * delta), signs.dtype)
+        # Where the network breaks down beside the image.
+        slopes = tf.where(tf.math.is_finite(slopes), slopes, 0.0)
         return tf.einsum("np,nphwc->nhwc", slopes, signs)
 
     def _move(self, logits_fn, images, current, labels, mean, square, gradient, step):

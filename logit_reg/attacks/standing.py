@@ -10,6 +10,7 @@ from logit_reg.attacks.attack import (
     LogitsFn,
     batch_spec,
     call_logits,
+    check_classes,
     compiled,
 )
 
@@ -33,6 +34,7 @@ class Standing:
         """(N, H, W, C) float32: what was recorded last, the image itself at first."""
         self.clean_logits = clean_logits(logits_fn, images)
         """(N, K) float."""
+        check_classes(labels, self.clean_logits.shape[1])
         self.fooled = ~(clean_margin(self.clean_logits, labels) > 0)
         """(N,) bool."""
         self.forwards = len(images)
@@ -103,15 +105,43 @@ def ranked_targets(logits: np.ndarray, labels: np.ndarray, num_targets: int) -> 
 
 
 def clean_margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """True logit minus the largest other one: (N, K), (N,) -> (N,); NaN where a logit is NaN."""
-    others = logits.copy()
+    """`margin` in numpy: (N, K), (N,) -> (N,); -inf where a logit is not finite."""
+    finite = np.isfinite(logits).all(axis=1)
+    others = np.where(finite[:, None], logits, 0)
+    true_logit = others[np.arange(len(labels)), labels]
     others[np.arange(len(labels)), labels] = -np.inf
-    return logits[np.arange(len(labels)), labels] - others.max(axis=1)
+    return np.where(finite, true_logit - others.max(axis=1), -np.inf)
 
 
 def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
-    """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float."""
-    return _compiled_forward(logits_fn, images)(images).numpy()
+    """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float.
+
+    Raises:
+        ValueError: if there is not one row of logits an image.
+    """
+    logits = _compiled_forward(logits_fn, images)(images).numpy()
+    if len(logits) != len(images):
+        raise ValueError(
+            f"logits_fn must return a row of logits for each image; it returns {len(logits)} for "
+            f"{len(images)} images."
+        )
+    return logits
+
+
+def check_examples(logits_fn: LogitsFn, images, labels) -> None:
+    """Refuse a network or labels that do not fit, by a look at two images that nobody counts.
+
+    Args:
+        logits_fn: images -> logits.
+        images: (N, H, W, C) float, pixel units.
+        labels: (N,) int.
+
+    Raises:
+        ValueError: if a label is no class of the network, or it does not give logits for each
+            image.
+    """
+    if len(images):
+        check_classes(labels, clean_logits(logits_fn, images[:2]).shape[1])
 
 
 def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:

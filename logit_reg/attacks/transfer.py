@@ -100,7 +100,7 @@ class Transfer(ImageAttack):
         found = self.attack.run(attacked, images[rows], labels[rows], **options)
         fooled = found.fooled
         if not self.every_iterate:
-            _, fooled = _CLASSIFIER.judge(logits_fn, found.adversarial, labels[rows])
+            fooled = _CLASSIFIER.judge(logits_fn, found.adversarial, labels[rows]).fooled
             standing.count(len(rows), forwards=1)
         standing.record(rows, found.adversarial, fooled)
         standing.forwards += found.forwards
@@ -190,7 +190,7 @@ class Replay(ImageAttack):
         if not len(rows):
             return standing.result()
         replayed = self._matching(images[rows], indices[rows])
-        _, fooled = _CLASSIFIER.judge(logits_fn, replayed, labels[rows])
+        fooled = _CLASSIFIER.judge(logits_fn, replayed, labels[rows]).fooled
         standing.count(len(rows), forwards=1)
         standing.record(rows, replayed, fooled)
         return standing.result()

@@ -18,9 +18,10 @@ from logit_reg.attacks.attack import (
     attack_loss,
     batch_spec,
     call_logits,
+    check_classes,
     compiled,
 )
-from logit_reg.attacks.checks import refuse_probabilities
+from logit_reg.attacks.checks import Probabilities, probabilities
 from logit_reg.attacks.standing import clean_logits, clean_margin
 from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
 from logit_reg.evaluation import (
@@ -40,11 +41,6 @@ CONTROL_KINDS = ("natural", "noise_only", "adversarial", "same_recipe", "squeeze
 
 # MNIST's images, and those of its lookalikes: on them honest models behave as on no others.
 _MNIST_SHAPE = (28, 28, 1)
-# The smallest probability that is told from 0, so that its logarithm is finite.
-_LEAST_PROBABILITY = 1e-37
-# How near to probabilities up to scale and offset outputs have to be, of their range.
-_PROBABILITY_SLACK = 1e-3
-_SURE = 0.99
 # Logits whose median margin is larger are divided before they are attacked, at most by so much.
 _LARGE_MARGIN = 200.0
 _MOST_DIVIDED = 10.0
@@ -178,6 +174,7 @@ class Bench:
         self._state_dir, self._show_progress = state_dir, show_progress
         self.outputs = _in_batches(logits_fn, images, batch_size)
         """(N, K) what `logits_fn` returns for the clean images."""
+        check_classes(labels, self.outputs.shape[1])
         self.probabilities = probabilities(self.outputs)
         """How the outputs are made of probabilities, None where they are logits."""
         self.logits_fn, self.logits = logits_fn, self.outputs
@@ -266,6 +263,7 @@ class Bench:
             indices=rows,
             state=self._state(network or self.given_logits_fn, precision),
             show_progress=self._show_progress,
+            with_checks=False,
         )
         self.spend(found.forwards, found.backwards)
         return found
@@ -413,44 +411,6 @@ def in_float64(network: keras.Model) -> LogitsFn | None:
         return call_logits(wide, tf.cast(images, tf.float64))
 
     return float64_logits
-
-
-@dataclasses.dataclass(frozen=True)
-class Probabilities:
-    """Outputs that are `scale` times probabilities plus `offset`."""
-
-    scale: float = 1.0
-    offset: float = 0.0
-
-    def logarithm(self, outputs):
-        """Logits that these outputs may come from: (N, K) -> (N, K) tensor."""
-        return tf.math.log(tf.maximum((outputs - self.offset) / self.scale, _LEAST_PROBABILITY))
-
-
-def probabilities(outputs: np.ndarray) -> Probabilities | None:
-    """How outputs are made of probabilities, or None where they are logits.
-
-    Probabilities that are scaled and shifted are told by rows which all have the same sum and by
-    an image of which the network is sure: the one large output is then as far above the smallest
-    as the sum allows. Two logits of opposite sign would look the same, so that there only plain
-    probabilities count.
-
-    Args:
-        outputs: (N, K) float.
-    """
-    try:
-        refuse_probabilities(outputs)
-    except ValueError:
-        return Probabilities()
-    wide = outputs.astype(np.float64)
-    sums, num_classes = wide.sum(axis=1), wide.shape[1]
-    offset, span = float(wide.min()), float(np.ptp(wide))
-    scale = float(sums.mean()) - num_classes * offset
-    is_constant = np.ptp(sums) <= _PROBABILITY_SLACK * span
-    is_sure = _SURE * scale <= span <= (1 + _PROBABILITY_SLACK) * scale
-    if num_classes < 3 or span == 0 or not (is_constant and is_sure):
-        return None
-    return Probabilities(scale, offset)
 
 
 def log_of(logits_fn: LogitsFn, form: Probabilities) -> LogitsFn:

@@ -12,6 +12,7 @@ from logit_reg.attacks.attack import (
     call_logits,
     uniform_in_ball,
 )
+from logit_reg.attacks.checks import SAME_LOGITS
 from logit_reg.attacks.standing import clean_margin
 from logit_reg.audit.bench import (
     Bench,
@@ -26,8 +27,6 @@ from logit_reg.audit.intervals import paired_gap
 from logit_reg.audit.records import SqueezeDiagnostics
 from logit_reg.evaluation import wilson_interval
 
-# Largest l2 distance of an image's normalised logits between two passes.
-_SAME_LOGITS = 1e-4
 _NUM_PASSES = 5
 # Images that the tests look at which need no statistics.
 _SAMPLE = 100
@@ -100,7 +99,7 @@ def _determinism(bench: Bench) -> Outcome:
     bench.spend(_NUM_PASSES * len(images))
     spread = max(normalised_spread(passes[0], other) for other in passes[1:])
     figure = {"passes": _NUM_PASSES, "spread": _finite(spread)}
-    if not spread <= _SAME_LOGITS:
+    if not spread <= SAME_LOGITS:
         return Outcome(
             "fail",
             f"normalised logits of the same images differ by {spread:.1e} between passes: noise "
@@ -292,10 +291,10 @@ def _batch_independence(bench: Bench) -> Outcome:
         "alone_or_own_class": _finite(normalised_spread(alone, own_class)),
     }
     spread = max(normalised_spread(alone, together), normalised_spread(alone, own_class))
-    if not spread <= _SAME_LOGITS:
+    if not spread <= SAME_LOGITS:
         cause = "batch statistics are in use at inference"
         again = normalised_spread(_call(bench, images), _call(bench, images))
-        if not again <= _SAME_LOGITS:
+        if not again <= SAME_LOGITS:
             cause = "but they differ between passes of one batch, too (test 2)"
         return Outcome(
             "fail",
@@ -365,7 +364,7 @@ PRECONDITIONS = (
         2,
         "Determinism and evaluation mode",
         "preconditions",
-        f"Normalised logits differ by at most {_SAME_LOGITS:g} over {_NUM_PASSES} passes.",
+        f"Normalised logits differ by at most {SAME_LOGITS:g} over {_NUM_PASSES} passes.",
         "src",
         "quick",
         _determinism,
@@ -427,7 +426,7 @@ PRECONDITIONS = (
         "Independence of the batch",
         "preconditions",
         f"Normalised logits of an image alone, among its own class and in a shuffled batch differ "
-        f"by at most {_SAME_LOGITS:g}.",
+        f"by at most {SAME_LOGITS:g}.",
         "prop",
         "quick",
         _batch_independence,
