@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from logit_reg.distribution import Workers, lost_workers, own_slice
 from logit_reg.files import one_line, read_json, write_json, write_text
+from logit_reg.objectives import class_indices
 from logit_reg.state import (
     prune_states,
     remove_leftovers,
@@ -32,11 +33,13 @@ from logit_reg.state import (
 from logit_reg.training import RegularizedModel
 
 LOG_COLUMNS = ("step", "lr", "xent", "penalty", "total", "accuracy", "mean_logit_norm")
+# For a network with losses of its own (`kernel_regularizer`, `add_loss`), whose sum it is.
+OPTIONAL_LOG_COLUMNS = ("regularization",)
 TIMING_COLUMNS = ("step", "seconds", "examples_per_second")
 
 _LOGGER = logging.getLogger(__name__)
 # Entries of run.json that a number depends on in its last bits.
-_BIT_EXACT_ENTRIES = ("versions", "execution")
+_BIT_EXACT_ENTRIES = ("versions", "execution", "rules")
 _WHAT_TO_TRY = "Try a smaller learning rate (--step_size_schedule) or a smaller --beta."
 
 
@@ -196,7 +199,7 @@ def train(
     Args:
         model: compiled with its optimiser, in the scope of the strategy that trains it.
         images: (N, H, W, C) uint8, mapped from [0, 255] to the model's bounds.
-        labels: (N,) int.
+        labels: (N,) or (N, 1) int.
         settings: see `LoopSettings`.
         model_dir: gets `log.csv`, `timing.csv`, `tensorboard/` and `state-N.npz`.
         on_checkpoint: called with the step before each checkpoint, to export the network.
@@ -208,12 +211,18 @@ def train(
         The number of finished steps; smaller than asked for after a signal.
 
     Raises:
-        TrainingError: if the loss or a weight is no longer finite, a file cannot be written, or
+        ValueError: see `traced_train_step`.
+        TrainingError: if the network computes in float16, the loss or a weight is no longer finite, a file cannot be written, or
             training is to end before the step that it goes on from.
         WorkerLost: if another worker is gone.
     """
     model_dir = Path(model_dir)
     optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise TrainingError(
+            "float16 skips the steps that overflow, so that training could not go on exactly; "
+            "train in bfloat16, or in float16 with fit."
+        )
     workers = Workers(model.distribute_strategy)
     with model.distribute_strategy.scope():
         optimizer.build(model.network.trainable_variables)
@@ -230,11 +239,6 @@ def train(
             f"{model_dir} goes on from step {step}, beyond max_num_training_steps "
             f"{total_steps}; ask for more steps."
         )
-    records = None
-    if workers.is_chief:
-        seconds = float((meta or {}).get("seconds", 0.0))
-        records = _Records(model_dir, settings, step, seconds, show_progress=show_progress)
-
     order = BatchOrder(
         len(images), settings.training_batch_size, settings.random_seed, settings.replays
     )
@@ -242,11 +246,20 @@ def train(
     totals = []
     is_stopping = False
     with (
-        records or contextlib.nullcontext(),
+        contextlib.ExitStack() as stack,
         repeatable_steps() if deterministic else contextlib.nullcontext(),
         _stop_on_signal() as stop,
     ):
         train_step = traced_train_step(model, images, labels, settings.training_batch_size)
+        records = None
+        if workers.is_chief:
+            measured = train_step.get_concrete_function().structured_outputs
+            columns = LOG_COLUMNS + tuple(c for c in OPTIONAL_LOG_COLUMNS if c in measured)
+            seconds = float((meta or {}).get("seconds", 0.0))
+            records = _Records(
+                model_dir, settings, columns, step, seconds, show_progress=show_progress
+            )
+            stack.enter_context(records)
         while step < total_steps and not is_stopping:
             learning_rate = optimizer.learning_rate
             with lost_workers(workers):
@@ -316,7 +329,7 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
     Args:
         model: compiled with its optimiser, in the scope of the strategy that trains it.
         images: (N, H, W, C) uint8, mapped from [0, 255] to the model's bounds.
-        labels: (N,) int.
+        labels: (N,) or (N, 1) int.
         batch_size: fixed number of indices, over all replicas.
 
     Returns:
@@ -324,7 +337,8 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
         `RegularizedModel.update`.
 
     Raises:
-        ValueError: if the images are not uint8, or the replicas cannot share a batch evenly.
+        ValueError: if the images are not uint8, a label is no class or is missing, or the
+            replicas cannot share a batch evenly.
     """
     strategy = model.distribute_strategy
     if batch_size % strategy.num_replicas_in_sync:
@@ -335,7 +349,11 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, as on disk; got {images.dtype}.")
     all_images = tf.convert_to_tensor(np.ascontiguousarray(images))
-    all_labels = tf.convert_to_tensor(labels, tf.int64)
+    all_labels = class_indices(labels, model.num_classes)
+    if len(all_labels) != len(images):
+        raise ValueError(
+            f"labels must be one an image; got {len(all_labels)} for {len(images)} images."
+        )
     lower, upper = model.bounds
     divisor = 255.0 / (upper - lower)
 
@@ -357,13 +375,13 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
 class _Records:
     """What a run writes besides its checkpoints: rows, points of TensorBoard, a progress bar."""
 
-    def __init__(self, model_dir, settings, first_step, seconds, *, show_progress):
+    def __init__(self, model_dir, settings, columns, first_step, seconds, *, show_progress):
         self._settings = settings
         self._seconds_before = seconds
         self._started = self._rate_time = time.monotonic()
         self._rate_step = first_step
         with _writing(model_dir):
-            self._log = _Table(model_dir / "log.csv", LOG_COLUMNS, last_step=first_step)
+            self._log = _Table(model_dir / "log.csv", columns, last_step=first_step)
             self._timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
             self._summaries = tf.summary.create_file_writer(str(model_dir / "tensorboard"))
         self._bar = tqdm(
@@ -458,8 +476,10 @@ def _read_rows(path, columns):
         raise TrainingError(
             f"{path} is damaged ({one_line(error)}); move it away to go on without its rows."
         ) from error
+    # The rows of an earlier version have nothing in an optional column.
+    needed = [column for column in columns if column not in OPTIONAL_LOG_COLUMNS]
     is_whole = [
-        (row.get("step") or "").isdecimal() and all(row.get(column) for column in columns)
+        (row.get("step") or "").isdecimal() and all(row.get(column) for column in needed)
         for row in rows
     ]
     return list(itertools.compress(rows, is_whole))

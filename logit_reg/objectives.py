@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 REGULARIZERS = (
@@ -102,18 +103,85 @@ def smooth_labels(labels, num_classes: int, smoothing: float):
     """One-hot labels moved towards the uniform distribution: y - smoothing * (y - 1/K).
 
     Args:
-        labels: (B,) int class indices.
+        labels: (B,) or (B, 1) class indices; see `class_indices`.
         num_classes: K.
         smoothing: lambda of the paper; 0 keeps the one-hot labels, 1 makes them uniform.
 
     Returns:
-        (B, K) float32 probabilities.
+        (B, K) float32 probabilities; NaN for a label that is no class, inside a trace.
+
+    Raises:
+        ValueError: see `class_indices`.
 
     Source:
         Shafahi et al., Eq. 8 ("aggressive" label smoothing: lambda .9 and .95).
     """
+    labels = class_indices(labels, num_classes)
+    is_class = ops.logical_and(labels >= 0, labels < num_classes)
     one_hot = ops.one_hot(labels, num_classes, dtype="float32")
+    # A row of zeros would be an image without a loss.
+    one_hot = ops.where(is_class[:, None], one_hot, math.nan)
     return one_hot - smoothing * (one_hot - 1.0 / num_classes)
+
+
+def class_indices(labels, num_classes: int | None):
+    """Labels as a vector of class indices.
+
+    Args:
+        labels: (B,) or (B, 1), as `keras.datasets.cifar10` has them; integers, or floats without a
+            fraction.
+        num_classes: K; None if it is not known.
+
+    Returns:
+        (B,) int64. Inside a trace, where values cannot be seen, -1 for a label with a fraction.
+
+    Raises:
+        ValueError: if the shape is another one (one-hot labels), or a label is not in 0 ... K-1.
+    """
+    values = _values(labels)
+    shape = tuple(labels.shape if values is None else values.shape)
+    if len(shape) != 1 and not (len(shape) == 2 and shape[1] in (1, None)):
+        raise ValueError(
+            f"labels must be class indices of shape (B,) or (B, 1); got shape {shape}: pass the "
+            f"argmax of one-hot labels."
+        )
+    if values is not None:
+        labels = _checked(values.reshape(-1), num_classes)
+    labels = ops.reshape(labels, (-1,)) if len(shape) == 2 else ops.convert_to_tensor(labels)
+    dtype = keras.backend.standardize_dtype(labels.dtype)
+    if keras.backend.is_float_dtype(dtype):
+        labels = ops.where(labels == ops.floor(labels), labels, -1.0)
+    return labels if dtype == "int64" else ops.cast(labels, "int64")
+
+
+def label_error(num_classes: int | None) -> str:
+    """The beginning of what is said of a label that is no class; the label comes after it."""
+    last = "K-1" if num_classes is None else num_classes - 1
+    return (
+        f"labels must be whole numbers from 0 to {last}, for {num_classes or 'K'} logits; the "
+        f"first other one is"
+    )
+
+
+def _values(labels) -> np.ndarray | None:
+    """The labels as an array; None for a tensor inside a trace."""
+    try:
+        values = np.asarray(labels)
+    except (TypeError, ValueError, NotImplementedError):
+        return None
+    return values.astype(np.int64) if values.dtype == bool else values
+
+
+def _checked(values: np.ndarray, num_classes: int | None) -> np.ndarray:
+    """The (B,) labels themselves, if all of them are classes."""
+    is_class = np.zeros(len(values), bool)
+    if values.dtype.kind in "iuf":
+        is_class = np.equal(values, np.floor(values)) & (values >= 0)
+        is_class &= num_classes is None or values < num_classes
+    if not is_class.all():
+        first = int(np.argmin(is_class))
+        raise ValueError(f"{label_error(num_classes)} {values[first]}, at place {first}.")
+    return values
 
 
 def collapse_threshold(
@@ -218,10 +286,14 @@ class Objective:
 
         Args:
             logits: (B, K) float of any precision; computed in float32 at least.
-            labels: (B,) int class indices.
+            labels: (B,) or (B, 1) class indices; see `class_indices`.
 
         Returns:
-            `LossTerms` of () tensors, differentiable with finite gradients everywhere.
+            `LossTerms` of () tensors, differentiable with finite gradients everywhere. Inside a
+            trace a label that is no class makes them NaN.
+
+        Raises:
+            ValueError: see `class_indices`.
 
         Source:
             Shafahi et al.: Eq. 2 squeeze_example, Eq. 5 squeeze, Eq. 6 clip_xent (each example's
@@ -229,6 +301,12 @@ class Objective:
             Eq. 8 smoothing. pairing: Kannan et al. 2018.
         """
         logits = _at_least_float32(logits)
+        labels = class_indices(labels, logits.shape[-1])
+        num_logits, num_labels = logits.shape[0], labels.shape[0]
+        if None not in (num_logits, num_labels) and num_logits != num_labels:
+            raise ValueError(
+                f"labels must be one an image; got {num_labels} for {num_logits} images."
+            )
         hard = _cross_entropy(logits, smooth_labels(labels, logits.shape[-1], 0.0))
         if self.smoothing:
             xent = _cross_entropy(logits, smooth_labels(labels, logits.shape[-1], self.smoothing))

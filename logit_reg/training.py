@@ -2,23 +2,36 @@
 
 import dataclasses
 import functools
+import inspect
 import math
+import re
+import warnings
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.attack import is_fooled
 from logit_reg.attacks.frozen import following_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.distribution import average, own_slice, whole_batch
-from logit_reg.objectives import Objective
+from logit_reg.objectives import Objective, class_indices, label_error
 from logit_reg.threat import ThreatModel
 
 BATCH_NORM_MODES = ("evaluation", "training")
 
+FREE_GRADIENT = "with respect to the perturbation"
+"""How free adversarial training differentiates; before version 0.10 it did so after the clip."""
+
 # What separates the random numbers of one step's several draws.
 _NOISE, _START, _RADIUS, _CROP = range(4)
+# Share of the pixel range by which rounding may leave it.
+_ROUNDING = 1e-6
+# Images that span less of the pixel range than this are probably in other units.
+_NARROW = 0.01
+# What an assertion of a graph says, a part in each pair of brackets.
+_ASSERTED = re.compile(r"assertion failed: (\[.*\])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +51,11 @@ class PGDAdversary:
     batch_norm: str = "evaluation"
     """Mode of BatchNorm during the attack: "evaluation" or "training"."""
 
+    @property
+    def threat(self) -> ThreatModel:
+        """The attack's threat model."""
+        return self.attack.threat
+
     def __post_init__(self):
         _check_ramp(self.ramp_steps)
         if self.batch_norm not in BATCH_NORM_MODES:
@@ -50,13 +68,17 @@ class PGDAdversary:
 class FreeAdversary:
     """Free adversarial training: one persistent perturbation, updated with every weight update.
 
-    The gradient of one backward pass serves the weights and the perturbation. Each minibatch has
-    to come several times in a row ("replays"): that is the data's business; `loop.py` does it,
-    and a data set for `fit` has to repeat its batches.
+    The gradient of one backward pass serves the weights and the perturbation. It is taken with
+    respect to the perturbation, so it is 0 where the image with it leaves the pixel range: such a
+    pixel of the perturbation stays as it is.
+
+    Each minibatch has to come several times in a row ("replays"): that is the data's business;
+    `loop.py` does it, and a data set for `fit` has to repeat its batches.
 
     Source:
-        Shafahi et al. 2019, arXiv:1904.12843: step size epsilon, never reset. Deviation: the ramp
-        is ours: on MNIST, at .3 from the first step on, the network stays at chance.
+        Shafahi et al. 2019, arXiv:1904.12843, and the authors' `free_train.py`: step size
+        epsilon, never reset, one crop for all replays. Deviation: the ramp is ours: on MNIST, at
+        .3 from the first step on, the network stays at chance.
     """
 
     threat: ThreatModel
@@ -65,9 +87,13 @@ class FreeAdversary:
     """Images of the persistent perturbation; a smaller batch uses its first ones."""
     ramp_steps: int = 0
     """Number of training steps over which epsilon, and the step with it, grows from 0 linearly."""
+    replays: int = 1
+    """How many steps in a row come with the same minibatch; they share its random crop."""
 
     def __post_init__(self):
         _check_ramp(self.ramp_steps)
+        if self.replays < 1:
+            raise ValueError(f"replays must be at least 1; got {self.replays}.")
         if self.threat.norm != "linf":
             raise ValueError(
                 f"free adversarial training is defined in linf; got norm {self.threat.norm!r}."
@@ -79,7 +105,11 @@ class FreeAdversary:
 class RegularizedModel(keras.Model):
     """A network with a training step that regularises its logits.
 
-    Works with `compile` and `fit`, and in `loop.train`. Calling it calls the network.
+    Works with `compile`, `fit`, `evaluate`, `predict` and Keras' callbacks, and in `loop.train`.
+    Calling it calls the network. `loss` in Keras' logs is `total`, what is minimised, weight decay
+    and the network's own losses (`kernel_regularizer`, `add_loss`) included. Keras' ways to weigh
+    images and to add losses or metrics are refused; XLA (`jit_compile`) is not used, because it
+    leaves out the checks of labels and images.
 
     Under a `tf.distribute` strategy each replica trains on an equal part of the batch, and the
     step is that of one process: the objective is that of the whole batch, and an image's random
@@ -88,7 +118,9 @@ class RegularizedModel(keras.Model):
     replicas.
 
     Precision:
-        Everything is float64 if the network's variables are, else float32.
+        Everything is float64 if the network's variables are, else float32. The layers of the
+        network may compute in less; where any does so in float16, `compile` wraps the optimiser
+        in Keras' `LossScaleOptimizer`.
 
     Units:
         Images, noise and bounds are in the network's own pixel units.
@@ -113,26 +145,40 @@ class RegularizedModel(keras.Model):
             network: images (N, H, W, C) in pixel units -> logits (N, K).
             objective: what is minimised.
             noise_stddev: standard deviation of the Gaussian noise added to every training image,
-                pixel units (the paper: .5 on MNIST, 20 on CIFAR).
+                pixel units (the paper: .5 on MNIST, 20 on CIFAR); a warning above the pixel range.
             clip_noise: clip noisy images to the bounds (the paper does not say; Mosbach et al.
                 do).
-            bounds: lowest and highest pixel value.
-            adversary: what replaces the images by adversarial ones; noise comes on top.
+            bounds: lowest and highest pixel value; images that leave them are refused.
+            adversary: what replaces the images by adversarial ones; noise comes on top. Its
+                threat model has the same bounds.
             augment: pad by 2 pixels a side, crop at random and flip, as the CIFAR-10 challenge.
             weight_decay: weight of the sum of half the squared norms of all kernels (not biases,
                 not BatchNorm), added to the total: the challenge's coupled weight decay.
             seed: source of all random numbers of training.
 
         Raises:
-            ValueError: if a number is out of range.
+            ValueError: if a number is out of range, the adversary has other bounds, or the
+                network's variables are float16.
         """
-        super().__init__(name="regularized_model")
+        if network.variable_dtype == "float16":
+            raise ValueError(
+                "float16 variables lose the updates of training; build the network under "
+                "keras.config.set_dtype_policy('mixed_float16'), which keeps them in float32."
+            )
+        # The network converts its own input.
+        super().__init__(name="regularized_model", dtype=_dtype_policy(network), autocast=False)
         if not (math.isfinite(noise_stddev) and noise_stddev >= 0):
             raise ValueError(f"noise_stddev must be at least 0; got {noise_stddev}.")
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
             raise ValueError(f"weight_decay must be at least 0; got {weight_decay}.")
         if not bounds[0] < bounds[1]:
             raise ValueError(f"bounds must be increasing; got {bounds}.")
+        if adversary is not None:
+            _check_threat(adversary.threat, bounds)
+        if noise_stddev > bounds[1] - bounds[0]:
+            _warn_of_units("noise_stddev", noise_stddev, bounds)
+        # XLA drops assertions without a word.
+        self.supports_jit = False
         self.network = network
         self.objective = objective
         self.noise_stddev = noise_stddev
@@ -156,14 +202,26 @@ class RegularizedModel(keras.Model):
                 dtype=self.precision,
                 trainable=False,
             )
+        self._replays = adversary.replays if isinstance(adversary, FreeAdversary) else 1
+        self.num_classes = getattr(network, "output_shape", (None,))[-1]
         self._kernels = [v for v in network.trainable_variables if v.name == "kernel"]
         self._moving_averages = [
             v for v in network.non_trainable_variables if tf.as_dtype(v.dtype).is_floating
         ]
         self._trackers = [
             keras.metrics.Mean(name=name)
-            for name in ("total", "xent", "penalty", "accuracy", "mean_logit_norm")
+            for name in (
+                "loss",
+                "total",
+                "xent",
+                "penalty",
+                "regularization",
+                "accuracy",
+                "mean_logit_norm",
+            )
         ]
+        # Seen when the network is first called in training.
+        self._has_own_losses = False
         self.built = True
 
     def call(self, images, training=None):
@@ -173,65 +231,120 @@ class RegularizedModel(keras.Model):
     @property
     def metrics(self):
         """Running means that `fit` shows."""
-        return self._trackers
+        return [
+            tracker
+            for tracker in self._trackers
+            if tracker.name != "regularization" or self._has_own_losses
+        ]
+
+    def compile(self, *args, **kwargs):
+        """Choose the optimiser; see `keras.Model.compile`.
+
+        Raises:
+            ValueError: if a loss or a metric is given.
+        """
+        given = inspect.signature(super().compile).bind(*args, **kwargs).arguments
+        for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"leave {name} out of compile: the objective is the loss, and the logs have "
+                    f"its terms, accuracy and mean_logit_norm."
+                )
+        super().compile(*args, **kwargs)
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """Train; see `keras.Model.fit`. Arrays are checked before the first step.
+
+        Raises:
+            ValueError: if a label is no class, an image leaves the bounds, or weights of images
+                or classes are given.
+        """
+        given = inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments
+        validation = given.get("validation_data")
+        for pair in ((x, y), validation if isinstance(validation, tuple | list) else ()):
+            self._check_arrays(*pair[:2])
+        return super().fit(x, y, *args, **kwargs)
+
+    def make_train_function(self, force=False):
+        """Make the function that takes steps; its assertions raise one line."""
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            self.train_function = _in_one_line(self.train_function)
+
+    def make_test_function(self, force=False):
+        """Make the function that evaluates batches; its assertions raise one line."""
+        if self.test_function is None or force:
+            super().make_test_function(force)
+            self.test_function = _in_one_line(self.test_function)
+
+    def save(self, filepath, *args, **kwargs):
+        """Save the network alone, as `model.network.save` does; `ModelCheckpoint` calls this.
+
+        Keras loads the file without this project, in safe mode where the network has stock layers
+        only. It does not hold the optimiser, nor the perturbation of free adversarial training: to
+        go on with training, keep `save_weights` or use Keras' `BackupAndRestore`.
+        """
+        self.network.save(filepath, *args, **kwargs)
+
+    def get_config(self):
+        """Refuse; see `save`."""
+        raise NotImplementedError(
+            "a RegularizedModel cannot be rebuilt from a file; save its network with "
+            "model.save(path) or model.network.save(path)."
+        )
 
     def train_step(self, data):
         """Take one optimiser step on a batch and return the running means.
 
         Args:
-            data: (images (B, H, W, C) in pixel units, labels (B,) int).
+            data: (images (B, H, W, C) in pixel units, labels (B,) or (B, 1) int).
 
         Returns:
-            A dict of () tensors: total, xent (plain, on hard labels), penalty (before beta),
-            accuracy and mean_logit_norm, all on the images that were trained on.
+            A dict of () tensors: total and, the same for Keras' callbacks, loss; xent (plain, on
+            hard labels), penalty (before beta), regularization (if the network has losses of its
+            own), accuracy and mean_logit_norm, all on the images that were trained on.
         """
-        return self._track(self.update(*data), tf.shape(data[0])[0])
+        images, labels = self._checked(data)
+        return self._track(self.update(images, labels), tf.shape(images)[0])
 
     def test_step(self, data):
         """Evaluate a batch without noise or adversary; see `train_step`."""
-        images, labels = tf.cast(data[0], self.precision), tf.cast(data[1], tf.int64)
-        labels = whole_batch(labels)
-        logits = whole_batch(self.network(images, training=False))
-        terms = self.objective(logits, labels)
-        return self._track(_measures(terms, logits, labels), tf.shape(images)[0])
+        images, labels = self._checked(data)
+        _, measures = self._loss_and_measures(images, whole_batch(labels), training=False)
+        return self._track(measures, tf.shape(images)[0])
 
     def update(self, images, labels) -> dict:
         """Take one optimiser step; the measures of this batch alone.
 
         Args:
             images: (B, H, W, C) in pixel units; under a strategy this replica's part of the batch.
-            labels: (B,) int.
+            labels: (B,) or (B, 1) int, each in 0 ... K-1; inside a trace the caller sees to that.
 
         Returns:
             A dict of () tensors with the keys of `train_step`, of the whole batch.
         """
         step = tf.cast(self.optimizer.iterations, tf.int64)
         images = tf.cast(images, self.precision)
-        labels = tf.cast(labels, tf.int64)
+        labels = class_indices(labels, self.num_classes)
         if self.augment:
-            draws = self._random_numbers("unit", images, (3,), step, _CROP)
+            draws = self._random_numbers("unit", images, (3,), step // self._replays, _CROP)
             images = random_crop_and_flip(images, draws)
         if isinstance(self.adversary, PGDAdversary):
             images = self._attack(self.adversary, images, labels, step)
-        if isinstance(self.adversary, FreeAdversary):
-            images = tf.clip_by_value(images + self._own_perturbation(images), *self.bounds)
-        images = self._add_noise(images, step)
 
         variables = self.network.trainable_variables
         sources = [variable.value for variable in variables]
         all_labels = whole_batch(labels)
         with tf.GradientTape() as tape:
             if isinstance(self.adversary, FreeAdversary):
-                tape.watch(images)
-                sources.append(images)
-            logits = whole_batch(self.network(images, training=True))
-            terms = self.objective(logits, all_labels)
-            total = loss = terms.total
-            if self.weight_decay:
-                decay = self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)
-                total += decay
-                # The optimiser sums over the replicas, and each one sees the whole decay.
-                loss += decay / _num_replicas()
+                perturbation = self._own_perturbation(images)
+                tape.watch(perturbation)
+                sources.append(perturbation)
+                images = tf.clip_by_value(images + perturbation, *self.bounds)
+            images = self._add_noise(images, step)
+            loss, measures = self._loss_and_measures(images, all_labels, training=True)
+            # Against underflow in float16; `apply` divides by it.
+            loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(loss, sources)
         if isinstance(self.adversary, FreeAdversary):
             scale = self._ramp(self.adversary, step)
@@ -241,7 +354,102 @@ class RegularizedModel(keras.Model):
             averages = self._moving_averages
             for variable, mean in zip(averages, average([v.value for v in averages]), strict=True):
                 variable.assign(mean)
-        return _measures(terms._replace(total=total), logits, all_labels)
+        return measures
+
+    def _loss_and_measures(self, images, labels, *, training):
+        """What is minimised, and what is logged.
+
+        Args:
+            images: (B, H, W, C) float, this replica's part of the batch.
+            labels: () int64 of the whole batch.
+            training: mode of the network.
+
+        Returns:
+            The () loss of this replica, of which the optimiser sums the gradients over the
+            replicas, and the measures of the whole batch; see `update`.
+        """
+        logits = whole_batch(self.network(images, training=training))
+        own_losses = self.network.losses
+        terms = self.objective(logits, labels)
+        total = loss = terms.total
+        if self.weight_decay:
+            decay = self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)
+            total += decay
+            # The optimiser sums over the replicas, and each one sees the whole decay.
+            loss += decay / _num_replicas()
+        measures = {"xent": terms.cross_entropy, "penalty": terms.penalty}
+        self._has_own_losses = bool(own_losses)
+        if own_losses:
+            # Of weights, the same on all replicas, or means over this replica's images.
+            regularization = tf.add_n([tf.cast(one, total.dtype) for one in own_losses])
+            loss += regularization / _num_replicas()
+            (measures["regularization"],) = average([regularization])
+            total += measures["regularization"]
+        logits = tf.cast(logits, tf.float32)
+        return loss, measures | {
+            "total": total,
+            "accuracy": 1.0 - tf.reduce_mean(tf.cast(is_fooled(logits, labels), tf.float32)),
+            "mean_logit_norm": tf.reduce_mean(tf.norm(logits, axis=-1)),
+        }
+
+    def _checked(self, data):
+        """Images and labels of a batch of any source; wrong ones are an error in the graph."""
+        images, labels, weights = keras.utils.unpack_x_y_sample_weight(data)
+        if weights is not None:
+            raise ValueError(
+                "sample_weight and class_weight are refused: the penalty is of the batch as a "
+                "whole; repeat or leave out images instead."
+            )
+        if labels is None:
+            raise ValueError("labels are missing; pass images and labels, or a data set of both.")
+        images = tf.cast(images, self.precision)
+        if not images.shape[1:].is_fully_defined():
+            # Random numbers are drawn in a static shape.
+            images = tf.ensure_shape(images, self.network.input_shape)
+        given = tf.convert_to_tensor(labels)
+        if given.shape.rank is None:
+            given = tf.reshape(given, (-1,))
+        labels = class_indices(given, self.num_classes)
+        is_right = [
+            _require(
+                tf.equal(tf.size(labels), tf.shape(images)[0]),
+                *("labels must be one an image; got", tf.size(labels)),
+                *("for", tf.shape(images)[0], "images"),
+            ),
+            self._require_bounds(tf.reduce_min(images), tf.reduce_max(images)),
+        ]
+        if self.num_classes is not None:
+            is_class = (labels >= 0) & (labels < self.num_classes)
+            first = tf.boolean_mask(tf.reshape(given, (-1,)), ~is_class)[:1]
+            error = label_error(self.num_classes)
+            is_right.append(_require(tf.reduce_all(is_class), error, first))
+        with tf.control_dependencies(is_right):
+            return tf.identity(images), tf.identity(labels)
+
+    def _require_bounds(self, lowest, highest):
+        lower, upper = self.bounds
+        slack = _ROUNDING * (upper - lower)
+        return _require(
+            (lowest >= lower - slack) & (highest <= upper + slack),
+            *("images span", lowest, "to", highest),
+            f"and leave the model's bounds, {lower:g} to {upper:g}; scale the images, or give "
+            f"RegularizedModel their bounds",
+        )
+
+    def _check_arrays(self, images=None, labels=None):
+        """Check what is at hand as an array, all of it at once."""
+        if isinstance(labels, np.ndarray | tf.Tensor):
+            class_indices(labels, self.num_classes)
+        if isinstance(images, np.ndarray | tf.Tensor) and len(images):
+            lowest, highest = np.min(images), np.max(images)
+            self._require_bounds(lowest, highest)
+            lower, upper = self.bounds
+            if highest - lowest < _NARROW * (upper - lower):
+                warnings.warn(
+                    f"images span {lowest:g} to {highest:g} of the model's bounds, {lower:g} to "
+                    f"{upper:g}: are they in other pixel units?",
+                    stacklevel=3,
+                )
 
     def _attack(self, adversary: PGDAdversary, images, labels, step):
         attack = adversary.attack
@@ -277,6 +485,8 @@ class RegularizedModel(keras.Model):
         return own_slice(self.perturbation.value[:size])
 
     def _move_perturbation(self, gradient, epsilon):
+        # A step that overflows in float16 is left out: it must not spoil the perturbation.
+        gradient = tf.where(tf.math.is_finite(gradient), gradient, 0.0)
         moved = self._own_perturbation(gradient) + epsilon * tf.sign(gradient)
         moved = whole_batch(tf.clip_by_value(moved, -epsilon, epsilon))
         rest = self.perturbation.value[tf.shape(moved)[0] :]
@@ -305,9 +515,10 @@ class RegularizedModel(keras.Model):
         )
 
     def _track(self, measures, batch_size):
-        for tracker in self._trackers:
+        measures = measures | {"loss": measures["total"]}
+        for tracker in self.metrics:
             tracker.update_state(measures[tracker.name], sample_weight=batch_size)
-        return {tracker.name: tracker.result() for tracker in self._trackers}
+        return {tracker.name: tracker.result() for tracker in self.metrics}
 
 
 def random_crop_and_flip(images, draws):
@@ -329,7 +540,7 @@ def random_crop_and_flip(images, draws):
     rows = offsets[:, :1] + tf.range(height)
     columns = offsets[:, 1:] + tf.range(width)
     cropped = tf.gather(padded, rows, axis=1, batch_dims=1)
-    cropped = tf.gather(cropped, columns, axis=2, batch_dims=1)
+    cropped = tf.ensure_shape(tf.gather(cropped, columns, axis=2, batch_dims=1), images.shape)
     flip = tf.reshape(draws[:, 2] < 0.5, (-1, 1, 1, 1))
     return tf.where(flip, tf.reverse(cropped, axis=[2]), cropped)
 
@@ -343,12 +554,54 @@ def _num_replicas() -> int:
     return tf.distribute.get_replica_context().num_replicas_in_sync
 
 
-def _measures(terms, logits, labels):
-    logits = tf.cast(logits, tf.float32)
-    return {
-        "total": terms.total,
-        "xent": terms.cross_entropy,
-        "penalty": terms.penalty,
-        "accuracy": 1.0 - tf.reduce_mean(tf.cast(is_fooled(logits, labels), tf.float32)),
-        "mean_logit_norm": tf.reduce_mean(tf.norm(logits, axis=-1)),
-    }
+def _dtype_policy(network: keras.Model):
+    """The policy for which Keras wraps the optimiser as the network's layers need it."""
+    layers = network._flatten_layers()  # noqa: SLF001: `layers` would leave out nested ones
+    is_half = any(layer.compute_dtype == "float16" for layer in layers)
+    return "mixed_float16" if is_half else network.dtype_policy
+
+
+def _check_threat(threat: ThreatModel, bounds) -> None:
+    if (threat.lower, threat.upper) != tuple(bounds):
+        raise ValueError(
+            f"the adversary's threat model has bounds {threat.lower:g} to {threat.upper:g}, the "
+            f"model {bounds[0]:g} to {bounds[1]:g}; give both the pixel range of the images."
+        )
+    span = bounds[1] - bounds[0]
+    if threat.norm == "linf" and not span / 1000 <= threat.epsilon < span:
+        _warn_of_units("epsilon", threat.epsilon, bounds)
+
+
+def _warn_of_units(name: str, value: float, bounds) -> None:
+    warnings.warn(
+        f"{name} {value:g} is in the images' pixel units, which are {bounds[0]:g} to "
+        f"{bounds[1]:g} here; is it meant for another pixel range?",
+        stacklevel=4,
+    )
+
+
+def _require(is_right, *parts):
+    """An assertion whose error is the parts, texts and numbers, in one line."""
+    if not tf.executing_eagerly():
+        return tf.debugging.Assert(is_right, list(parts))
+    if not is_right:
+        words = (part if isinstance(part, str) else f"{np.squeeze(part)}" for part in parts)
+        raise ValueError(f"{' '.join(words)}.")
+    return None
+
+
+def _in_one_line(function):
+    """A function that raises a graph's failed assertion as a `ValueError` of one line."""
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        try:
+            return function(*args)
+        except tf.errors.InvalidArgumentError as error:
+            asserted = _ASSERTED.search(error.message)
+            if asserted is None:
+                raise
+            words = re.findall(r"\[(.*?)\]", asserted[1])
+            raise ValueError(f"{' '.join(words)}.") from None
+
+    return wrapper

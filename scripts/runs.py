@@ -25,7 +25,7 @@ from logit_reg.loop import LoopSettings, run_folder, train
 from logit_reg.objectives import Objective
 from logit_reg.state import saved_steps
 from logit_reg.threat import ThreatModel
-from logit_reg.training import FreeAdversary, PGDAdversary, RegularizedModel
+from logit_reg.training import FREE_GRADIENT, FreeAdversary, PGDAdversary, RegularizedModel
 from madry_compat.challenges import Challenge, challenge_for, image_set
 from madry_compat.config import write_config
 from madry_compat.networks import build
@@ -290,7 +290,10 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
         adversary = PGDAdversary(attack, settings.ramp_steps, settings.attack_batch_norm)
     elif settings.adversary == "free":
         adversary = FreeAdversary(
-            settings.threat, settings.training_batch_size, settings.ramp_steps
+            settings.threat,
+            settings.training_batch_size,
+            settings.ramp_steps,
+            settings.replays,
         )
     model = RegularizedModel(
         network,
@@ -441,7 +444,11 @@ def start_from_checkpoint(model: RegularizedModel, path: Path, reduction: dict) 
 
 
 def run_record(settings: RunSettings, data_dir: str | None, executed: dict) -> dict:
-    """What `run.json` says: settings, seed, versions, commit, and what `execution` gives."""
+    """What `run.json` says.
+
+    Settings, seed, versions, commit, what `execution` gives, and those rules of training that an
+    earlier version had otherwise.
+    """
     return {
         "schema": 1,
         "name": settings.description,
@@ -450,6 +457,7 @@ def run_record(settings: RunSettings, data_dir: str | None, executed: dict) -> d
         "data_dir": data_dir,
         "versions": versions(),
         "execution": executed,
+        "rules": {"free gradient": FREE_GRADIENT} if settings.adversary == "free" else {},
         "commit": commit(),
     }
 
