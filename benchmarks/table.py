@@ -10,6 +10,7 @@ from pathlib import Path
 
 from logit_reg.files import read_json, write_text
 from logit_reg.report import replace_marked_section
+from logit_reg.text_columns import aligned
 
 _COLUMNS = (
     "contender",
@@ -35,7 +36,8 @@ def case_table(result: Mapping) -> str:
     )
     rows = [_row(contender) for contender in result["contenders"]]
     missing = [f"  {name}: not here ({why})" for name, why in result["missing"].items()]
-    return "\n".join([title, *aligned([_COLUMNS, *rows]), *missing, *result["disagreements"]])
+    lines = [f"  {line}" for line in aligned([_COLUMNS, *rows])]
+    return "\n".join([title, *lines, *missing, *result["disagreements"]])
 
 
 def markdown_table(records: Sequence[Mapping]) -> str:
@@ -59,19 +61,6 @@ def markdown_table(records: Sequence[Mapping]) -> str:
                 lines.append(f"| {' | '.join(cells)} |")
             notes.append(_settings(record, result))
     return "\n".join([*lines, "", *notes])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns of one width, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
 
 
 def _row(contender):

@@ -13,6 +13,7 @@ from logit_reg.evaluation import wilson_interval
 from logit_reg.published import Published, published_for
 from logit_reg.runs import Run as Run
 from logit_reg.runs import load_run as load_run
+from logit_reg.text_columns import aligned
 
 MAIN = "evaluation"
 """Folder, inside a run's, of the evaluation under the named protocols."""
@@ -58,21 +59,9 @@ class Table:
         depth = max(map(len, headers))
         # Headers stand on the rule, not under the ceiling.
         lines = [[""] * (depth - len(header)) + header for header in headers]
-        widths = [
-            max(map(len, [*lines[i], *(row[i] for row in self.rows)]))
-            for i in range(len(self.columns))
-        ]
-
-        def align(cells):
-            first, *others = (
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            return "  ".join([first, *others]).rstrip()
-
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        header = [align(cells) for cells in zip(*lines, strict=True)]
-        body = [align(row) for row in self.rows]
+        drawn = aligned([*zip(*lines, strict=True), *self.rows])
+        rule = "-" * max(map(len, drawn))
+        header, body = drawn[:depth], drawn[depth:]
         return "\n".join([*header, rule, *body, rule, textwrap.fill(self.caption, len(rule))])
 
     def to_markdown(self) -> str:
@@ -364,9 +353,7 @@ def _caption(runs, left_out):
         parts.append(f"Published, on the whole original test set: {sources}.")
     if left_out:
         names = ", ".join(run.name for run in left_out)
-        parts.append(
-            f"Left out: {names} (trained on mnist, whose training images mnist_5k is made of)."
-        )
+        parts.append(f"Left out: {names} (measured on images of the training).")
     return " ".join(parts)
 
 

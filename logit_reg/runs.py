@@ -92,12 +92,9 @@ class Run:
 
     @property
     def is_contaminated(self) -> bool:
-        """Whether it is measured on images that it was trained on.
-
-        `mnist_5k` is made of MNIST's training images.
-        """
-        datasets = {evaluation.dataset for evaluation in self.evaluations.values()}
-        return self.settings.get("dataset") == "mnist" and "mnist_5k" in datasets
+        """Whether an evaluation of it says that it used images of the training."""
+        found = (evaluation.result.get("settings") for evaluation in self.evaluations.values())
+        return any(isinstance(value, dict) and value.get("contaminated") for value in found)
 
 
 def load_run(folder: Path | str) -> Run:

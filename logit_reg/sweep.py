@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from logit_reg.files import read_json, write_json
+from logit_reg.text_columns import aligned
 
 BAD_INPUT = 2
 """Exit status of a command that would fail the same way again."""
@@ -215,8 +216,7 @@ def sweep_lines(jobs: Sequence[Job], statuses: dict[str, int], max_lines: int = 
     shown = sorted(rows, key=lambda row: order.index(row[0].split()[0]))[: max_lines - 2]
     cells = [("run", "state", "step", "xent", "accuracy", "robust accuracy")]
     cells += [(job.name, state, *_progress(job)) for state, job in rows if (state, job) in shown]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    lines = aligned(cells, num_left=len(cells[0]))
     total = ", ".join(f"{counts[state]} {state}" for state in order if counts[state])
     return [*lines, f"{len(rows)} runs: {total}"]
 

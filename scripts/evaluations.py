@@ -25,6 +25,7 @@ from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
 from logit_reg.published import published_accuracies
 from logit_reg.protocols import left_out
+from logit_reg.text_columns import aligned
 from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.runs import commit, versions
 from madry_compat.data import Dataset
@@ -274,15 +275,9 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
             rows.append((name, protocol, attack["accuracy"], last, known))
         if len(attacks) > 1:
             rows.append(("worst case", protocol, content["robust_accuracy"], None, None))
-    names = max(len(row[0]) for row in rows)
-    labels = max(len(row[1]) for row in rows + [("", "protocol", 0, 0, 0)])
-    title = "  published" if published else ""
-    print(f"\n{'attack':{names}}  {'protocol':{labels}}  accuracy  last iterate{title}")
-    for name, protocol, accuracy, last, known in rows:
-        shown = " " * 12 if last is None else f"{100 * last:11.2f}%"
-        beside = "" if known is None else f"  {100 * known:8.2f}%"
-        line = f"{name:{names}}  {protocol:{labels}}  {100 * accuracy:7.2f}%  {shown}{beside}"
-        print(line.rstrip())
+    header = ("attack", "protocol", "accuracy", "last iterate", "published" if published else "")
+    cells = [(name, label, *map(_percent, numbers)) for name, label, *numbers in rows]
+    print("", *aligned([header, *cells], num_left=2), sep="\n")
     if published:
         print("published: on the whole test set; the leaderboard's PGD counts the last iterate")
     interval = result["interval"]
@@ -304,6 +299,10 @@ def print_notices(notices: Iterable[Mapping]) -> None:
     """
     for entry in notices:
         print(f"notice: {entry['message']}")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f}%"
 
 
 def _attacks(protocols) -> dict[str, Attack]:

@@ -14,7 +14,7 @@ INPUTS = int(os.environ.get("FUZZ_INPUTS", 100))
 def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path):
     report = fuzz(name, INPUTS, tmp_path, seed=1)
     assert not report.failures, "\n".join(report.failures)
-    assert report.inputs == INPUTS
+    assert report.inputs == round(INPUTS * READERS[name].share)
     # Damage that the first check finds proves little.
-    assert report.past_checks >= INPUTS / 2
+    assert report.past_checks >= report.inputs / 2
     print(report)

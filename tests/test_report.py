@@ -40,7 +40,16 @@ def first(count, total):
     return np.arange(total) < count
 
 
-def save_evaluation(directory, clean, correct, *, dataset="mnist_5k", protocols=None, indices=None):
+def save_evaluation(
+    directory,
+    clean,
+    correct,
+    *,
+    dataset="mnist_5k",
+    protocols=None,
+    indices=None,
+    contaminated=False,
+):
     """Write made-up verdicts through the project's own writer.
 
     Args:
@@ -70,11 +79,14 @@ def save_evaluation(directory, clean, correct, *, dataset="mnist_5k", protocols=
     )
     if protocols is None:
         protocols = {name: protocol_attacks(name, MNIST) for name in PROTOCOLS}
-    result = build_result(evaluation, protocols, dataset=dataset, settings={}, seed=0)
+    settings = {"contaminated": contaminated}
+    result = build_result(evaluation, protocols, dataset=dataset, settings=settings, seed=0)
     write_ledger(directory, evaluation, result, np.arange(num) if indices is None else indices)
 
 
-def save_strong(directory, num_correct, num_examples, *, clean=None, name="l2-pgd100-cw-x10"):
+def save_strong(
+    directory, num_correct, num_examples, *, clean=None, name="l2-pgd100-cw-x10", **settings
+):
     attack = protocol_attacks("paper-l2", MNIST)["l2-pgd100-cw-x10"]
     clean = np.ones(num_examples, bool) if clean is None else clean
     save_evaluation(
@@ -82,6 +94,7 @@ def save_strong(directory, num_correct, num_examples, *, clean=None, name="l2-pg
         clean,
         {name: first(num_correct, num_examples)},
         protocols={"strong": {name: attack}},
+        **settings,
     )
 
 
@@ -342,12 +355,14 @@ def test_other_pgd_lengths_get_their_own_columns(tmp_path):
 
 def test_a_run_measured_on_its_own_training_images_never_enters(tmp_path):
     clean = load_run(save_run(tmp_path / "a", "honest"))
-    contaminated = load_run(save_run(tmp_path / "b", "full mnist", dataset="mnist"))
+    folder = save_training(tmp_path / "b", "full mnist", dataset="mnist")
+    save_strong(folder / "strong", 5, 100, contaminated=True)
+    contaminated = load_run(folder)
 
     table = results_table([contaminated, clean])
 
     assert [row[0] for row in table.rows] == ["honest"]
-    assert "Left out: full mnist (trained on mnist" in table.caption
+    assert "Left out: full mnist (measured on images of the training)" in table.caption
     texts = [
         text.get_text() for text in visible_texts(figures.accuracy_bars([contaminated, clean]))
     ]
@@ -788,7 +803,7 @@ def test_a_page_of_a_run_with_nothing_yet(tmp_path):
 
 def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
     folder = save_training(tmp_path / "a", "full mnist", dataset="mnist")
-    save_strong(folder / "strong", 1, 2)
+    save_strong(folder / "strong", 1, 2, contaminated=True)
 
     write_page(tmp_path / "report.html", "Left out", [load_run(folder)])
 
