@@ -51,11 +51,9 @@ def with_logits(*special):
 OWN = np.nan
 BROKEN = {
     "nan weights": with_nan_weights,
-    "all inf": with_logits(np.inf, np.inf, np.inf, np.inf),
-    "one inf": with_logits(np.inf, OWN, OWN, OWN),
-    "all -inf": with_logits(*(4 * [-np.inf])),
+    "inf": with_logits(np.inf, OWN, OWN, OWN),
     # The other logits would decide for the label.
-    "one -inf": lambda images: tf.concat(
+    "-inf of another class": lambda images: tf.concat(
         [linear(images), tf.fill((tf.shape(images)[0], 1), -np.inf)], axis=1
     ),
 }
@@ -175,18 +173,22 @@ def test_no_image_is_robust_where_logits_are_not_finite(name, network):
     assert np.isfinite(result.adversarial).all()
 
 
+def nan_or_inf(images):
+    is_bright = images[:, 0, 0, :] > tf.reduce_max(images[:, 0, 1:3, 0], axis=1, keepdims=True)
+    return tf.where(is_bright, BROKEN["nan weights"](images), BROKEN["inf"](images))
+
+
 @each_protocol
 def test_no_image_is_robust_under_any_protocol_where_logits_are_not_finite(family, protocol):
     cases = protocol_attacks(protocol, family)
-    small = {name: shortened(attack) for name, attack in cases.items()}
-    upper = next(iter(small.values())).threat.upper
-    for network in (with_nan_weights, BROKEN["one inf"]):
-        found, findings = quietly(network, small, upper * IMAGES, LABELS)
-        assert not found.robust.any()
-        assert findings["not_finite"].value == len(IMAGES)
+    upper = next(iter(cases.values())).threat.upper
+    assert np.isnan(nan_or_inf(IMAGES)).any() and np.isinf(nan_or_inf(IMAGES)).any()
+    found, findings = quietly(nan_or_inf, cases, upper * IMAGES, LABELS)
+    assert not found.robust.any()
+    assert findings["not_finite"].value == len(IMAGES)
 
 
-SEARCHES = ["APGD", "FABTargeted", "MinimumNorm", "PGD", "SPSA", "Square"]
+SEARCHES = ["APGD", "FABTargeted", "PGD", "SPSA", "Square"]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -237,7 +239,7 @@ def test_vanishing_gradients_are_noticed_under_every_protocol(family, protocol):
 
 
 @each_attack
-def test_a_tie_counts_as_fooled_and_a_constant_decision_stands(name):
+def test_a_tie_counts_as_fooled(name):
     attack = attack_of(name)
     found, _ = quietly(tied, {name: attack}, IMAGES, LABELS)
     assert not found.clean.any() and not found.robust.any()
@@ -245,9 +247,9 @@ def test_a_tie_counts_as_fooled_and_a_constant_decision_stands(name):
 
 @each_protocol
 def test_a_tie_counts_as_fooled_under_every_protocol(family, protocol):
-    small = {key: shortened(value) for key, value in protocol_attacks(protocol, family).items()}
-    upper = next(iter(small.values())).threat.upper
-    found, _ = quietly(tied, small, upper * IMAGES, LABELS)
+    cases = protocol_attacks(protocol, family)
+    upper = next(iter(cases.values())).threat.upper
+    found, _ = quietly(tied, cases, upper * IMAGES, LABELS)
     assert not found.clean.any() and not found.robust.any()
 
 
@@ -365,8 +367,7 @@ def test_checks_run_once_and_not_again_in_a_cascade():
     assert names == [finding.name for finding in found.findings] == ["zero_gradients"]
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("policy", ["float16", "mixed_float16"])
+@pytest.mark.parametrize(("policy", "norm"), [("float16", "linf"), ("mixed_float16", "l2")])
 def test_attacks_follow_float16_networks_where_their_gradients_would_be_lost(policy, norm):
     def network(dtype):
         keras.utils.set_random_seed(0)
@@ -457,7 +458,7 @@ def test_what_gives_no_logits_is_refused_in_one_line(name, network, message):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["Square", "SPSA", "HopSkipJump", "RandomNoise", "PGD"])
+@pytest.mark.parametrize("name", ["Square", "SPSA", "PGD"])
 def test_numpy_behind_tensorflow_is_attacked_without_gradients(name):
     def wrapped(images):
         return tf.numpy_function(lambda x: in_numpy(x - 0.5), [images], tf.float32)

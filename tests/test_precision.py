@@ -9,7 +9,18 @@ import pytest
 import tensorflow as tf
 from commands import command
 
-from logit_reg.attacks import APGD, FAB, MD, PGD, SPSA, APGDTargeted, FABTargeted, Restarts, Square
+from logit_reg.attacks import (
+    APGD,
+    FAB,
+    MD,
+    PGD,
+    SPSA,
+    APGDTargeted,
+    FABTargeted,
+    MinimumNorm,
+    Restarts,
+    Square,
+)
 from logit_reg.attacks.attack import is_fooled
 from logit_reg.attacks.precision import (
     NO_BFLOAT16,
@@ -149,6 +160,40 @@ def test_another_function_to_follow_is_judged_at_every_iterate(network, digits):
     wrong = is_fooled(network(guided.adversarial), labels).numpy()
     np.testing.assert_array_equal(guided.fooled, wrong)
     assert guided.forwards == 2 * plain.forwards - COUNT
+
+
+class Counted:
+    """A function of images that counts how many it was given, compiled or not."""
+
+    def __init__(self, function):
+        self._function = function
+        self.num_images = tf.Variable(0)
+
+    def __call__(self, images):
+        self.num_images.assign_add(tf.shape(images)[0])
+        return self._function(images)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD(LINF, num_steps=6, step_size=0.02, early_stop=True),
+        APGD(LINF, num_steps=6),
+        MinimumNorm(LINF, num_targets=2, num_bisections=3, num_steps=4),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_second_looks_at_doubtful_images_are_counted(network, digits, attack):
+    images, labels = digits
+    exact, low = Counted(lambda x: network(x, training=False)), Counted(bfloat16_copy(network))
+    # So large that the network looks at every iterate again.
+    lower = Anything(low, tolerance=1e9)
+    attack.run(exact, images, labels, seed=0, gradient_logits_fn=lower)
+    # Tracing is not a look; two images show whether labels and logits fit.
+    exact.num_images.assign(0), low.num_images.assign(0)
+    result = attack.run(exact, images, labels, seed=0, gradient_logits_fn=lower)
+    unseen = 2 if isinstance(attack, PGD) else 0
+    assert result.forwards == int(exact.num_images + low.num_images) - unseen
 
 
 @pytest.mark.parametrize("make", [mnist_cnn, lambda: wide_resnet(1)], ids=["mnist", "cifar10"])

@@ -227,8 +227,9 @@ class _Ascent:
         examples = take(examples, rows)
         # Another network's logits may judge the iterates: one more forward each.
         looks = self.num_samples + num_looks(*functions) - 1
-        state, fooled = self.begin(functions, examples, stream=stream, restart=restart)
+        state, fooled, num_again = self.begin(functions, examples, stream=stream, restart=restart)
         standing.count(len(rows), forwards=looks, backwards=self.num_samples)
+        standing.count(num_again, forwards=1)
         candidates = state.current
         is_first = True
         for steps in (*periods(self.num_steps), 0):
@@ -236,21 +237,22 @@ class _Ascent:
             rows, examples, state = rows[keep], take(examples, keep), _State(*take(state, keep))
             if not len(rows) or not steps:
                 return
-            state, candidates, fooled = self._compiled_advance(functions, examples[0])(
+            state, *found = self._compiled_advance(functions, examples[0])(
                 *examples[:3], state, steps, is_first
             )
-            candidates, fooled = candidates.numpy(), fooled.numpy()
+            candidates, fooled, num_again = (tensor.numpy() for tensor in found)
             standing.count(len(rows), forwards=steps * looks, backwards=steps * self.num_samples)
+            standing.count(int(num_again), forwards=1)
             is_first = False
 
     def begin(self, functions, examples, *, stream, restart):
-        """The state at the random start, and who is fooled there."""
+        """The state at the random start, who is fooled there, and the number of second looks."""
         image = batch_spec(examples[0].shape[1:])
         numbers, scalar = batch_spec((), tf.int64), tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, numbers, scalar, scalar)
         begin = compiled(self, "_begin", functions, signature)
-        state, fooled = begin(*examples, stream, restart)
-        return _State(*(part.numpy() for part in state)), fooled.numpy()
+        state, fooled, num_again = begin(*examples, stream, restart)
+        return _State(*(part.numpy() for part in state)), fooled.numpy(), int(num_again)
 
     def _compiled_advance(self, functions, images):
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
@@ -266,7 +268,7 @@ class _Ascent:
         direction = random_direction(self.threat, images, **draw)
         start = self.threat.project(images + self.threat.epsilon * direction, images)
         nobody = tf.zeros_like(labels, tf.bool)
-        logits, loss, gradient = self._look(
+        logits, loss, gradient, num_again = self._look(
             logits_fn, gradient_logits_fn, start, labels, targets, nobody
         )
         step_size = tf.fill((tf.shape(images)[0],), 2.0 * self.threat.epsilon)
@@ -274,7 +276,7 @@ class _Ascent:
         last_loss = tf.fill(tf.shape(loss), _zero_loss(self.loss))
         halved = tf.ones_like(labels, tf.bool)
         state = _State(start, start, gradient, start, gradient, step_size, loss, last_loss, halved)
-        return state, is_fooled(logits, labels)
+        return state, is_fooled(logits, labels), num_again
 
     def _advance(
         self, logits_fn, gradient_logits_fn, images, labels, targets, state, num_steps, is_first
@@ -282,7 +284,7 @@ class _Ascent:
         """Take the steps of a period, then look at the step size."""
         length = _per_image(state.step_size)
 
-        def body(step, state, increases, candidates, fooled):
+        def body(step, state, increases, candidates, fooled, num_again):
             is_very_first = tf.logical_and(is_first, tf.equal(step, 0))
             share = tf.where(is_very_first, 1.0, _STEP_SHARE)
             stepped = state.current + length * self.threat.ascent_direction(state.gradient)
@@ -291,7 +293,7 @@ class _Ascent:
             moved += (1 - share) * (state.current - state.previous)
             current = self.threat.project(moved, images)
 
-            logits, loss, gradient = self._look(
+            logits, loss, gradient, again = self._look(
                 logits_fn, gradient_logits_fn, current, labels, targets, fooled
             )
             candidates = tf.where(_per_image(fooled), candidates, current)
@@ -307,10 +309,10 @@ class _Ascent:
                 best_loss=tf.where(improved, loss, state.best_loss),
                 last_loss=loss,
             )
-            return step + 1, state, increases, candidates, fooled
+            return step + 1, state, increases, candidates, fooled, num_again + again
 
-        none = tf.zeros_like(state.step_size), state.current, tf.zeros_like(labels, tf.bool)
-        _, new, increases, candidates, fooled = tf.while_loop(
+        none = tf.zeros_like(state.step_size), state.current, tf.zeros_like(labels, tf.bool), 0
+        _, new, increases, candidates, fooled, num_again = tf.while_loop(
             lambda step, *_: step < num_steps, body, (tf.constant(0, tf.int64), state, *none)
         )
         oscillates = increases <= _INCREASING_SHARE * tf.cast(num_steps, tf.float32)
@@ -322,10 +324,10 @@ class _Ascent:
             step_size=tf.where(halved, 0.5 * state.step_size, state.step_size),
             halved=halved,
         )
-        return new, candidates, fooled
+        return new, candidates, fooled, num_again
 
     def _look(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
-        """Logits that judge, loss for the books and the gradient to go by (unscaled)."""
+        """Logits that judge, loss for the books, the gradient to go by (unscaled), second looks."""
         logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
         if self.num_samples > 1:
 
@@ -338,10 +340,12 @@ class _Ascent:
             _, logits, gradient = tf.while_loop(
                 lambda sample, *_: sample < self.num_samples, another, (1, logits, gradient)
             )
-        judged = judged_logits(logits_fn, gradient_logits_fn, points, logits, labels, fooled)
+        judged, num_again = judged_logits(
+            logits_fn, gradient_logits_fn, points, logits, labels, fooled
+        )
         # Losses of one precision, or rounding would tell iterates apart.
         ranked = logits if is_screened(gradient_logits_fn) else judged
-        return judged, _rank_loss(self.loss, ranked, labels, targets), gradient
+        return judged, _rank_loss(self.loss, ranked, labels, targets), gradient, num_again
 
     def _logits_and_gradient(self, logits_fn, points, labels, targets):
         def loss(logits):

@@ -117,10 +117,9 @@ class Ascent:
                 end,
                 is_last,
             )
-            current[active], adversarial[active], fooled[active], last_fooled[active] = (
-                tensor.numpy() for tensor in moved
-            )
-            forwards += len(active) * ((end - begin) * looks + is_last)
+            *state, num_again = (tensor.numpy() for tensor in moved)
+            current[active], adversarial[active], fooled[active], last_fooled[active] = state
+            forwards += len(active) * ((end - begin) * looks + is_last) + int(num_again)
             backwards += len(active) * (end - begin)
             if self.early_stop:
                 active = active[~fooled[active]]
@@ -193,21 +192,23 @@ class Ascent:
             keep = tf.reshape(fooled, (-1, 1, 1, 1))
             return tf.where(keep, adversarial, current), tf.logical_or(fooled, now), now
 
-        def body(step, current, adversarial, fooled):
+        def body(step, current, adversarial, fooled, num_again):
             logits, gradient = logits_and_gradient(
                 gradient_logits_fn,
                 current,
                 lambda logits: self.attack.ascended_loss(step, logits, labels, guides),
             )
-            logits = judged_logits(logits_fn, gradient_logits_fn, current, logits, labels, fooled)
+            logits, again = judged_logits(
+                logits_fn, gradient_logits_fn, current, logits, labels, fooled
+            )
             adversarial, fooled, _ = judge(logits, current, adversarial, fooled)
             moved = climb(
                 self.attack.threat, current, gradient, images, self.attack.step_length(step)
             )
-            return step + 1, moved, adversarial, fooled
+            return step + 1, moved, adversarial, fooled, num_again + again
 
-        _, current, adversarial, fooled = tf.while_loop(
-            lambda step, *_: step < end, body, (begin, current, adversarial, fooled)
+        _, current, adversarial, fooled, num_again = tf.while_loop(
+            lambda step, *_: step < end, body, (begin, current, adversarial, fooled, 0)
         )
 
         def finish():
@@ -217,7 +218,7 @@ class Ascent:
         adversarial, fooled, now = tf.cond(
             is_last, finish, lambda: (adversarial, fooled, tf.identity(fooled))
         )
-        return current, adversarial, fooled, now
+        return current, adversarial, fooled, now, num_again
 
 
 def logits_and_gradient(logits_fn, points, loss):

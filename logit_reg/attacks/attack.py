@@ -38,7 +38,7 @@ class AttackResult:
     challenges' own code looks at."""
     forwards: int
     """Images sent forward through the network, padding not counted; a doubtful image that a
-    lower precision saw and the network itself sees again counts once."""
+    lower precision saw and the network itself sees again counts twice."""
     backwards: int
     """Images whose gradient was computed, padding not counted."""
     stages: tuple = ()
@@ -154,10 +154,11 @@ def call_logits(logits_fn: LogitsFn, images):
         logits = tf.ensure_shape(logits, (None, None))
     elif shape.rank != 2 or (shape[1] is not None and shape[1] < 2):
         raise ValueError(f"logits_fn must return (N, K) logits with K >= 2; got shape {shape}.")
-    elif shape[0] is not None and shape[0] != images.shape[0]:
+    elif shape[0] == 1 and images.shape[0] is None:
+        # One row would be taken for that of every image; others fail by themselves.
         raise ValueError(
-            f"logits_fn must return a row of logits for each image; it returns {shape[0]} for "
-            f"{'any number of' if images.shape[0] is None else images.shape[0]} images."
+            "logits_fn must return a row of logits for each image; it returns 1 for any number of "
+            "images."
         )
     return logits if dtype == tf.float64 else tf.cast(logits, tf.float32)
 

@@ -158,9 +158,10 @@ class MinimumNorm(ImageAttack):
                 return
             state = take((*examples, adversarial, radius), rows)
             # Two streams a ball: `uniform_in_ball` takes the next one too.
-            found, fooled = search(*state, stream + 2 * number, restart)
-            found, fooled = found.numpy(), fooled.numpy()
+            searched = search(*state, stream + 2 * number, restart)
+            found, fooled, num_again = (tensor.numpy() for tensor in searched)
             standing.count(len(rows), forwards=self.num_steps * looks + 1, backwards=self.num_steps)
+            standing.count(int(num_again), forwards=1)
             reached = self.threat.distance(*(x.astype(np.float64) for x in (found, state[0])))
             closer = fooled & (reached.numpy() < distance[rows])
             # Without an image to enter a ball at, failing there says little.
@@ -187,7 +188,9 @@ class MinimumNorm(ImageAttack):
         stream,
         restart,
     ):
-        """PGD in balls of these radii: the first iterate that fools, or the last, and who fools."""
+        """PGD in balls of these radii: the first iterate that fools, or the last, who fools, and
+        the number of second looks.
+        """
         radius = tf.reshape(radius, (-1, 1, 1, 1))
         scale = radius / self.threat.epsilon
         start = uniform_in_ball(
@@ -209,19 +212,21 @@ class MinimumNorm(ImageAttack):
             now = is_fooled(logits, labels)
             return tf.where(keep, found, current), tf.logical_or(fooled, now)
 
-        def body(step, current, found, fooled):
+        def body(step, current, found, fooled, num_again):
             logits, gradient = logits_and_gradient(gradient_logits_fn, current, difference)
-            logits = judged_logits(logits_fn, gradient_logits_fn, current, logits, labels, fooled)
+            logits, again = judged_logits(
+                logits_fn, gradient_logits_fn, current, logits, labels, fooled
+            )
             found, fooled = judge(logits, current, found, fooled)
             current = climb(self.threat, current, gradient, images, step_length(step), scale)
-            return step + 1, current, found, fooled
+            return step + 1, current, found, fooled, num_again + again
 
-        _, current, found, fooled = tf.while_loop(
+        _, current, found, fooled, num_again = tf.while_loop(
             lambda step, *_: step < self.num_steps,
             body,
-            (0, start, start, tf.zeros_like(labels, tf.bool)),
+            (0, start, start, tf.zeros_like(labels, tf.bool), 0),
         )
-        return judge(call_logits(logits_fn, current), current, found, fooled)
+        return *judge(call_logits(logits_fn, current), current, found, fooled), num_again
 
 
 def accuracy_curve(distance, epsilons) -> np.ndarray:

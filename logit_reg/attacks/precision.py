@@ -177,7 +177,7 @@ def is_screened(gradient_logits_fn: LogitsFn | None) -> bool:
 def num_looks(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> int:
     """Forwards that one iterate takes: two if another function than the one followed judges it.
 
-    Second looks that `judged_logits` takes at doubtful iterates are not counted.
+    Second looks at doubtful iterates come on top; `judged_logits` counts them.
     """
     is_same = gradient_logits_fn is logits_fn
     return 1 if is_same or is_screened(gradient_logits_fn) else 2
@@ -212,12 +212,12 @@ def judged_logits(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn, points, log
 
     Returns:
         (N, K) float: a row whose margin is at most the copy's tolerance, unless it is done, is
-        the network's own.
+        the network's own; and () int32, how many rows the network looked at again after the copy.
     """
     if gradient_logits_fn is logits_fn:
-        return logits
+        return logits, 0
     if not isinstance(gradient_logits_fn, LowPrecision):
-        return call_logits(logits_fn, points)
+        return call_logits(logits_fn, points), 0
     is_clear = margin(logits, labels) > gradient_logits_fn.tolerance
     rows = tf.where(tf.logical_not(tf.logical_or(is_clear, done)))
 
@@ -225,7 +225,7 @@ def judged_logits(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn, points, log
         exact = call_logits(logits_fn, tf.gather_nd(points, rows))
         return tf.tensor_scatter_nd_update(logits, rows, tf.cast(exact, logits.dtype))
 
-    return tf.cond(tf.size(rows) > 0, look_again, lambda: logits)
+    return tf.cond(tf.size(rows) > 0, look_again, lambda: logits), tf.shape(rows)[0]
 
 
 def _measured_tolerance(network, copy, images):

@@ -95,8 +95,8 @@ class Square(ImageAttack):
             return random_stream(seed, type(self).__name__, purpose)
 
         images, labels, indices = take((images, labels, indices), rows)
-        best, lowest = begin(images, labels, indices, stream("start"), restart)
-        standing.count(len(rows), forwards=1)
+        best, lowest, num_again = begin(images, labels, indices, stream("start"), restart)
+        standing.count(len(rows) + int(num_again), forwards=1)
         for first, count in (*_chunks(self.num_queries), (0, 0)):
             best, lowest = best.numpy(), lowest.numpy()
             keep = standing.record(rows, best, ~(lowest > 0))
@@ -152,7 +152,7 @@ class Square(ImageAttack):
         else:
             start = self._tiles(images, indices, stream, restart)
         logits = answers.logits(start, answers.features(start))
-        return start, self._margin(logits_fn, queried, start, logits, labels)
+        return start, *self._margin(logits_fn, queried, start, logits, labels)
 
     def _stripes(self, images, indices, stream, restart):
         """Vertical stripes of +-epsilon, for each column and channel."""
@@ -227,7 +227,9 @@ class Square(ImageAttack):
             )
             new = answers.changed_features(points, old, starts, window.side)
             logits = answers.logits(points, new)
-            margins = self._margin(logits_fn, queried, points, logits, tf.gather(labels, sent))
+            margins, again = self._margin(
+                logits_fn, queried, points, logits, tf.gather(labels, sent)
+            )
             reached = tf.tensor_scatter_nd_update(lowest, sent[:, None], margins)
             better = tf.logical_or(reached < lowest, tf.logical_not(reached > 0))
             better = tf.logical_and(better, is_new)
@@ -240,7 +242,7 @@ class Square(ImageAttack):
                 for whole, part in zip(features, new, strict=True)
             )
             lowest = tf.where(better, reached, lowest)
-            return query + 1, best, features, lowest, num_sent + count
+            return query + 1, best, features, lowest, num_sent + count + again
 
         _, best, _, lowest, num_sent = tf.while_loop(
             lambda query, *_: query < num_queries,
@@ -282,9 +284,10 @@ class Square(ImageAttack):
         return self.threat.project(images + self.threat.epsilon * delta, images)
 
     def _margin(self, logits_fn, queried, points, logits, labels):
+        """(N,) float64 margins, and the number of second looks."""
         nobody = tf.zeros_like(labels, tf.bool)
-        logits = judged_logits(logits_fn, queried, points, logits, labels, nobody)
-        return tf.cast(margin(logits, labels), tf.float64)
+        logits, num_again = judged_logits(logits_fn, queried, points, logits, labels, nobody)
+        return tf.cast(margin(logits, labels), tf.float64), num_again
 
 
 def two_bumps(side: int) -> np.ndarray:
