@@ -212,8 +212,9 @@ def train(
 
     Raises:
         ValueError: see `traced_train_step`.
-        TrainingError: if the network computes in float16, the loss or a weight is no longer finite, a file cannot be written, or
-            training is to end before the step that it goes on from.
+        TrainingError: if the network computes in float16, the loss or a weight is no longer
+            finite, a file cannot be written, or training is to end before the step that it goes
+            on from.
         WorkerLost: if another worker is gone.
     """
     model_dir = Path(model_dir)

@@ -22,7 +22,7 @@ from logit_reg.threat import ThreatModel
 BATCH_NORM_MODES = ("evaluation", "training")
 
 FREE_GRADIENT = "with respect to the perturbation"
-"""How free adversarial training differentiates; before version 0.10 it did so after the clip."""
+"""How free adversarial training differentiates; it once did so after the clip."""
 
 # What separates the random numbers of one step's several draws.
 _NOISE, _START, _RADIUS, _CROP = range(4)
@@ -184,6 +184,8 @@ class RegularizedModel(keras.Model):
         self.noise_stddev = noise_stddev
         self.clip_noise = clip_noise
         self.bounds = tuple(bounds)
+        slack = _ROUNDING * (bounds[1] - bounds[0])
+        self._accepted = (bounds[0] - slack, bounds[1] + slack)
         self.adversary = adversary
         self.augment = augment
         self.weight_decay = weight_decay
@@ -204,10 +206,6 @@ class RegularizedModel(keras.Model):
             )
         self._replays = adversary.replays if isinstance(adversary, FreeAdversary) else 1
         self.num_classes = getattr(network, "output_shape", (None,))[-1]
-        self._kernels = [v for v in network.trainable_variables if v.name == "kernel"]
-        self._moving_averages = [
-            v for v in network.non_trainable_variables if tf.as_dtype(v.dtype).is_floating
-        ]
         self._trackers = [
             keras.metrics.Mean(name=name)
             for name in (
@@ -356,6 +354,17 @@ class RegularizedModel(keras.Model):
                 variable.assign(mean)
         return measures
 
+    # No attributes: Keras would list them as the wrapper's own variables, before the others, and
+    # optimisers and files would then disagree about the order.
+    @property
+    def _kernels(self):
+        return [v for v in self.network.trainable_variables if v.name == "kernel"]
+
+    @property
+    def _moving_averages(self):
+        variables = self.network.non_trainable_variables
+        return [v for v in variables if tf.as_dtype(v.dtype).is_floating]
+
     def _loss_and_measures(self, images, labels, *, training):
         """What is minimised, and what is logged.
 
@@ -416,7 +425,11 @@ class RegularizedModel(keras.Model):
                 *("labels must be one an image; got", tf.size(labels)),
                 *("for", tf.shape(images)[0], "images"),
             ),
-            self._require_bounds(tf.reduce_min(images), tf.reduce_max(images)),
+            _require(
+                # Of every pixel, so that a NaN is seen.
+                tf.reduce_all((images >= self._accepted[0]) & (images <= self._accepted[1])),
+                *self._bounds_error(tf.reduce_min(images), tf.reduce_max(images)),
+            ),
         ]
         if self.num_classes is not None:
             is_class = (labels >= 0) & (labels < self.num_classes)
@@ -426,14 +439,12 @@ class RegularizedModel(keras.Model):
         with tf.control_dependencies(is_right):
             return tf.identity(images), tf.identity(labels)
 
-    def _require_bounds(self, lowest, highest):
+    def _bounds_error(self, lowest, highest):
         lower, upper = self.bounds
-        slack = _ROUNDING * (upper - lower)
-        return _require(
-            (lowest >= lower - slack) & (highest <= upper + slack),
+        return (
             *("images span", lowest, "to", highest),
-            f"and leave the model's bounds, {lower:g} to {upper:g}; scale the images, or give "
-            f"RegularizedModel their bounds",
+            f"and leave the bounds of the model, {lower:g} to {upper:g}; scale the images, or "
+            f"give RegularizedModel their bounds",
         )
 
     def _check_arrays(self, images=None, labels=None):
@@ -442,12 +453,13 @@ class RegularizedModel(keras.Model):
             class_indices(labels, self.num_classes)
         if isinstance(images, np.ndarray | tf.Tensor) and len(images):
             lowest, highest = np.min(images), np.max(images)
-            self._require_bounds(lowest, highest)
+            is_inside = self._accepted[0] <= lowest and highest <= self._accepted[1]
+            _require(is_inside, *self._bounds_error(lowest, highest))
             lower, upper = self.bounds
             if highest - lowest < _NARROW * (upper - lower):
                 warnings.warn(
-                    f"images span {lowest:g} to {highest:g} of the model's bounds, {lower:g} to "
-                    f"{upper:g}: are they in other pixel units?",
+                    f"images span {lowest:g} to {highest:g} of the bounds of the model, "
+                    f"{lower:g} to {upper:g}: are they in other pixel units?",
                     stacklevel=3,
                 )
 
@@ -482,7 +494,14 @@ class RegularizedModel(keras.Model):
 
     def _own_perturbation(self, images):
         size = tf.shape(images)[0] * _num_replicas()
-        return own_slice(self.perturbation.value[:size])
+        most = self.perturbation.shape[0]
+        fits = _require(
+            size <= most,
+            f"free adversarial training keeps a perturbation of {most} images; the batch has",
+            size,
+        )
+        with tf.control_dependencies([fits]):
+            return own_slice(self.perturbation.value[:size])
 
     def _move_perturbation(self, gradient, epsilon):
         # A step that overflows in float16 is left out: it must not spoil the perturbation.
@@ -556,7 +575,7 @@ def _num_replicas() -> int:
 
 def _dtype_policy(network: keras.Model):
     """The policy for which Keras wraps the optimiser as the network's layers need it."""
-    layers = network._flatten_layers()  # noqa: SLF001: `layers` would leave out nested ones
+    layers = network._flatten_layers()  # `layers` would leave out nested ones
     is_half = any(layer.compute_dtype == "float16" for layer in layers)
     return "mixed_float16" if is_half else network.dtype_policy
 
