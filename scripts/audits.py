@@ -16,13 +16,8 @@ from logit_reg.files import write_json
 from logit_reg.objectives import collapse_threshold
 from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
-from logit_reg_scripts import command_line
-from logit_reg_scripts.attack_flags import (
-    THREAT_FLAGS,
-    attack_from_flags,
-    challenge_threat,
-    given_attack_flags,
-)
+from logit_reg_scripts import command_line, flag_effects
+from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
 from logit_reg_scripts.command_line import FLAGS, UsageError
 from logit_reg_scripts.controls import (
     KINDS,
@@ -31,6 +26,7 @@ from logit_reg_scripts.controls import (
     is_cheap,
     trained_controls,
 )
+from logit_reg_scripts.flag_groups import THREAT_FLAGS, given_attack_flags
 from logit_reg_scripts.own_models import load_own_model
 from logit_reg_scripts.runs import commit, versions
 from logit_reg_scripts.sources import (
@@ -67,6 +63,7 @@ def audited_challenge() -> Audited:
     """The model of --model_dir on its challenge's images."""
     model = load_model(FLAGS.model_dir)
     name = dataset_for(model, FLAGS.dataset, FLAGS.data_dir or model.usable_data_dir)
+    flag_effects.refuse_without_effect(flag_effects.AUDIT, dataset=name)
     challenge = challenge_for(name)
     dataset = load_split(
         name, "test", FLAGS.data_dir or model.usable_data_dir, download=FLAGS.download
@@ -131,10 +128,6 @@ def audited_own() -> Audited:
 
 def run_audit(audited: Audited) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
-    if audited.controls and FLAGS.budget == "quick":
-        command_line.notice(
-            "--controls: the quick budget does without; --budget=standard uses them"
-        )
     state_dir = audited.output_dir / ".state"
     found = audit(
         audited.network,
@@ -194,7 +187,7 @@ def _controls(audited: Model | None, dataset: str | None) -> tuple[Control, ...]
         return named
     if dataset is None:
         if _TRAIN in values:
-            command_line.notice("--controls=train: your own data have no training images.")
+            raise UsageError("--controls=train: your own data have no training images.")
         return named
     if _TRAIN not in values and (values or not is_cheap(dataset)):
         if not values:

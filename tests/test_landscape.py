@@ -323,7 +323,7 @@ def test_the_command_compares_models_and_draws_again_from_its_arrays(models):
     ("flags", "words"),
     [
         (["--redraw=nowhere.npz"], ["--redraw=nowhere.npz", "no such file"]),
-        (["--num_steps=5"], ["--num_steps belongs to --direction=pgd"]),
+        (["--num_steps=5"], ["--num_steps has an effect only with --direction=pgd"]),
         (["--examples=one"], ["--examples must be places of test images"]),
     ],
 )
