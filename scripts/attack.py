@@ -33,6 +33,7 @@ def main() -> None:
     """Attack as the flags say."""
     from logit_reg.evaluation import evaluate, network_hash, predict
     from logit_reg.evaluation_state import EvaluationState
+    from logit_reg.units import attack_notices
     from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
     from logit_reg_scripts.evaluations import read_attack_dtype
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
@@ -57,6 +58,7 @@ def main() -> None:
     labels = dataset.labels[:count]
 
     attacks = attack_from_flags(challenge_threat(challenge), challenge)
+    command_line.tell(attack_notices(attacks.values(), images.shape[1:]))
     state = EvaluationState(path.parent / f".{path.stem}.state", network_hash(model.network))
     found = evaluate(
         model.network,

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from logit_reg import units
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.bench import CONTROL_KINDS
@@ -128,6 +129,14 @@ def audited_own() -> Audited:
 
 def run_audit(audited: Audited) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
+    shape = audited.images.shape[1:]
+    # A protocol of the claim's may have another threat model than the audit.
+    notices = [
+        *units.claim_notices(FLAGS.claim),
+        *units.threat_notices(audited.threat, shape),
+        *units.attack_notices(audited.attacks.values(), shape),
+    ]
+    command_line.tell(dict.fromkeys(notices))
     state_dir = audited.output_dir / ".state"
     found = audit(
         audited.network,

@@ -5,11 +5,15 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags
+
+if TYPE_CHECKING:
+    # It starts TensorFlow.
+    from logit_reg.attacks.checks import Finding
 
 FLAGS = flags.FLAGS
 
@@ -152,6 +156,25 @@ def apply_config(values: Mapping[str, object]) -> None:
 def notice(message: str) -> None:
     """Tell the user something on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def tell(findings: "Iterable[Finding]") -> None:
+    """Tell the user what may mislead about the numbers to come."""
+    for finding in findings:
+        notice(f"notice: {finding.message}.")
+
+
+def advice(words: Mapping[str, str]) -> str:
+    """What a user can do, with those flags that this command has.
+
+    Args:
+        words: advice by the flag it rests on, as it follows a semicolon.
+
+    Returns:
+        The pieces joined by "or" behind "; ", or nothing where the command has none of the flags.
+    """
+    found = [said for name, said in words.items() if name in FLAGS]
+    return f"; {' or '.join(found)}" if found else ""
 
 
 def existing_path(name: str, value: str) -> Path:

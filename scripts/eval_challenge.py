@@ -140,6 +140,7 @@ def _evaluate_own() -> None:
 def _evaluate(network, test, protocols, output_dir, batch_size, settings, store) -> dict | None:
     """The content of `result.json`, or None in a worker, which leaves batches only."""
     from logit_reg.attacks.precision import followed_dtype
+    from logit_reg.units import attack_notices
     from logit_reg_scripts.evaluations import (
         compute_batches,
         evaluate_protocols,
@@ -159,6 +160,8 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
         "show_progress": FLAGS.progress,
         "gradient_logits_fn": lower,
     }
+    attacks = [attack for named in protocols.values() for attack in named.values()]
+    command_line.tell(attack_notices(attacks, test.images.shape[1:]))
     if FLAGS.worker:
         compute_batches(network, test, protocols, open_state(output_dir, network), **options)
         return None

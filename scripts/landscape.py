@@ -70,6 +70,7 @@ def main() -> None:
 def _compute():
     from logit_reg.curves import CurveSettings, save_curves
     from logit_reg.landscape import Landscape, compare, save_comparison
+    from logit_reg.units import attack_notices, threat_notices
     from logit_reg_scripts.attack_flags import challenge_threat
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from madry_compat.challenges import challenge_for
@@ -92,10 +93,15 @@ def _compute():
     labels = dataset.labels[:count]
 
     threat = challenge_threat(challenge)
+    adversary = _adversary(threat, challenge)
+    shape = challenge.image_shape
+    command_line.tell(
+        threat_notices(threat, shape) if adversary is None else attack_notices([adversary], shape)
+    )
     batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
     landscape = Landscape(
         threat,
-        _adversary(threat, challenge),
+        adversary,
         extent=FLAGS.extent,
         num_points=FLAGS.num_points,
         clip=FLAGS.clip,

@@ -7,16 +7,20 @@ import keras
 import numpy as np
 
 from logit_reg.files import read_arrays, read_json
-from logit_reg_scripts.command_line import UsageError, existing_path, notice
+from logit_reg_scripts.command_line import FLAGS, UsageError, advice, existing_path, notice
 from logit_reg_scripts.keras_files import read_keras
 from logit_reg_scripts.runs import RunSettings, read_run
-from madry_compat.challenges import challenge_for
+from madry_compat.bundle_index import is_bundle_file
+from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.data import NAMES, Dataset, is_available, load
 from madry_compat.releases import identify_release
 from madry_compat.tf1_checkpoints import load_network
 
 RUNS = Path("runs")
 
+_OWN_ARRAYS = ("images", "labels")
+# Of the largest pixel value: a few units in the last place of float32.
+_ROUNDING = 1e-6
 _MIN_NPZ_BYTES = 2**28
 _MAX_NPZ_BYTES = 8 * 2**30
 
@@ -75,7 +79,7 @@ def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:
         print(f"      {dataset.note}")
-    if name == "mnist_5k":
+    if name == "mnist_5k" and "data_dir" in FLAGS:
         print(
             "      The full set: --dataset=mnist with --data_dir=FOLDER (TFDS or IDX files) or "
             "--download."
@@ -113,16 +117,19 @@ def load_model(value: str | None) -> Model:
         ValueError: if what is there cannot be read.
     """
     path = newest_run() if value is None else Path(value).expanduser()
+    if path.is_file() and not is_bundle_file(path):
+        return Model(load_keras(path), path, None)
     if value is None:
         notice(f"model: {path}, the newest run (choose with --model_dir)")
-    if path.suffix == ".keras":
-        return Model(load_keras(existing_path("model_dir", str(path))), path, None)
     if (path / "model.keras").is_file():
         run = read_run(path) if (path / "run.json").is_file() else None
         data_dir = read_json(path / "run.json").get("data_dir") if run else None
         return Model(load_keras(path / "model.keras"), path, run, data_dir)
     if not path.exists() and not Path(f"{path}.index").exists():
         raise UsageError(f"--model_dir={value}: no such file, folder or checkpoint prefix.")
+    if (path / "saved_model.pb").is_file():
+        # Says what it is.
+        read_keras(path)
     if path.is_dir() and not any(path.rglob("*.index")):
         raise UsageError(
             f"--model_dir={value}: no model there; expected model.keras (a run) or "
@@ -135,14 +142,33 @@ def load_model(value: str | None) -> Model:
 def load_keras(path: Path) -> keras.Model:
     """Load a saved network, in Keras' safe mode and with the care that `read_keras` takes.
 
+    Returns:
+        A network of one tensor of images and one of logits; a dictionary or list of one is taken
+        apart.
+
     Raises:
         ValueError: if the file is not a network that is safe to load.
         UsageError: if it is not a network from images to logits.
     """
     network = read_keras(path)
-    if len(network.inputs or ()) != 1 or len(network.outputs or ()) != 1:
-        raise UsageError(f"{path}: expected one Keras model with one output, the logits.")
-    return network
+    for kind, tensors in (("input", network.inputs or ()), ("output", network.outputs or ())):
+        if len(tensors) != 1:
+            names = ", ".join(tensor.name for tensor in tensors)
+            raise UsageError(
+                f"{path}: the network has {len(tensors)} {kind}s ({names or 'none'}), expected one "
+                f"of images and one of logits; save keras.Model(images, logits) of them."
+            )
+    images, logits = network.inputs[0], network.outputs[0]
+    if len(logits.shape) != 2 or (logits.shape[1] or 0) < 2:
+        raise UsageError(
+            f"{path}: the network's output has shape {logits.shape}, expected logits (N, K) of at "
+            f"least two classes."
+        )
+    if isinstance(network.input, keras.KerasTensor) and isinstance(
+        network.output, keras.KerasTensor
+    ):
+        return network
+    return keras.Model(images, logits, name=network.name)
 
 
 def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
@@ -159,18 +185,21 @@ def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
         name = choose_dataset(None, data_dir)
     if name is None and shape == challenge_for("cifar10").image_shape:
         name = "cifar100" if num_classes == 100 else "cifar10"
-    if name is None:
+    fitting = [known for known in NAMES if _fits(challenge_for(known), shape, num_classes)]
+    if name is None or name not in fitting:
+        own = "give --model=FILE.keras with --data, --bounds and --epsilon for images of your own"
+        choose = {"dataset": f"choose --dataset={' or '.join(fitting)}"} if fitting else {}
+        wanted = challenge_for(name or "mnist")
         raise UsageError(
-            f"the network takes images of shape {shape}; name your own data with --data=images.npz "
-            f"or choose --dataset from {', '.join(NAMES)}."
-        )
-    challenge = challenge_for(name)
-    if (challenge.image_shape, challenge.num_classes) != (shape, num_classes):
-        raise UsageError(
-            f"the network takes {shape} images and has {num_classes} classes; {name} has "
-            f"{challenge.image_shape} and {challenge.num_classes}. Choose another --dataset."
+            f"the network takes {shape} images and has {num_classes} classes; "
+            f"{name or 'no data set here fits: mnist'} has {wanted.image_shape} and "
+            f"{wanted.num_classes}{advice(choose or {'data': own})}."
         )
     return name
+
+
+def _fits(challenge: Challenge, shape: tuple[int, ...], num_classes: int) -> bool:
+    return (challenge.image_shape, challenge.num_classes) == (shape, num_classes)
 
 
 def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -190,22 +219,41 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
         raise UsageError(f"{path}: expected an .npz file; there is none.")
     # Images do not compress much: what claims to is a bomb.
     max_bytes = min(max(_MIN_NPZ_BYTES, 4 * path.stat().st_size), _MAX_NPZ_BYTES)
-    arrays = read_arrays(path, names=("images", "labels"), max_bytes=max_bytes)
-    images, labels = arrays["images"], arrays["labels"]
+    arrays = read_arrays(path, names=_OWN_ARRAYS, max_bytes=max_bytes)
+    images, labels = (arrays[name] for name in _OWN_ARRAYS)
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
     if images.ndim != 4 or images.dtype.kind not in "fu" or not len(images):
         raise UsageError(
             f"{path}: images are {images.dtype} {images.shape}, expected float or uint8 (N, H, W, "
             f"C) in pixel units."
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        is_one_hot = labels.ndim == 2 and len(labels) == len(images)
         raise UsageError(
             f"{path}: labels are {labels.dtype} {labels.shape}, expected {images.shape[:1]} "
-            f"integers."
+            f"integers{'; save labels.argmax(axis=1)' if is_one_hot else ''}."
         )
     images = images.astype(np.float32)
-    if not (np.isfinite(images).all() and bounds[0] <= images.min() <= images.max() <= bounds[1]):
+    broken = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if len(broken):
         raise UsageError(
-            f"{path}: images span [{images.min():g}, {images.max():g}], outside --bounds="
-            f"{bounds[0]:g},{bounds[1]:g}; give the bounds in the images' own pixel units."
+            f"{path}: {len(broken)} images have pixels that are not finite, the first is image "
+            f"{broken[0]}; leave them out."
         )
-    return images, labels.astype(np.int64)
+    return _within(path, images, bounds), labels.astype(np.int64)
+
+
+def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """The images, clipped where they leave the bounds by no more than a rounding."""
+    lowest, highest = float(images.min()), float(images.max())
+    excess = max(bounds[0] - lowest, highest - bounds[1])
+    if excess <= 0:
+        return images
+    if excess > _ROUNDING * max(abs(bounds[0]), abs(bounds[1])):
+        raise UsageError(
+            f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
+            f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel units."
+        )
+    notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
+    return np.clip(images, *map(np.float32, bounds))

@@ -187,6 +187,7 @@ def _train() -> None:
     training_set = load_split(name, "train", data_dir, download=FLAGS.download)
     model_dir = Path(FLAGS.model_dir) if FLAGS.model_dir else RUNS / settings.name
     print(f"run:  {settings.description}, {settings.max_num_training_steps} steps -> {model_dir}")
+    command_line.tell(_unit_notices(settings))
     _warn_of_collapse(settings)
     if settings.train_dtype == "bfloat16" and not has_bfloat16():
         command_line.notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
@@ -230,6 +231,18 @@ def _checkpoint_in_model_dir() -> str | None:
         return None
     command_line.notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
     return FLAGS.model_dir
+
+
+def _unit_notices(settings):
+    from logit_reg import units
+
+    threat, shape = settings.threat, settings.challenge.image_shape
+    found = [*units.noise_notices(settings.sigma, threat.lower, threat.upper)]
+    if settings.adversary != "none":
+        found += units.threat_notices(threat, shape)
+    if settings.adversary == "pgd":
+        found += units.step_notices(threat, settings.num_steps, settings.step_size)
+    return found
 
 
 def _warn_of_collapse(settings) -> None:
