@@ -543,9 +543,9 @@ def _plain_prefix(prefix: Path) -> Iterator[str]:
     temporary = next(f for f in (tempfile.gettempdir(), "/tmp") if not _PATTERN.search(f))
     with tempfile.TemporaryDirectory(dir=temporary) as folder:
         for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.*"):
-            link = path.name.replace(prefix.name, "linked", 1)
-            os.symlink(path.absolute(), os.path.join(folder, link))
-        yield os.path.join(folder, "linked")
+            link = Path(folder, path.name.replace(prefix.name, "linked", 1))
+            link.symlink_to(path.absolute())
+        yield f"{folder}/linked"
 
 
 def _first_line(error: Exception) -> str:

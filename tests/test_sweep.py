@@ -274,7 +274,7 @@ def test_without_ray_the_message_says_how_to_get_it(tmp_path):
         (["--sweep_dir=s", "--evaluate=a: --protocol=paper-20"], "use paper-mnist here"),
         (
             ["--sweep_dir=s", "--evaluation_grid=num_steps=1"],
-            "--evaluation_grid has an effect only with --evaluate",
+            "has an effect only with --evaluate",
         ),
     ],
 )
