@@ -102,10 +102,7 @@ def pack_release(
         ValueError: if the name is not a plain one, or a file is missing.
         OSError: if the archive cannot be written.
     """
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a model's name consists of letters, digits, '.', '_' and '-'; got {name!r}."
-        )
+    check_model_name(name)
     prefix = find_prefix(folder)
     files = [prefix.with_name(f"{prefix.name}.index"), *_data_files(prefix)]
     files += [prefix.with_name(STATE_FILE), prefix.with_name("config.json")]
@@ -125,6 +122,18 @@ def pack_release(
 
     write_atomically(zip_path, write)
     return sha256_of(zip_path)
+
+
+def check_model_name(name: str) -> None:
+    """See that a model's name is a plain one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a model's name consists of letters, digits, '.', '_' and '-'; got {name!r}."
+        )
 
 
 def _data_files(prefix: Path) -> list[Path]:

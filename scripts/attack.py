@@ -47,7 +47,7 @@ def main() -> None:
     data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
     name = dataset_for(model, FLAGS.dataset, data_dir)
     flag_effects.refuse_without_effect(flag_effects.ATTACK, dataset=name)
-    target = FLAGS.target_model_dir and load_model(FLAGS.target_model_dir)
+    target = FLAGS.target_model_dir and load_model(FLAGS.target_model_dir, "target_model_dir")
     if target:
         dataset_for(target, name, data_dir)
     challenge = challenge_for(name)

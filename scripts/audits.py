@@ -76,10 +76,7 @@ def audited_challenge() -> Audited:
         family = "mnist" if challenge.name == "mnist" else "cifar"
         attacks |= protocol_attacks(FLAGS.claimed_by, family)
     elif FLAGS.claimed_by:
-        command_line.notice(
-            f"--claimed_by={FLAGS.claimed_by} is no protocol of this project and stands for the "
-            f"record only; protocols: {', '.join(PROTOCOLS)}."
-        )
+        _tell_record_only(f"none of this project's protocols, {', '.join(PROTOCOLS)}")
     folder = model.path if model.run is not None else Path("runs/audits") / model.path.stem
     audited = Audited(
         network=model.network,
@@ -113,6 +110,8 @@ def audited_challenge() -> Audited:
 def audited_own() -> Audited:
     """The network of --model on the images of --data."""
     own = load_own_model()
+    if FLAGS.claimed_by:
+        _tell_record_only("no protocol whose attacks are run on data of your own")
     default = Path("runs/audits") / own.name / FLAGS.budget
     return Audited(
         network=own.network,
@@ -228,8 +227,8 @@ def _control(value: str, audited: Model | None) -> Control:
     if separator and kind == "reference":
         return _reference(value, path)
     if separator and kind in CONTROL_KINDS:
-        return Control(value, kind, load_model(path).network)
-    model = load_model(value)
+        return Control(value, kind, load_model(path, "controls").network)
+    model = load_model(value, "controls")
     known = _kind(model, audited)
     if known is None:
         raise UsageError(
@@ -251,7 +250,7 @@ def _reference(value: str, rest: str) -> Control:
             f"--controls={value}: a reference needs its published accuracy under APGD-CE in per "
             f"cent, as reference:93.60:PATH."
         )
-    return Control(path, "reference", load_model(path).network, published)
+    return Control(path, "reference", load_model(path, "controls").network, published)
 
 
 def _kind(model: Model, audited: Model | None) -> str | None:
@@ -268,6 +267,12 @@ def _kind(model: Model, audited: Model | None) -> str | None:
         same = own is not None and dataclasses.replace(run, random_seed=own.random_seed) == own
         return "same_recipe" if same else "squeezed"
     return "noise_only" if run.sigma else "natural"
+
+
+def _tell_record_only(reason: str) -> None:
+    command_line.notice(
+        f"notice: --claimed_by={FLAGS.claimed_by} stands for the record only: it is {reason}."
+    )
 
 
 def _is_attack_given() -> bool:

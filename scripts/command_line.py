@@ -119,7 +119,7 @@ def check_values() -> None:
         if name in _OUTPUT_FILES:
             _check_output_file(name, Path(flag.value), _OUTPUT_FILES[name])
         elif name in _OUTPUT_FOLDERS:
-            _check_output_folder(name, flag.value, Path(flag.value).expanduser())
+            check_output_folder(name, flag.value, Path(flag.value).expanduser())
 
 
 def _check_output_file(name: str, path: Path, suffix: str) -> None:
@@ -127,10 +127,20 @@ def _check_output_file(name: str, path: Path, suffix: str) -> None:
         raise UsageError(f"--{name}={path}: expected the name of a {suffix} file.")
     if path.is_dir():
         raise UsageError(f"--{name}={path}: there is a folder of that name; choose another.")
-    _check_output_folder(name, str(path), path.parent)
+    check_output_folder(name, str(path), path.parent)
 
 
-def _check_output_folder(name: str, value: str, folder: Path) -> None:
+def check_output_folder(name: str, value: str, folder: Path) -> None:
+    """Check that a folder is there or can be made.
+
+    Args:
+        name: of the flag.
+        value: of the flag, which names the folder or a file in it.
+        folder: to be written to.
+
+    Raises:
+        UsageError: if a file is in the way.
+    """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UsageError(f"--{name}={value}: {there} is a file, not a folder; choose another.")

@@ -89,13 +89,14 @@ def _has_workers(values: Values) -> bool:
     return values["num_workers"] > 1 or values["worker"]
 
 
-_DATA = (
-    Effect(
-        ("data_dir", "data_path", "download"),
-        lambda v: v["dataset"] != "mnist_5k",
-        "with a data set that is a file: mnist_5k is embedded (--dataset=mnist is the full set)",
-    ),
-    Effect(("data_path",), lambda v: not v["data_dir"], "without --data_dir, which it stands for"),
+_DATA = Effect(
+    ("data_dir", "data_path", "download"),
+    lambda v: v["dataset"] != "mnist_5k",
+    "with a data set that is a file: mnist_5k is embedded (--dataset=mnist is the full set)",
+)
+
+_DATA_PATH = Effect(
+    ("data_path",), lambda v: not v["data_dir"], "without --data_dir, which it stands for"
 )
 
 _CONFIDENCE = Effect(("confidence",), lambda v: v["loss_func"] == "cw", "with --loss_func=cw")
@@ -110,7 +111,8 @@ _OWN = (
 )
 
 TRAINING = (
-    *_DATA,
+    _DATA,
+    _DATA_PATH,
     Effect(
         ("beta",),
         lambda v: v["reg"] in ("squeeze", "squeeze_example", "similarity", "pairing"),
@@ -139,11 +141,12 @@ TRAINING = (
     Effect(("attack_batch_norm",), _is_cifar, "on CIFAR; MNIST's network has no BatchNorm"),
 )
 
-ATTACK = (*_DATA, _CONFIDENCE)
+ATTACK = (_DATA, _DATA_PATH, _CONFIDENCE)
 
 EVALUATION = (
     *_OWN,
-    *_DATA,
+    _DATA,
+    _DATA_PATH,
     Effect(
         ("attack_file",), lambda v: not _is_own(v), "on a challenge, without --model and --data"
     ),
@@ -182,7 +185,7 @@ EVALUATION = (
 
 AUDIT = (
     *_OWN,
-    *_DATA,
+    _DATA,
     _CONFIDENCE,
     Effect(
         ("controls", "control_steps"),
@@ -197,7 +200,7 @@ AUDIT = (
 )
 
 LANDSCAPE = (
-    *_DATA,
+    _DATA,
     Effect(
         (
             "model_dir",

@@ -102,12 +102,13 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: (run / "model.keras").stat().st_mtime)
 
 
-def load_model(value: str | None) -> Model:
-    """Load what --model_dir names.
+def load_model(value: str | None, flag: str = "model_dir") -> Model:
+    """Load what --model_dir, or another flag, names.
 
     Args:
         value: a run's folder, a `.keras` file, a folder or prefix of a TF1 bundle, or None for
             the newest run.
+        flag: what it was named with, for messages.
 
     Returns:
         The network with its provenance.
@@ -126,13 +127,13 @@ def load_model(value: str | None) -> Model:
         data_dir = read_json(path / "run.json").get("data_dir") if run else None
         return Model(load_keras(path / "model.keras"), path, run, data_dir)
     if not path.exists() and not Path(f"{path}.index").exists():
-        raise UsageError(f"--model_dir={value}: no such file, folder or checkpoint prefix.")
+        raise UsageError(f"--{flag}={value}: no such file, folder or checkpoint prefix.")
     if (path / "saved_model.pb").is_file():
         # Says what it is.
         read_keras(path)
     if path.is_dir() and not any(path.rglob("*.index")):
         raise UsageError(
-            f"--model_dir={value}: no model there; expected model.keras (a run) or "
+            f"--{flag}={value}: no model there; expected model.keras (a run) or "
             f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
             f"at its first checkpoint."
         )
@@ -216,10 +217,16 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
         ValueError: if the file is something else, or an image is outside the bounds.
     """
     if not path.is_file():
-        raise UsageError(f"{path}: expected an .npz file; there is none.")
+        what = "a folder" if path.is_dir() else "none"
+        raise UsageError(f"{path}: expected an .npz file; there is {what}.")
     # Images do not compress much: what claims to is a bomb.
     max_bytes = min(max(_MIN_NPZ_BYTES, 4 * path.stat().st_size), _MAX_NPZ_BYTES)
-    arrays = read_arrays(path, names=_OWN_ARRAYS, max_bytes=max_bytes)
+    try:
+        arrays = read_arrays(path, names=_OWN_ARRAYS, max_bytes=max_bytes)
+    except ValueError as error:
+        raise UsageError(
+            f'{str(error).rstrip(".")}; np.savez("images.npz", images=x, labels=y) writes them.'
+        ) from error
     images, labels = (arrays[name] for name in _OWN_ARRAYS)
     if labels.shape == (len(images), 1):
         labels = labels[:, 0]
@@ -238,8 +245,8 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
     broken = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
     if len(broken):
         raise UsageError(
-            f"{path}: {len(broken)} images have pixels that are not finite, the first is image "
-            f"{broken[0]}; leave them out."
+            f"{path}: image {broken[0]} has pixels that are not finite, as {len(broken)} of "
+            f"{len(images)} have; leave them out."
         )
     return _within(path, images, bounds), labels.astype(np.int64)
 

@@ -132,6 +132,9 @@ _BARE_STEPS = 1000
 def check_flags() -> None:
     """Refuse flags that have no effect."""
     apply_config()
+    if FLAGS.model_dir:
+        folder = Path(FLAGS.model_dir)
+        command_line.check_output_folder("model_dir", FLAGS.model_dir, folder)
     flag_effects.refuse_without_effect(flag_effects.TRAINING)
 
 
