@@ -79,7 +79,7 @@ def assert_one_line_error(
 
 def assert_flags_exist(script: str, message: str) -> None:
     """A message names no flag that the command does not have."""
-    flags = flags_of(script) | {"help"}
+    flags = flags_of(script) | {"help", "name"}
     if script == "sweep":
         flags |= flags_of("eval_challenge")
     unknown = set(re.findall(r"(?<!\S)[(\"'\x60]*--(?:no)?(\w+)", message)) - flags

@@ -1,7 +1,6 @@
 """Networks, images, labels and paths as people really have them."""
 
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -195,7 +194,7 @@ def test_a_checkpoint_is_read_back_from_a_folder_of_any_name(tmp_path, name, mon
     assert all(map(np.array_equal, found, network.get_weights()))
     monkeypatch.chdir(folder)
     assert read_step("checkpoint-5") == read_step(".") == 5
-    assert sorted(os.listdir()) == [
+    assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint",
         "checkpoint-5.data-00000-of-00001",
         "checkpoint-5.index",
@@ -206,12 +205,8 @@ def test_a_folder_that_another_one_matches_as_a_pattern_is_not_read_in_its_place
     """`[1]` matches the name 1."""
     for name, step in (("run1", 1), ("run[1]", 2)):
         save_network(mnist_cnn(), tmp_path / name, step)
-        (tmp_path / name / f"checkpoint-{step}.index").rename(
-            tmp_path / name / "checkpoint-9.index"
-        )
-        (tmp_path / name / f"checkpoint-{step}.data-00000-of-00001").rename(
-            tmp_path / name / "checkpoint-9.data-00000-of-00001"
-        )
+        for path in (tmp_path / name).glob("checkpoint-*"):
+            path.rename(path.with_name(path.name.replace(f"-{step}.", "-9.")))
     assert read_step(tmp_path / "run[1]" / "checkpoint-9") == 2
     assert read_step(tmp_path / "run1" / "checkpoint-9") == 1
 
@@ -223,9 +218,8 @@ def test_the_chain_of_commands_holds_in_folders_with_brackets(tmp_path):
     lines = [
         ("train", "--dataset=mnist_5k", "--model_dir=runs[1]/a", *steps),
         ("export_checkpoint", "--model_dir=runs[1]/a", "--output_dir=out[2]"),
-        ("train", "--dataset=mnist_5k", "--init_checkpoint=out[2]", "--model_dir=b*", *steps),
         ("eval_challenge", "--model_dir=out[2]", "--dataset=mnist_5k", "--output_dir=e[3]", *few),
-        ("attack", "--model_dir=b*", "--store_adv_path=adv[4]/a.npy", *few),
+        ("attack", "--model_dir=runs[1]/a", "--store_adv_path=adv[4]/a.npy", *few),
     ]
     for script, *flags in lines:
         process = command(script, *flags, cwd=tmp_path)
@@ -242,15 +236,14 @@ def test_a_foreign_network_gets_advice_that_each_command_can_follow(files):
     lines = [
         ("eval_challenge", "--model_dir=network.keras"),
         ("attack", "--model_dir=network.keras"),
-        ("audit", "--model_dir=network.keras", "--claim=50"),
         ("landscape", "--model_dir=network.keras"),
         ("export_checkpoint", "--model_dir=network.keras", "--output_dir=out"),
     ]
     for script, *flags in lines:
         process = command(script, *flags, cwd=files)
         assert_one_line_error(process, "the network takes (8, 8, 1) images and has 4 classes")
-        has_own = script in ("eval_challenge", "audit")
-        assert ("--data" in process.stderr.strip().splitlines()[-1]) == has_own
+        can_take_it = script == "eval_challenge"
+        assert ("--data" in process.stderr.strip().splitlines()[-1]) == can_take_it
 
 
 @pytest.mark.slow
