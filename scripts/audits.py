@@ -130,12 +130,14 @@ def run_audit(audited: Audited) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
     shape = audited.images.shape[1:]
     # A protocol of the claim's may have another threat model than the audit.
-    notices = [
-        *units.claim_notices(FLAGS.claim),
-        *units.threat_notices(audited.threat, shape),
-        *units.attack_notices(audited.attacks.values(), shape),
-    ]
-    command_line.tell(dict.fromkeys(notices))
+    told = dict.fromkeys(
+        (
+            *units.claim_notices(FLAGS.claim),
+            *units.threat_notices(audited.threat, shape),
+            *units.attack_notices(audited.attacks.values(), shape),
+        )
+    )
+    command_line.tell(told)
     state_dir = audited.output_dir / ".state"
     found = audit(
         audited.network,
@@ -151,7 +153,12 @@ def run_audit(audited: Audited) -> Audit:
         beta=audited.beta,
         collapse_threshold=audited.collapse_threshold,
         batch_size=audited.batch_size,
-        settings={**audited.settings, "versions": versions(), "commit": commit()},
+        settings={
+            **audited.settings,
+            **({"notices": [dataclasses.asdict(found) for found in told]} if told else {}),
+            "versions": versions(),
+            "commit": commit(),
+        },
         state_dir=state_dir,
         announce=lambda line: print(line, flush=True),
         show_progress=FLAGS.progress,

@@ -116,10 +116,11 @@ def check_values() -> None:
             raise UsageError(f"--{name}={flag.value}: expected a finite number.")
         if flag.value in ("", [], [""]) and flag.default != flag.value:
             raise UsageError(f"--{name} is empty: give it a value, or leave it out.")
+        value = str(flag.value)
         if name in _OUTPUT_FILES:
-            _check_output_file(name, Path(flag.value), _OUTPUT_FILES[name])
+            _check_output_file(name, Path(value), _OUTPUT_FILES[name])
         elif name in _OUTPUT_FOLDERS:
-            check_output_folder(name, flag.value, Path(flag.value).expanduser())
+            check_output_folder(name, value, Path(value).expanduser())
 
 
 def _check_output_file(name: str, path: Path, suffix: str) -> None:
@@ -155,9 +156,9 @@ def apply_config(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if name not in FLAGS or FLAGS[name].present:
             continue
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             try:
-                value = FLAGS[name].parser.parse(value)
+                FLAGS[name].parser.parse(str(value))
             except ValueError as error:
                 raise UsageError(f"config: {name}: {error}.") from error
         FLAGS[name].value = value

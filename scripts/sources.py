@@ -253,14 +253,15 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
 
 def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     """The images, clipped where they leave the bounds by no more than a rounding."""
+    lower, upper = (float(np.float32(bound)) for bound in bounds)
     lowest, highest = float(images.min()), float(images.max())
-    excess = max(bounds[0] - lowest, highest - bounds[1])
+    excess = max(lower - lowest, highest - upper)
     if excess <= 0:
         return images
-    if excess > _ROUNDING * max(abs(bounds[0]), abs(bounds[1])):
+    if excess > _ROUNDING * max(abs(lower), abs(upper)):
         raise UsageError(
             f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
             f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel units."
         )
     notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
-    return np.clip(images, *map(np.float32, bounds))
+    return np.clip(images, lower, upper)
