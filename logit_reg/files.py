@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 _MAX_JSON_BYTES = 16 * 2**20
+# Of arrays in a message.
+_MAX_NAMES = 10
 # Integers, floats, flags and text: everything that runs no code when it is read.
 _PLAIN_KINDS = "iufbU"
 
@@ -141,15 +143,21 @@ def read_arrays(
         raise ValueError(f"{path}: no such file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            if names is None:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-            arrays = {}
-            for name in names:
+            held = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = held if names is None else names
+            missing = [name for name in names if name not in held]
+            arrays: dict[str, np.ndarray] = {}
+            for name in () if missing else names:
                 arrays[name] = _read_member(archive, name, max_bytes)
                 max_bytes -= arrays[name].nbytes
     # A mutated file makes zipfile and numpy raise nearly anything; for the reader it is one thing.
     except Exception as error:
         raise ValueError(f"{path}: not an .npz of plain arrays ({one_line(error)}).") from error
+    if missing:
+        shown = ascii(held[:_MAX_NAMES])[1:-1][:200] or "none"
+        raise ValueError(
+            f"{path}: has no array {missing[0]!r}, only {shown}; expected {', '.join(names)}."
+        )
     return arrays
 
 

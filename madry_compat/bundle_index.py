@@ -126,6 +126,12 @@ def find_prefix(path: PathLike) -> Path:
     )
 
 
+def is_bundle_file(path: PathLike) -> bool:
+    """Whether the name of a file is that of a part of a bundle, or of its `checkpoint`."""
+    name = Path(path).name
+    return name == STATE_FILE or _BUNDLE_FILE.search(name) is not None
+
+
 def _find_in_folder(folder: Path) -> Path:
     names = bundle_names(folder)
     if (folder / STATE_FILE).is_file():

@@ -221,10 +221,7 @@ def pack_release(
     """
     from madry_compat.bundle_index import STATE_FILE, find_prefix
 
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a model's name consists of letters, digits, '.', '_' and '-'; got {name!r}."
-        )
+    check_model_name(name)
     prefix = find_prefix(folder)
     files = [prefix.with_name(f"{prefix.name}.index"), *_data_files(prefix)]
     files += [prefix.with_name(STATE_FILE), prefix.with_name("config.json")]
@@ -380,6 +377,18 @@ def _checkpoint_folder(directory: Path) -> Path:
     found = [path.parent for path in directory.rglob("checkpoint") if path.is_file()]
     found += [path.parent for path in directory.rglob("*.index")]
     return min(found, key=lambda path: (len(path.parts), path.name), default=directory)
+
+
+def check_model_name(name: str) -> None:
+    """See that a model's name is a plain one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a model's name consists of letters, digits, '.', '_' and '-'; got {name!r}."
+        )
 
 
 def _data_files(prefix: Path) -> list[Path]:

@@ -5,14 +5,16 @@ A V2 bundle is `checkpoint-N.index` (names, shapes, offsets, checksums) and
 TensorFlow reads and writes the values; `bundle_index` finds the files and judges the index first.
 """
 
+import contextlib
 import glob
 import logging
 import math
 import operator
 import os
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,6 +44,10 @@ _GLOBAL_STEP = "global_step"
 _MAX_LINES = 500
 # The perturbation that free adversarial training keeps as a variable; no part of the network.
 _HARMLESS = ("input/instance_perturbation", "input/instance_perturbation/Momentum")
+
+
+# Characters with a meaning in TensorFlow's patterns for files.
+_PATTERN = re.compile(r"[*?\[\]{}\\]")
 
 
 class _Row(NamedTuple):
@@ -512,14 +518,34 @@ def _read_tensors(bundle: Bundle, names: Iterable[str]) -> dict[str, np.ndarray]
     values = {}
     name = "its index"
     try:
-        reader = tf.train.load_checkpoint(str(bundle.prefix))
-        for name in names:
-            values[name] = np.asarray(reader.get_tensor(name))
+        with _plain_prefix(bundle.prefix) as prefix:
+            reader = tf.train.load_checkpoint(prefix)
+            for name in names:
+                values[name] = np.asarray(reader.get_tensor(name))
     except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{bundle.prefix}: {name} cannot be read, the file is damaged: {_first_line(error)}"
         ) from None
     return values
+
+
+@contextlib.contextmanager
+def _plain_prefix(prefix: Path) -> Iterator[str]:
+    """The prefix under a name that is no pattern: TensorFlow takes the one it reads for such.
+
+    Yields:
+        The prefix itself or, where it has a pattern's characters, one of links to its files.
+    """
+    if not _PATTERN.search(str(prefix)):
+        yield str(prefix)
+        return
+    # $TMPDIR may be a folder of that kind itself.
+    temporary = next(f for f in (tempfile.gettempdir(), "/tmp") if not _PATTERN.search(f))
+    with tempfile.TemporaryDirectory(dir=temporary) as folder:
+        for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.*"):
+            link = Path(folder, path.name.replace(prefix.name, "linked", 1))
+            link.symlink_to(path.absolute())
+        yield f"{folder}/linked"
 
 
 def _first_line(error: Exception) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line, flag_groups
-from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts import command_line, flag_effects, flag_groups
+from logit_reg_scripts.command_line import FLAGS
 
 flag_groups.define_model_flag()
 flags.DEFINE_string("target_model_dir", None, "another network to score the images on")
@@ -23,26 +23,31 @@ flags.DEFINE_string("store_adv_path", "attack.npy", "where the images go")
 flags.DEFINE_bool("progress", True, "draw a progress bar")
 
 
+def check_flags() -> None:
+    """Refuse flags that have no effect."""
+    flag_groups.apply_config()
+    flag_effects.refuse_without_effect(flag_effects.ATTACK)
+
+
 def main() -> None:
     """Attack as the flags say."""
     from logit_reg.evaluation import evaluate, network_hash, predict
     from logit_reg.evaluation_state import EvaluationState
-    from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
+    from logit_reg.units import attack_notices
+    from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
     from logit_reg_scripts.evaluations import read_attack_dtype
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import prepare_output, write_adversarial
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
 
-    apply_config()
     path = Path(FLAGS.store_adv_path)
-    if path.suffix != ".npy":
-        raise UsageError(f"--store_adv_path={path}: expected the name of a .npy file.")
     prepare_output(path)
     model = load_model(FLAGS.model_dir)
     data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
     name = dataset_for(model, FLAGS.dataset, data_dir)
-    target = FLAGS.target_model_dir and load_model(FLAGS.target_model_dir)
+    flag_effects.refuse_without_effect(flag_effects.ATTACK, dataset=name)
+    target = FLAGS.target_model_dir and load_model(FLAGS.target_model_dir, "target_model_dir")
     if target:
         dataset_for(target, name, data_dir)
     challenge = challenge_for(name)
@@ -53,6 +58,7 @@ def main() -> None:
     labels = dataset.labels[:count]
 
     attacks = attack_from_flags(challenge_threat(challenge), challenge)
+    command_line.tell(attack_notices(attacks.values(), images.shape[1:]))
     state = EvaluationState(path.parent / f".{path.stem}.state", network_hash(model.network))
     found = evaluate(
         model.network,
@@ -80,7 +86,7 @@ def main() -> None:
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, check_flags=check_flags)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,10 @@
 """The attack flags of `flag_groups`, turned into records."""
 
-from pathlib import Path
-
 from logit_reg.attacks import PGD, Attack, Restarts
 from logit_reg.protocols import CHALLENGE_CONFIDENCE, threat_of
 from logit_reg.threat import ThreatModel
-from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS
 from madry_compat.challenges import Challenge
-from madry_compat.config import ChallengeConfig, load_config
-
-THREAT_FLAGS = ("norm", "epsilon")
-ATTACK_FLAGS = (
-    *THREAT_FLAGS,
-    "num_steps",
-    "step_size",
-    "random_start",
-    "loss_func",
-    "confidence",
-    "restarts",
-)
-
-
-def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
-    """Set flags from --config, except those given on the command line.
-
-    Args:
-        without: keys that have no say in this command.
-
-    Returns:
-        What the file says, or None without --config.
-    """
-    if not FLAGS.config:
-        return None
-    config = load_config(command_line.existing_path("config", FLAGS.config))
-    if config.unknown:
-        command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
-    # Only the command line decides which files are written.
-    ignored = {*without, "store_adv_path"}
-    values = {key: value for key, value in config.settings.items() if key not in ignored}
-    # The challenges' files name a folder of the machine that they were written on.
-    if not Path(values.get("data_path", ".")).exists():
-        values.pop("data_path")
-    command_line.apply_config(values)
-    return config
-
-
-def given_attack_flags() -> list[str]:
-    """Those of `ATTACK_FLAGS` that were given, on the command line or in --config."""
-    return [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]
 
 
 def challenge_threat(challenge: Challenge) -> ThreatModel:

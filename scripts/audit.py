@@ -16,7 +16,7 @@ An interrupted audit goes on when the same command is given again.
 
 from absl import flags
 
-from logit_reg_scripts import command_line, flag_groups
+from logit_reg_scripts import command_line, flag_effects, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
 flag_groups.define_model_flag()
@@ -40,21 +40,26 @@ flags.DEFINE_string("output_dir", None, "where audit.json and audit.html go; aud
 flags.DEFINE_bool("progress", False, "draw a progress bar for each attack")
 
 
-def main() -> None:
-    """Run the command."""
-    from logit_reg_scripts.audits import audited_challenge, audited_own, run_audit
-
+def check_flags() -> None:
+    """Refuse flags that are missing or have no effect."""
     if FLAGS.claim is None or not 0 <= FLAGS.claim <= 100:
         raise UsageError(
             f"--claim={FLAGS.claim}: give the claimed robust accuracy in per cent, as --claim=93.0."
         )
+    flag_effects.refuse_without_effect(flag_effects.AUDIT)
+
+
+def main() -> None:
+    """Run the command."""
+    from logit_reg_scripts.audits import audited_challenge, audited_own, run_audit
+
     is_own = FLAGS.model or FLAGS.data
     run_audit(audited_own() if is_own else audited_challenge())
 
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, check_flags=check_flags)
 
 
 if __name__ == "__main__":

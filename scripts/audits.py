@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from logit_reg import units
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.bench import CONTROL_KINDS
@@ -16,13 +17,8 @@ from logit_reg.files import write_json
 from logit_reg.objectives import collapse_threshold
 from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
-from logit_reg_scripts import command_line
-from logit_reg_scripts.attack_flags import (
-    THREAT_FLAGS,
-    attack_from_flags,
-    challenge_threat,
-    given_attack_flags,
-)
+from logit_reg_scripts import command_line, flag_effects
+from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
 from logit_reg_scripts.command_line import FLAGS, UsageError
 from logit_reg_scripts.controls import (
     KINDS,
@@ -31,6 +27,7 @@ from logit_reg_scripts.controls import (
     is_cheap,
     trained_controls,
 )
+from logit_reg_scripts.flag_groups import THREAT_FLAGS, given_attack_flags
 from logit_reg_scripts.own_models import load_own_model
 from logit_reg_scripts.runs import commit, versions
 from logit_reg_scripts.sources import (
@@ -67,6 +64,7 @@ def audited_challenge() -> Audited:
     """The model of --model_dir on its challenge's images."""
     model = load_model(FLAGS.model_dir)
     name = dataset_for(model, FLAGS.dataset, FLAGS.data_dir or model.usable_data_dir)
+    flag_effects.refuse_without_effect(flag_effects.AUDIT, dataset=name)
     challenge = challenge_for(name)
     dataset = load_split(
         name, "test", FLAGS.data_dir or model.usable_data_dir, download=FLAGS.download
@@ -77,10 +75,7 @@ def audited_challenge() -> Audited:
     if FLAGS.claimed_by in PROTOCOLS:
         attacks |= protocol_attacks(FLAGS.claimed_by, challenge)
     elif FLAGS.claimed_by:
-        command_line.notice(
-            f"--claimed_by={FLAGS.claimed_by} is no protocol of this project and stands for the "
-            f"record only; protocols: {', '.join(PROTOCOLS)}."
-        )
+        _tell_record_only(f"none of this project's protocols, {', '.join(PROTOCOLS)}")
     folder = model.path if model.run is not None else Path("runs/audits") / model.path.stem
     audited = Audited(
         network=model.network,
@@ -114,6 +109,8 @@ def audited_challenge() -> Audited:
 def audited_own() -> Audited:
     """The network of --model on the images of --data."""
     own = load_own_model()
+    if FLAGS.claimed_by:
+        _tell_record_only("no protocol whose attacks are run on data of your own")
     default = Path("runs/audits") / own.name / FLAGS.budget
     return Audited(
         network=own.network,
@@ -130,10 +127,16 @@ def audited_own() -> Audited:
 
 def run_audit(audited: Audited) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
-    if audited.controls and FLAGS.budget == "quick":
-        command_line.notice(
-            "--controls: the quick budget does without; --budget=standard uses them"
+    shape = audited.images.shape[1:]
+    # A protocol of the claim's may have another threat model than the audit.
+    told = dict.fromkeys(
+        (
+            *units.claim_notices(FLAGS.claim),
+            *units.threat_notices(audited.threat, shape),
+            *units.attack_notices(audited.attacks.values(), shape),
         )
+    )
+    command_line.tell(told)
     state_dir = audited.output_dir / ".state"
     found = audit(
         audited.network,
@@ -149,7 +152,12 @@ def run_audit(audited: Audited) -> Audit:
         beta=audited.beta,
         collapse_threshold=audited.collapse_threshold,
         batch_size=audited.batch_size,
-        settings={**audited.settings, "versions": versions(), "commit": commit()},
+        settings={
+            **audited.settings,
+            **({"notices": [dataclasses.asdict(found) for found in told]} if told else {}),
+            "versions": versions(),
+            "commit": commit(),
+        },
         state_dir=state_dir,
         announce=lambda line: print(line, flush=True),
         show_progress=FLAGS.progress,
@@ -193,7 +201,7 @@ def _controls(audited: Model | None, dataset: str | None) -> tuple[Control, ...]
         return named
     if dataset is None:
         if _TRAIN in values:
-            command_line.notice("--controls=train: your own data have no training images.")
+            raise UsageError("--controls=train: your own data have no training images.")
         return named
     if _TRAIN not in values and (values or not is_cheap(dataset)):
         if not values:
@@ -225,8 +233,8 @@ def _control(value: str, audited: Model | None) -> Control:
     if separator and kind == "reference":
         return _reference(value, path)
     if separator and kind in CONTROL_KINDS:
-        return Control(value, kind, load_model(path).network)
-    model = load_model(value)
+        return Control(value, kind, load_model(path, "controls").network)
+    model = load_model(value, "controls")
     known = _kind(model, audited)
     if known is None:
         raise UsageError(
@@ -248,7 +256,7 @@ def _reference(value: str, rest: str) -> Control:
             f"--controls={value}: a reference needs its published accuracy under APGD-CE in per "
             f"cent, as reference:93.60:PATH."
         )
-    return Control(path, "reference", load_model(path).network, published)
+    return Control(path, "reference", load_model(path, "controls").network, published)
 
 
 def _kind(model: Model, audited: Model | None) -> str | None:
@@ -265,6 +273,12 @@ def _kind(model: Model, audited: Model | None) -> str | None:
         same = own is not None and dataclasses.replace(run, random_seed=own.random_seed) == own
         return "same_recipe" if same else "squeezed"
     return "noise_only" if run.sigma else "natural"
+
+
+def _tell_record_only(reason: str) -> None:
+    command_line.notice(
+        f"notice: --claimed_by={FLAGS.claimed_by} stands for the record only: it is {reason}."
+    )
 
 
 def _is_attack_given() -> bool:

@@ -1,16 +1,32 @@
 """What every command shares: flags, help, one-line errors, exit statuses."""
 
+import math
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags
 
+if TYPE_CHECKING:
+    # It starts TensorFlow.
+    from logit_reg.attacks.checks import Finding
+
 FLAGS = flags.FLAGS
+
+# The files that flags name as outputs, by the only suffix each can have, and the folders.
+_OUTPUT_FILES = {
+    "store_adv_path": ".npy",
+    "pred_path": ".npy",
+    "zip": ".zip",
+    "figure": ".svg",
+    "page": ".html",
+    "leaderboard": ".html",
+}
+_OUTPUT_FOLDERS = ("output_dir", "sweep_dir", "demo_dir", "cache_dir", "export")
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -25,6 +41,7 @@ def run(
     main: Callable[..., None],
     description: str,
     *,
+    check_flags: Callable[[], None] = lambda: None,
     takes_arguments: bool = False,
     needs_tensorflow: bool = True,
 ) -> NoReturn:
@@ -35,6 +52,7 @@ def run(
     Args:
         main: the command.
         description: what `--help` says above the flags.
+        check_flags: called before TensorFlow starts; raises for flags that do not go together.
         takes_arguments: call `main` with the list of arguments that are no flags; otherwise they
             are refused.
         needs_tensorflow: import it first, without its chatter.
@@ -58,6 +76,8 @@ def run(
         _fail(f"{message} (--help lists the {len(names)} flags)", USAGE_ERROR)
     warnings.showwarning = _show_warning
     try:
+        check_values()
+        check_flags()
         if needs_tensorflow:
             _import_tensorflow_quietly()
         main(*([rest] if takes_arguments else []))
@@ -71,7 +91,60 @@ def run(
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         _fail(message, USAGE_ERROR if isinstance(error, ValueError) else FAILURE)
+    except Exception as error:
+        # Of a machine that is too small, mostly; TensorFlow's errors are none of Python's kinds.
+        tensorflow = sys.modules.get("tensorflow")
+        is_theirs = tensorflow is not None and isinstance(error, tensorflow.errors.OpError)
+        if not is_theirs or os.environ.get("LOGIT_REG_TRACEBACK"):
+            raise
+        _fail(f"TensorFlow: {' '.join(str(error).split())[:400]}", FAILURE)
     sys.exit(0)
+
+
+def check_values() -> None:
+    """Refuse values that no flag of any command can have, and outputs that cannot be written.
+
+    Raises:
+        UsageError: for a number that is not finite, a text that is empty, or the name of an
+            output of another kind than the flag writes.
+    """
+    for name in FLAGS:
+        flag = FLAGS[name]
+        if not flag.present:
+            continue
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UsageError(f"--{name}={flag.value}: expected a finite number.")
+        if flag.value in ("", [], [""]) and flag.default != flag.value:
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out.")
+        value = str(flag.value)
+        if name in _OUTPUT_FILES:
+            _check_output_file(name, Path(value), _OUTPUT_FILES[name])
+        elif name in _OUTPUT_FOLDERS:
+            check_output_folder(name, value, Path(value).expanduser())
+
+
+def _check_output_file(name: str, path: Path, suffix: str) -> None:
+    if path.suffix != suffix:
+        raise UsageError(f"--{name}={path}: expected the name of a {suffix} file.")
+    if path.is_dir():
+        raise UsageError(f"--{name}={path}: there is a folder of that name; choose another.")
+    check_output_folder(name, str(path), path.parent)
+
+
+def check_output_folder(name: str, value: str, folder: Path) -> None:
+    """Check that a folder is there or can be made.
+
+    Args:
+        name: of the flag.
+        value: of the flag, which names the folder or a file in it.
+        folder: to be written to.
+
+    Raises:
+        UsageError: if a file is in the way.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"--{name}={value}: {there} is a file, not a folder; choose another.")
 
 
 def apply_config(values: Mapping[str, object]) -> None:
@@ -81,13 +154,38 @@ def apply_config(values: Mapping[str, object]) -> None:
         values: by flag name; names without a flag in this command are left out.
     """
     for name, value in values.items():
-        if name in FLAGS and not FLAGS[name].present:
-            FLAGS[name].value = value
+        if name not in FLAGS or FLAGS[name].present:
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                FLAGS[name].parser.parse(str(value))
+            except ValueError as error:
+                raise UsageError(f"config: {name}: {error}.") from error
+        FLAGS[name].value = value
 
 
 def notice(message: str) -> None:
     """Tell the user something on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def tell(findings: "Iterable[Finding]") -> None:
+    """Tell the user what may mislead about the numbers to come."""
+    for finding in findings:
+        notice(f"notice: {finding.message}.")
+
+
+def advice(words: Mapping[str, str]) -> str:
+    """What a user can do, with those flags that this command has.
+
+    Args:
+        words: advice by the flag it rests on, as it follows a semicolon.
+
+    Returns:
+        The pieces joined by "or" behind "; ", or nothing where the command has none of the flags.
+    """
+    found = [said for name, said in words.items() if name in FLAGS]
+    return f"; {' or '.join(found)}" if found else ""
 
 
 def existing_path(name: str, value: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line, flag_groups
+from logit_reg_scripts import command_line, flag_effects, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
 flag_groups.define_model_flag()
@@ -41,14 +41,18 @@ flags.DEFINE_bool("worker", False, "compute batches for another process of this 
 flags.DEFINE_bool("progress", True, "draw progress bars")
 
 
-def main() -> None:
-    """Evaluate as the flags say."""
-    from logit_reg_scripts.attack_flags import ATTACK_FLAGS, apply_config
-    from logit_reg_scripts.submissions import prepare_output
-
+def check_flags() -> None:
+    """Refuse flags that have no effect."""
     # A protocol and a submission have their own attack; the file's would contradict it.
     has_attack = FLAGS.protocol or FLAGS.attack_file
-    apply_config(without=ATTACK_FLAGS if has_attack else ())
+    flag_groups.apply_config(without=flag_groups.ATTACK_FLAGS if has_attack else ())
+    flag_effects.refuse_without_effect(flag_effects.EVALUATION)
+
+
+def main() -> None:
+    """Evaluate as the flags say."""
+    from logit_reg_scripts.submissions import prepare_output
+
     if FLAGS.store_adv_path and not FLAGS.attack_file:
         prepare_output(Path(FLAGS.store_adv_path))
     if FLAGS.model or FLAGS.data:
@@ -67,6 +71,7 @@ def _evaluate_challenge() -> None:
     model = load_model(FLAGS.model_dir)
     data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
     name = dataset_for(model, FLAGS.dataset, data_dir)
+    flag_effects.refuse_without_effect(flag_effects.EVALUATION, dataset=name)
     challenge = challenge_for(name)
     batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
     dataset = load_split(name, "test", data_dir, download=FLAGS.download)
@@ -137,6 +142,7 @@ def _evaluate_own() -> None:
 def _evaluate(network, test, protocols, output_dir, batch_size, settings, store) -> dict | None:
     """The content of `result.json`, or None in a worker, which leaves batches only."""
     from logit_reg.attacks.precision import followed_dtype
+    from logit_reg.units import attack_notices
     from logit_reg_scripts.evaluations import (
         compute_batches,
         evaluate_protocols,
@@ -146,6 +152,8 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
     )
     from logit_reg_scripts.workers import run_workers
 
+    num_attacks = len({name for attacks in protocols.values() for name in attacks})
+    flag_effects.refuse_without_effect(flag_effects.EVALUATION, num_attacks=num_attacks)
     lower = read_attack_dtype(FLAGS.attack_dtype, network, test.images, batch_size)
     options = {
         "batch_size": batch_size,
@@ -154,6 +162,8 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
         "show_progress": FLAGS.progress,
         "gradient_logits_fn": lower,
     }
+    attacks = [attack for named in protocols.values() for attack in named.values()]
+    command_line.tell(attack_notices(attacks, test.images.shape[1:]))
     if FLAGS.worker:
         compute_batches(network, test, protocols, open_state(output_dir, network), **options)
         return None
@@ -180,18 +190,14 @@ def _store(images, dataset=None, challenge=None) -> None:
 def _protocols(model, challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
     from logit_reg.protocols import any_threat_attacks, protocol_attacks
-    from logit_reg_scripts.attack_flags import (
-        attack_from_flags,
-        challenge_threat,
-        given_attack_flags,
-    )
+    from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
 
     names = [name.strip() for name in FLAGS.protocol or ()]
-    given = given_attack_flags()
+    given = flag_groups.given_attack_flags()
     if names and not given:
         return {name: protocol_attacks(name, challenge) for name in names}
     if names:
-        _refuse_attack_flags(names, given)
+        _refuse_frozen(names, given)
         threat = challenge_threat(challenge)
         suffix = f"{threat.norm}-{threat.epsilon:g}"
         # Another threat model is another attack: it never shares a column with the protocol's.
@@ -212,19 +218,18 @@ def _protocols(model, challenge):
 def _own_protocols(threat, num_classes):
     """Attacks by protocol and name on a threat model of the user's own."""
     from logit_reg.protocols import any_threat_attacks
-    from logit_reg_scripts.attack_flags import attack_from_flags, given_attack_flags
+    from logit_reg_scripts.attack_flags import attack_from_flags
 
     if not FLAGS.protocol:
         return {"flags": attack_from_flags(threat, None)}
     names = [name.strip() for name in FLAGS.protocol]
-    _refuse_attack_flags(names, given_attack_flags())
+    _refuse_frozen(names, flag_groups.given_attack_flags())
     return {name: any_threat_attacks(name, threat, num_classes) for name in names}
 
 
-def _refuse_attack_flags(names, given) -> None:
-    """A protocol is frozen; the cascades alone take another threat model, and nothing else."""
+def _refuse_frozen(names, given) -> None:
+    """The cascades alone take another threat model."""
     from logit_reg.protocols import ANY_THREAT
-    from logit_reg_scripts.attack_flags import THREAT_FLAGS
 
     frozen = [name for name in names if name not in ANY_THREAT]
     if frozen:
@@ -232,11 +237,6 @@ def _refuse_attack_flags(names, given) -> None:
             f"--protocol={frozen[0]}: a protocol is frozen to its challenge's threat model; leave "
             f"out --{given[0]}, choose from {', '.join(ANY_THREAT)}, or describe the attack with "
             f"--num_steps, --step_size, --loss_func and --restarts."
-        )
-    other = [name for name in given if name not in THREAT_FLAGS]
-    if other:
-        raise UsageError(
-            f"a protocol is frozen; leave out --{other[0]} or --protocol={','.join(names)}."
         )
 
 
@@ -265,7 +265,7 @@ def _output_dir(model, protocols) -> Path:
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, check_flags=check_flags)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from logit_reg.evaluation import (
 from logit_reg.evaluation_state import EvaluationState
 from logit_reg.files import write_arrays
 from logit_reg.ledger import build_result, write_ledger
-from logit_reg.published import published_accuracies
 from logit_reg.protocols import left_out
+from logit_reg.published import published_accuracies
 from logit_reg.text_columns import aligned
+from logit_reg.units import attack_notices
 from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.runs import commit, versions
 from madry_compat.data import Dataset
@@ -124,6 +125,10 @@ def evaluate_protocols(
             "commit": commit(),
         },
         seed=seed,
+    )
+    every = [attack for attacks in protocols.values() for attack in attacks.values()]
+    result.setdefault("notices", []).extend(
+        dataclasses.asdict(found) for found in attack_notices(every, test.images.shape[1:])
     )
     _write_examples(output_dir, network, evaluation, test, batch_size)
     write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))

@@ -13,7 +13,7 @@ from madry_compat.bundle_index import find_prefix
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.config import load_config, write_config
 from madry_compat.optimizers import TF1Adam, TF1Momentum
-from madry_compat.releases import pack_release
+from madry_compat.releases import check_model_name, pack_release
 from madry_compat.tf1_checkpoints import (
     has_training_state,
     load_network,
@@ -48,9 +48,9 @@ def export_model(
         UsageError: if these do not fit together, before anything is written.
         ValueError: if the network is not one of the challenges', or a file is damaged.
     """
-    if archive and archive.suffix != ".zip":
-        raise UsageError(f"--zip={archive}: expected the name of a .zip file.")
     name = archive.stem if archive else output_dir.resolve().name
+    if archive:
+        check_model_name(name)
     challenge = challenge_for(dataset_for(model, None, None))
     bundle = _bundle_of(model)
     if bundle is not None and step is not None:

@@ -1,10 +1,20 @@
 """Flags that several commands take: defined once, so that a flag means the same in all of them."""
 
+from pathlib import Path
+
 from absl import flags
 
+from logit_reg_scripts import command_line
+from logit_reg_scripts.command_line import FLAGS
 from madry_compat.challenges import IMAGE_SETS
+from madry_compat.config import ChallengeConfig, load_config
 
 DATASETS = tuple(IMAGE_SETS)
+# What numpy and Keras take, from 0.
+LARGEST_SEED = 2**32 - 1
+THREAT_FLAGS = ("norm", "epsilon")
+PGD_FLAGS = ("num_steps", "step_size", "random_start", "loss_func", "confidence", "restarts")
+ATTACK_FLAGS = (*THREAT_FLAGS, *PGD_FLAGS)
 
 
 def define_model_flag() -> None:
@@ -46,7 +56,9 @@ def define_example_flags() -> None:
     """How many test images, and how many at once."""
     flags.DEFINE_integer("num_eval_examples", None, "how many test images, from the first (all)")
     flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)", lower_bound=1)
-    flags.DEFINE_integer("random_seed", 0, "seed of the attacks")
+    flags.DEFINE_integer(
+        "random_seed", 0, "seed of the attacks", lower_bound=0, upper_bound=LARGEST_SEED
+    )
 
 
 def define_attack_dtype_flag() -> None:
@@ -74,3 +86,32 @@ def define_attack_flags(whose: str = "") -> None:
     flags.DEFINE_enum("loss_func", None, ["xent", "cw"], f"{whose}loss (xent)")
     flags.DEFINE_float("confidence", None, f"{whose}confidence of --loss_func=cw (50)")
     flags.DEFINE_integer("restarts", None, f"{whose}number of random starts (1)")
+
+
+def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
+    """Set flags from --config, except those given on the command line.
+
+    Args:
+        without: keys that have no say in this command.
+
+    Returns:
+        What the file says, or None without --config.
+    """
+    if not FLAGS.config:
+        return None
+    config = load_config(command_line.existing_path("config", FLAGS.config))
+    if config.unknown:
+        command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
+    # Only the command line decides which files are written.
+    ignored = {*without, "store_adv_path"}
+    values = {key: value for key, value in config.settings.items() if key not in ignored}
+    # The challenges' files name a folder of the machine that they were written on.
+    if not Path(values.get("data_path", ".")).exists():
+        values.pop("data_path")
+    command_line.apply_config(values)
+    return config
+
+
+def given_attack_flags() -> list[str]:
+    """Those of `ATTACK_FLAGS` that were given, on the command line or in --config."""
+    return [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]

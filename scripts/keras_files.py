@@ -7,8 +7,11 @@ Here the archive's sizes, the classes and the number of weights are checked firs
 process copies the weights (`weights_copy`).
 """
 
+import contextlib
 import json
 import math
+import mmap
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,14 @@ _UNBOUNDED = ("seed", "shared_object_id")
 # Random states of layers, which count as weights and may be left out of the file.
 _FREE_BYTES = 2**20
 _SECONDS = 300
+
+_CONVERT = 'keras.models.load_model("m.h5", compile=False).save("m.keras")'
+_SAVE_AGAIN = 'where the network was made, save it with network.save("m.keras") of Keras 3'
+_LEGACY = f"this is a network in the legacy HDF5 format; save it again in Keras 3: {_CONVERT}"
+_WEIGHTS_ALONE = (
+    "this is an HDF5 file of weights without their network; build the network, call "
+    'network.load_weights on it, then network.save("m.keras")'
+)
 
 # What networks for images are made of. Keras' others read files, wrap other frameworks' code or
 # do something else that a network which takes finished images has no use for.
@@ -82,8 +93,8 @@ def read_keras(path: Path) -> keras.Model:
         ValueError: if it is no such file, is damaged, asks for more memory than its weights
             take, or has a layer that can run code or read files.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a .keras file; there is none.")
+    if (other := _other_kind(path)) is not None:
+        raise ValueError(f"{path}: expected a .keras file of Keras 3; {other}.")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "copy.weights.h5")
         try:
@@ -97,6 +108,50 @@ def read_keras(path: Path) -> keras.Model:
                 f"{path}: not loaded ({one_line(error)}); expected a network of Keras' own "
                 f"layers, saved with network.save."
             ) from error
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a path is if it is no .keras file of Keras 3, and how to save the network again."""
+    if path.is_dir():
+        if (path / "saved_model.pb").is_file():
+            return f"this is a SavedModel, whose functions are no layers; {_SAVE_AGAIN}"
+        if (path / "model.keras").is_file():
+            return f"this is a folder: name the file in it, {path / 'model.keras'}"
+        return "this is a folder"
+    if not path.is_file():
+        return "there is none"
+    if not path.stat().st_size:
+        return "this file is empty"
+    with path.open("rb") as file:
+        head = file.read(16)
+        if head.startswith(b"\x89HDF"):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _LEGACY if content.find(b"model_config") >= 0 else _WEIGHTS_ALONE
+    if head[4:8] == b"TFL3":
+        return f"this is a TensorFlow Lite model, which has no gradients; {_SAVE_AGAIN}"
+    if head[0] == 0x80 and head[1] in range(2, 6):
+        return f"this is a pickle, which runs code when it is read; {_SAVE_AGAIN}"
+    if not zipfile.is_zipfile(path):
+        return f"this is no zip file, as a network saved by Keras 3 is; {_SAVE_AGAIN}"
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return _other_archive(archive)
+    return None
+
+
+def _other_archive(archive: zipfile.ZipFile) -> str | None:
+    names = archive.namelist()
+    if names and all(name.endswith(".npy") for name in names):
+        return "these are arrays (.npz)"
+    if any(name.endswith("/data.pkl") for name in names):
+        return "this is a file of PyTorch: build the same network in Keras and copy the weights"
+    if _METADATA in names and archive.getinfo(_METADATA).file_size < _MAX_CONFIG_BYTES:
+        version = json.loads(archive.read(_METADATA)).get("keras_version")
+        if isinstance(version, str) and re.fullmatch(r"[0-2]\.[\w.]{1,20}", version):
+            return (
+                f"this one is of Keras {version}: save the network there as an .h5 file, which "
+                f"Keras 3 can save again: {_CONVERT}"
+            )
+    return None
 
 
 def _unpack(path: Path, weights: Path) -> dict[str, Any]:

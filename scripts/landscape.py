@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line, flag_groups
+from logit_reg_scripts import command_line, flag_effects, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
 flags.DEFINE_list(
@@ -20,7 +20,13 @@ flags.DEFINE_list(
 flag_groups.define_data_flags("data set; the runs' own if not given")
 flags.DEFINE_integer("num_eval_examples", 50, "how many test images to average, from the first")
 flags.DEFINE_list("examples", ["0"], "places of test images that are also drawn alone")
-flags.DEFINE_integer("random_seed", 0, "seed of the random directions and of the attacks")
+flags.DEFINE_integer(
+    "random_seed",
+    0,
+    "seed of the random directions and of the attacks",
+    lower_bound=0,
+    upper_bound=flag_groups.LARGEST_SEED,
+)
 
 flags.DEFINE_enum("direction", "fgsm", ["fgsm", "pgd"], "the adversarial direction")
 flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm (linf)")
@@ -35,6 +41,11 @@ flags.DEFINE_integer("eval_batch_size", None, "images at once (200 or 100)", low
 flags.DEFINE_string("output_dir", "runs/landscape", "folder for arrays, figures and page")
 flags.DEFINE_string("redraw", None, "landscape.npz of an earlier call, to draw again")
 flags.DEFINE_bool("progress", True, "draw progress bars")
+
+
+def check_flags() -> None:
+    """Refuse flags that have no effect."""
+    flag_effects.refuse_without_effect(flag_effects.LANDSCAPE)
 
 
 def main() -> None:
@@ -59,6 +70,7 @@ def main() -> None:
 def _compute():
     from logit_reg.curves import CurveSettings, save_curves
     from logit_reg.landscape import Landscape, compare, save_comparison
+    from logit_reg.units import attack_notices, threat_notices
     from logit_reg_scripts.attack_flags import challenge_threat
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from madry_compat.challenges import challenge_for
@@ -73,6 +85,7 @@ def _compute():
             f"images. Choose one with --dataset."
         )
     (dataset_name,) = names
+    flag_effects.refuse_without_effect(flag_effects.LANDSCAPE, dataset=dataset_name)
     challenge = challenge_for(dataset_name)
     dataset = load_split(dataset_name, "test", data_dir, download=FLAGS.download)
     count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
@@ -80,10 +93,15 @@ def _compute():
     labels = dataset.labels[:count]
 
     threat = challenge_threat(challenge)
+    adversary = _adversary(threat, challenge)
+    shape = challenge.image_shape
+    command_line.tell(
+        threat_notices(threat, shape) if adversary is None else attack_notices([adversary], shape)
+    )
     batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
     landscape = Landscape(
         threat,
-        _adversary(threat, challenge),
+        adversary,
         extent=FLAGS.extent,
         num_points=FLAGS.num_points,
         clip=FLAGS.clip,
@@ -138,10 +156,7 @@ def _adversary(threat, challenge):
     """PGD as the flags say, or None for FGSM."""
     from logit_reg.attacks import PGD
 
-    given = [name for name in ("num_steps", "step_size") if FLAGS[name].value is not None]
     if FLAGS.direction == "fgsm":
-        if given:
-            raise UsageError(f"--{given[0]} belongs to --direction=pgd; FGSM takes one step.")
         return None
     num_steps = challenge.attack.num_steps if FLAGS.num_steps is None else FLAGS.num_steps
     step_size = FLAGS.step_size
@@ -172,7 +187,7 @@ def _examples() -> list[int]:
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, check_flags=check_flags)
 
 
 if __name__ == "__main__":

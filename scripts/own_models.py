@@ -6,7 +6,6 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.attacks.standing import check_examples
 from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
@@ -45,7 +44,7 @@ def load_own_model() -> OwnModel:
     Raises:
         UsageError: if a flag is missing or the parts do not fit together.
     """
-    missing = [f"--{name}" for name in _NEEDED if not FLAGS[name].value]
+    missing = [f"--{name}" for name in _NEEDED if FLAGS[name].value is None]
     if missing:
         raise UsageError(
             f"your own model and data need --model, --data, --bounds and --epsilon together; "
@@ -56,12 +55,24 @@ def load_own_model() -> OwnModel:
     network = load_keras(command_line.existing_path("model", FLAGS.model))
     path = command_line.existing_path("data", FLAGS.data)
     images, labels = load_own_images(path, (lower, upper))
-    if tuple(network.input_shape[1:]) != images.shape[1:]:
+    takes = network.input_shape[1:]
+    # A size that the network leaves open is None.
+    fits = len(takes) == 3 and all(
+        a in (None, b) for a, b in zip(takes, images.shape[1:], strict=True)
+    )
+    if not fits:
         raise UsageError(
-            f"{path}: images have shape {images.shape[1:]}, the network takes "
-            f"{tuple(network.input_shape[1:])}."
+            f"{path}: images have shape {images.shape[1:]}, the network takes {tuple(takes)}."
         )
-    check_examples(network, images, labels)
+    num_classes = network.output_shape[-1]
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        from_one = labels.min() == 1 and labels.max() == num_classes
+        raise UsageError(
+            f"{path}: image {wrong[0]} has the label {labels[wrong[0]]}, the network has "
+            f"{num_classes} classes, whose labels are 0 to {num_classes - 1}"
+            f"{'; these count from 1: subtract 1' if from_one else ''}."
+        )
     count = command_line.num_examples(FLAGS.num_eval_examples, len(images))
     return OwnModel(network, threat, images[:count], labels[:count], path)
 

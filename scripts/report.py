@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line
+from logit_reg_scripts import command_line, flag_effects
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
 flags.DEFINE_list("runs", None, "folders of runs, or one folder whose subfolders are runs")
@@ -32,6 +32,11 @@ flags.DEFINE_list("compare", None, "two folders of evaluations, A and B")
 flags.DEFINE_string("leaderboard", None, "write a page made from model cards to this .html file")
 flags.DEFINE_string("checkpoints", "checkpoints", "folder of the model cards of --leaderboard")
 flags.DEFINE_bool("stamp", False, "add the hash of ledger.csv to each result.json without one")
+
+
+def check_flags() -> None:
+    """Refuse flags that have no effect."""
+    flag_effects.refuse_without_effect(flag_effects.REPORT)
 
 
 def main() -> None:
@@ -92,8 +97,6 @@ def _draw(runs) -> None:
     from logit_reg.files import atomic_path
     from logit_reg.sweep_figures import sweep_figure
 
-    if Path(FLAGS.figure).suffix != ".svg":
-        raise UsageError(f"--figure={FLAGS.figure}: figures are .svg files.")
     figure = sweep_figure(runs, FLAGS.against) if FLAGS.against else accuracy_bars(runs)
     with atomic_path(FLAGS.figure) as temporary:
         temporary.write_bytes(to_svg(figure))
@@ -158,7 +161,7 @@ def _export(folders: list[Path], destination: Path) -> None:
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__)
+    command_line.run(main, __doc__, check_flags=check_flags)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from logit_reg.objectives import Objective
 from logit_reg.state import saved_steps
 from logit_reg.threat import ThreatModel
 from logit_reg.training import FREE_GRADIENT, FreeAdversary, PGDAdversary, RegularizedModel
+from logit_reg_scripts import flag_effects
 from madry_compat.challenges import Challenge, challenge_for, image_set
 from madry_compat.config import write_config
 from madry_compat.networks import build
@@ -239,7 +240,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     elif adversary == "free":
         defaults |= {"replays": _FREE_REPLAYS, "step_size": challenge.epsilon, "num_steps": 1}
     if not is_challenge_config:
-        _refuse_without_effect(given, adversary, challenge)
+        flag_effects.check_effects(flag_effects.TRAINING, given, given)
     settings = RunSettings(**(defaults | given))
     _check_settings(settings)
     return settings
@@ -549,23 +550,6 @@ def _adversarial_step_size(challenge, num_steps):
     if num_steps == challenge.training.attack.num_steps:
         return challenge.training.attack.step_size
     return 2.5 * challenge.epsilon / num_steps if num_steps > 0 else 0.0
-
-
-def _refuse_without_effect(given, adversary, challenge):
-    """A flag that would be silently ignored is a mistake waiting to be published."""
-    needs_adversary = {
-        "ramp_steps": ("pgd", "free"),
-        "attack_batch_norm": ("pgd",),
-        "loss_func": ("pgd",),
-        "random_start": ("pgd",),
-        "replays": ("free",),
-    }
-    for name, wanted in needs_adversary.items():
-        if name in given and adversary not in wanted:
-            choices = " or ".join(f"--adversary={choice}" for choice in wanted)
-            raise ValueError(f"--{name} has an effect only with {choices}.")
-    if not challenge.paper.width and given.get("width"):
-        raise ValueError("--width is for CIFAR's network; MNIST's has one size.")
 
 
 def _check_settings(settings: RunSettings) -> None:

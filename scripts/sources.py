@@ -7,9 +7,10 @@ import keras
 import numpy as np
 
 from logit_reg.files import read_arrays, read_json
-from logit_reg_scripts.command_line import UsageError, existing_path, notice
+from logit_reg_scripts.command_line import FLAGS, UsageError, advice, existing_path, notice
 from logit_reg_scripts.keras_files import read_keras
 from logit_reg_scripts.runs import RunSettings, read_run
+from madry_compat.bundle_index import is_bundle_file
 from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
 from madry_compat.data import NAMES, Dataset, is_available, load
 from madry_compat.releases import identify_release
@@ -17,6 +18,9 @@ from madry_compat.tf1_checkpoints import load_network
 
 RUNS = Path("runs")
 
+_OWN_ARRAYS = ("images", "labels")
+# Of the largest pixel value: a few units in the last place of float32.
+_ROUNDING = 1e-6
 _MIN_NPZ_BYTES = 2**28
 _MAX_NPZ_BYTES = 8 * 2**30
 
@@ -80,7 +84,7 @@ def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:
         print(f"      {dataset.note}")
-    if full_set:
+    if full_set and "data_dir" in FLAGS:
         print(
             f"      The full set: --dataset={full_set} with --data_dir=FOLDER (TFDS or original "
             "files) or --download."
@@ -103,12 +107,13 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: (run / "model.keras").stat().st_mtime)
 
 
-def load_model(value: str | None) -> Model:
-    """Load what --model_dir names.
+def load_model(value: str | None, flag: str = "model_dir") -> Model:
+    """Load what --model_dir, or another flag, names.
 
     Args:
         value: a run's folder, a `.keras` file, a folder or prefix of a TF1 bundle, or None for
             the newest run.
+        flag: what it was named with, for messages.
 
     Returns:
         The network with its provenance.
@@ -118,19 +123,22 @@ def load_model(value: str | None) -> Model:
         ValueError: if what is there cannot be read.
     """
     path = newest_run() if value is None else Path(value).expanduser()
+    if path.is_file() and not is_bundle_file(path):
+        return Model(load_keras(path), path, None)
     if value is None:
         notice(f"model: {path}, the newest run (choose with --model_dir)")
-    if path.suffix == ".keras":
-        return Model(load_keras(existing_path("model_dir", str(path))), path, None)
     if (path / "model.keras").is_file():
         run = read_run(path) if (path / "run.json").is_file() else None
         data_dir = read_json(path / "run.json").get("data_dir") if run else None
         return Model(load_keras(path / "model.keras"), path, run, data_dir)
     if not path.exists() and not Path(f"{path}.index").exists():
-        raise UsageError(f"--model_dir={value}: no such file, folder or checkpoint prefix.")
+        raise UsageError(f"--{flag}={value}: no such file, folder or checkpoint prefix.")
+    if (path / "saved_model.pb").is_file():
+        # Says what it is.
+        read_keras(path)
     if path.is_dir() and not any(path.rglob("*.index")):
         raise UsageError(
-            f"--model_dir={value}: no model there; expected model.keras (a run) or "
+            f"--{flag}={value}: no model there; expected model.keras (a run) or "
             f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
             f"at its first checkpoint."
         )
@@ -140,14 +148,33 @@ def load_model(value: str | None) -> Model:
 def load_keras(path: Path) -> keras.Model:
     """Load a saved network, in Keras' safe mode and with the care that `read_keras` takes.
 
+    Returns:
+        A network of one tensor of images and one of logits; a dictionary or list of one is taken
+        apart.
+
     Raises:
         ValueError: if the file is not a network that is safe to load.
         UsageError: if it is not a network from images to logits.
     """
     network = read_keras(path)
-    if len(network.inputs or ()) != 1 or len(network.outputs or ()) != 1:
-        raise UsageError(f"{path}: expected one Keras model with one output, the logits.")
-    return network
+    for kind, tensors in (("input", network.inputs or ()), ("output", network.outputs or ())):
+        if len(tensors) != 1:
+            names = ", ".join(tensor.name for tensor in tensors)
+            raise UsageError(
+                f"{path}: the network has {len(tensors)} {kind}s ({names or 'none'}), expected one "
+                f"of images and one of logits; save keras.Model(images, logits) of them."
+            )
+    images, logits = network.inputs[0], network.outputs[0]
+    if len(logits.shape) != 2 or (logits.shape[1] or 0) < 2:
+        raise UsageError(
+            f"{path}: the network's output has shape {logits.shape}, expected logits (N, K) of at "
+            f"least two classes."
+        )
+    if isinstance(network.input, keras.KerasTensor) and isinstance(
+        network.output, keras.KerasTensor
+    ):
+        return network
+    return keras.Model(images, logits, name=network.name)
 
 
 def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
@@ -160,23 +187,23 @@ def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
     num_classes = model.network.output_shape[-1]
     if name is None and model.run is not None:
         name = model.run.dataset
-    if name is None:
-        known = [each.challenge for each in IMAGE_SETS.values()]
-        fitting = [challenge for challenge in known if challenge.image_shape == shape]
-        fitting.sort(key=lambda challenge: challenge.num_classes != num_classes)
-        name = choose_dataset(None, data_dir, fitting[0]) if fitting else None
-    if name is None:
+    fitting = [known for known in NAMES if _fits(challenge_for(known), shape, num_classes)]
+    if name is None and fitting:
+        name = choose_dataset(None, data_dir, challenge_for(fitting[0]))
+    if name is None or name not in fitting:
+        own = "give --model=FILE.keras with --data, --bounds and --epsilon for images of your own"
+        choose = {"dataset": f"choose --dataset={' or '.join(fitting)}"} if fitting else {}
+        wanted = challenge_for(name or MNIST.name)
         raise UsageError(
-            f"the network takes images of shape {shape}; name your own data with --data=images.npz "
-            f"or choose --dataset from {', '.join(NAMES)}."
-        )
-    challenge = challenge_for(name)
-    if (challenge.image_shape, challenge.num_classes) != (shape, num_classes):
-        raise UsageError(
-            f"the network takes {shape} images and has {num_classes} classes; {name} has "
-            f"{challenge.image_shape} and {challenge.num_classes}. Choose another --dataset."
+            f"the network takes {shape} images and has {num_classes} classes; "
+            f"{name or 'no data set here fits: mnist'} has {wanted.image_shape} and "
+            f"{wanted.num_classes}{advice(choose or {'data': own})}."
         )
     return name
+
+
+def _fits(challenge: Challenge, shape: tuple[int, ...], num_classes: int) -> bool:
+    return (challenge.image_shape, challenge.num_classes) == (shape, num_classes)
 
 
 def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -193,25 +220,51 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
         ValueError: if the file is something else, or an image is outside the bounds.
     """
     if not path.is_file():
-        raise UsageError(f"{path}: expected an .npz file; there is none.")
+        what = "a folder" if path.is_dir() else "none"
+        raise UsageError(f"{path}: expected an .npz file; there is {what}.")
     # Images do not compress much: what claims to is a bomb.
     max_bytes = min(max(_MIN_NPZ_BYTES, 4 * path.stat().st_size), _MAX_NPZ_BYTES)
-    arrays = read_arrays(path, names=("images", "labels"), max_bytes=max_bytes)
-    images, labels = arrays["images"], arrays["labels"]
+    try:
+        arrays = read_arrays(path, names=_OWN_ARRAYS, max_bytes=max_bytes)
+    except ValueError as error:
+        raise UsageError(
+            f'{str(error).rstrip(".")}; np.savez("images.npz", images=x, labels=y) writes them.'
+        ) from error
+    images, labels = (arrays[name] for name in _OWN_ARRAYS)
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
     if images.ndim != 4 or images.dtype.kind not in "fu" or not len(images):
         raise UsageError(
             f"{path}: images are {images.dtype} {images.shape}, expected float or uint8 (N, H, W, "
             f"C) in pixel units."
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        is_one_hot = labels.ndim == 2 and len(labels) == len(images)
         raise UsageError(
             f"{path}: labels are {labels.dtype} {labels.shape}, expected {images.shape[:1]} "
-            f"integers."
+            f"integers{'; save labels.argmax(axis=1)' if is_one_hot else ''}."
         )
     images = images.astype(np.float32)
-    if not (np.isfinite(images).all() and bounds[0] <= images.min() <= images.max() <= bounds[1]):
+    broken = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if len(broken):
         raise UsageError(
-            f"{path}: images span [{images.min():g}, {images.max():g}], outside --bounds="
-            f"{bounds[0]:g},{bounds[1]:g}; give the bounds in the images' own pixel units."
+            f"{path}: image {broken[0]} has pixels that are not finite, as {len(broken)} of "
+            f"{len(images)} have; leave them out."
         )
-    return images, labels.astype(np.int64)
+    return _within(path, images, bounds), labels.astype(np.int64)
+
+
+def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """The images, clipped where they leave the bounds by no more than a rounding."""
+    lower, upper = (float(np.float32(bound)) for bound in bounds)
+    lowest, highest = float(images.min()), float(images.max())
+    excess = max(lower - lowest, highest - upper)
+    if excess <= 0:
+        return images
+    if excess > _ROUNDING * max(abs(lower), abs(upper)):
+        raise UsageError(
+            f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
+            f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel units."
+        )
+    notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
+    return np.clip(images, lower, upper)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg_scripts import command_line, train
+from logit_reg_scripts import command_line, flag_effects, train
 from logit_reg_scripts.command_line import FLAGS, UsageError
 
 flags.DEFINE_string("sweep_dir", None, "folder of the runs")
@@ -55,15 +55,23 @@ def main(words):
     from madry_compat.challenges import challenge_for
     datasets, *lines = json.loads(words[0])
     for line in lines:
-        command_line.FLAGS.unparse_flags()
+        for name in command_line.FLAGS:
+            command_line.FLAGS[name].unparse()
         rest = command_line.FLAGS(["", *line])[1:]
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; flags look like --name=value.")
+        command_line.check_values()
+        eval_challenge.check_flags()
         for name in command_line.FLAGS.protocol or ():
             for dataset in datasets:
                 protocol_attacks(name, challenge_for(dataset))
 command_line.run(main, "", takes_arguments=True)
 """
+
+
+def check_flags() -> None:
+    """Refuse flags that have no effect on how the runs are run; `sweep_jobs` judges the rest."""
+    flag_effects.refuse_without_effect(flag_effects.SWEEP)
 
 
 def main() -> None:
@@ -142,15 +150,24 @@ def _given_flags() -> dict[str, str]:
 
 def _check_point(point, given):
     own = {flag.name for flag in FLAGS.flags_by_module_dict()[train.__name__]} - {"model_dir"}
-    for name, value in point.items():
+    for name in point:
         if name not in own:
             raise UsageError(f"--grid: {name} is no flag of train.py.")
         if name in given:
             raise UsageError(f"--{name} is given for all runs and in --grid; leave one out.")
-        try:
-            FLAGS[name].parser.parse(value)
-        except ValueError as error:
-            raise UsageError(f"--grid: {name}={value}: {error}.") from error
+    values = {name: FLAGS[name].value for name in own}
+    try:
+        values |= {name: FLAGS[name].parser.parse(value) for name, value in point.items()}
+    except ValueError as error:
+        raise UsageError(f"--grid: {_named(point)}: {error}.") from error
+    try:
+        flag_effects.check_effects(flag_effects.TRAINING, values, {*given, *point})
+    except UsageError as error:
+        raise UsageError(f"--grid: {_named(point)}: {error}") from error
+
+
+def _named(point):
+    return ";".join(f"{name}={value}" for name, value in point.items())
 
 
 def _evaluation_points(num_training_steps):
@@ -189,8 +206,6 @@ def _evaluations(points, point_name):
                 *shlex.split(match[2]),
                 *(_evaluation_flag(*pair) for pair in point.items()),
             ]
-    if FLAGS.evaluation_grid and not FLAGS.evaluate:
-        raise UsageError("--evaluation_grid varies what --evaluate says; give --evaluate too.")
     return list(found.items())
 
 
@@ -243,7 +258,7 @@ class _LiveTable:
 
 def run() -> None:
     """Entry point."""
-    command_line.run(main, __doc__, needs_tensorflow=False)
+    command_line.run(main, __doc__, check_flags=check_flags, needs_tensorflow=False)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from pathlib import Path
 from absl import flags
 
 from logit_reg import supervisor
-from logit_reg_scripts import command_line
+from logit_reg_scripts import command_line, flag_effects
 from logit_reg_scripts.command_line import FLAGS
-from logit_reg_scripts.flag_groups import DATASETS
+from logit_reg_scripts.flag_groups import DATASETS, LARGEST_SEED, apply_config
+from madry_compat.config import load_config
 
 flags.DEFINE_enum(
     "dataset",
@@ -84,7 +85,13 @@ flags.DEFINE_integer("training_batch_size", None, "images a step (128)")
 flags.DEFINE_string("step_size_schedule", None, "learning rates, as [[0, 0.1], [40000, 0.01]]")
 flags.DEFINE_float("weight_decay", None, "weight decay of kernels (CIFAR 2e-4)")
 flags.DEFINE_float("momentum", None, "momentum (CIFAR .9)")
-flags.DEFINE_integer("random_seed", None, "seed of weights, data order, noise and attacks (0)")
+flags.DEFINE_integer(
+    "random_seed",
+    None,
+    "seed of weights, data order, noise and attacks (0)",
+    lower_bound=0,
+    upper_bound=LARGEST_SEED,
+)
 flags.DEFINE_integer("num_output_steps", None, "steps between rows of log.csv (100)")
 flags.DEFINE_integer("num_summary_steps", None, "steps between points of TensorBoard (100)")
 flags.DEFINE_integer("num_checkpoint_steps", None, "steps between checkpoints (300 or 1000)")
@@ -122,6 +129,15 @@ _WORKER_ENVIRONMENT = {
 _BARE_STEPS = 1000
 
 
+def check_flags() -> None:
+    """Refuse flags that have no effect."""
+    apply_config()
+    if FLAGS.model_dir:
+        folder = Path(FLAGS.model_dir)
+        command_line.check_output_folder("model_dir", FLAGS.model_dir, folder)
+    flag_effects.refuse_without_effect(flag_effects.TRAINING)
+
+
 def main() -> None:
     """Train as the flags say, under a supervisor if other workers take part."""
     if FLAGS.strategy != "multi_worker":
@@ -147,16 +163,16 @@ def main() -> None:
 def _train() -> None:
     from logit_reg.attacks.precision import NO_BFLOAT16, has_bfloat16
     from logit_reg.distribution import Workers, make_strategy
-    from logit_reg_scripts.attack_flags import apply_config
     from logit_reg_scripts.runs import RunSettings, resolve_settings, train_run
     from logit_reg_scripts.sources import RUNS, choose_dataset, load_split
     from madry_compat.challenges import MNIST, challenge_for
 
-    config = apply_config()
+    config = load_config(FLAGS.config) if FLAGS.config else None
     data_dir = FLAGS.data_dir or FLAGS.data_path
     dataset = FLAGS.dataset
     named = config.challenge_name if config is not None else None
     name = choose_dataset(dataset, data_dir, challenge_for(named or MNIST.name))
+    flag_effects.refuse_without_effect(flag_effects.TRAINING, dataset=name)
 
     names = {field.name for field in dataclasses.fields(RunSettings)} - {"dataset"}
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
@@ -174,6 +190,7 @@ def _train() -> None:
     training_set = load_split(name, "train", data_dir, download=FLAGS.download)
     model_dir = Path(FLAGS.model_dir) if FLAGS.model_dir else RUNS / settings.name
     print(f"run:  {settings.description}, {settings.max_num_training_steps} steps -> {model_dir}")
+    command_line.tell(_unit_notices(settings))
     _warn_of_collapse(settings)
     if settings.train_dtype == "bfloat16" and not has_bfloat16():
         command_line.notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
@@ -190,6 +207,11 @@ def _train() -> None:
     )
     if step < settings.max_num_training_steps:
         raise KeyboardInterrupt
+    if Workers(strategy).is_chief and not (model_dir / "model.keras").is_file():
+        raise command_line.UsageError(
+            f"{settings.init_checkpoint} is of step {step} already: nothing was trained; give a "
+            f"larger --max_num_training_steps than {settings.max_num_training_steps}."
+        )
     print(f"done: {model_dir / 'model.keras'}; next: python scripts/eval_challenge.py", end="")
     print(f" --model_dir={model_dir}" if FLAGS.model_dir else "")
 
@@ -217,6 +239,18 @@ def _checkpoint_in_model_dir() -> str | None:
         return None
     command_line.notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
     return FLAGS.model_dir
+
+
+def _unit_notices(settings):
+    from logit_reg import units
+
+    threat, shape = settings.threat, settings.challenge.image_shape
+    found = [*units.noise_notices(settings.sigma, threat.lower, threat.upper)]
+    if settings.adversary != "none":
+        found += units.threat_notices(threat, shape)
+    if settings.adversary == "pgd":
+        found += units.step_notices(threat, settings.num_steps, settings.step_size)
+    return found
 
 
 def _warn_of_collapse(settings) -> None:
@@ -264,7 +298,7 @@ def run() -> None:
     """Entry point."""
     # A worker's strategy has to come before TensorFlow starts, its supervisor needs none.
     is_worker = any("multi_worker" in argument for argument in sys.argv)
-    command_line.run(main, __doc__, needs_tensorflow=not is_worker)
+    command_line.run(main, __doc__, check_flags=check_flags, needs_tensorflow=not is_worker)
 
 
 if __name__ == "__main__":

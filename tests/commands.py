@@ -4,8 +4,10 @@ Importing TensorFlow takes longer than most of these commands' work. Python's fo
 it once, before it has a thread or a device, and every command is a fork of that process.
 """
 
+import functools
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -62,10 +64,31 @@ def _run(arguments, cwd, environment, out, err) -> None:
 def assert_one_line_error(
     process: subprocess.CompletedProcess, *words: str, status: int = 2
 ) -> None:
-    """The command ended with this status and one line, without a traceback, that has the words."""
+    """The command ended with this status and one line, without a traceback, that has the words.
+
+    Its advice names flags that the command has.
+    """
     lines = process.stderr.strip().splitlines()
     assert process.returncode == status, process.stderr
     assert "Traceback" not in process.stderr
     assert lines[-1].startswith("error: "), process.stderr
     for word in words:
         assert word in lines[-1], lines[-1]
+    assert_flags_exist(Path(process.args[0]).stem, lines[-1])
+
+
+def assert_flags_exist(script: str, message: str) -> None:
+    """A message names no flag that the command does not have."""
+    flags = flags_of(script) | {"help", "name"}
+    if script == "sweep":
+        flags |= flags_of("eval_challenge")
+    unknown = set(re.findall(r"(?<!\S)[(\"'\x60]*--(?:no)?(\w+)", message)) - flags
+    unknown = {name for name in unknown if f"no{name}" not in flags}
+    assert not unknown, f"{script} has no {unknown}: {message}"
+
+
+@functools.cache
+def flags_of(script: str) -> frozenset[str]:
+    """The flags that a command's help lists."""
+    names = command(script, "--help", cwd=Path(tempfile.gettempdir())).stdout
+    return frozenset(re.findall(r"^  --(?:\[no\])?(\w+)", names, re.MULTILINE))

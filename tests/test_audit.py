@@ -687,9 +687,8 @@ def test_a_reference_needs_what_was_published_of_it(tmp_path):
     network.save(tmp_path / "linear.keras")
     np.savez(tmp_path / "images.npz", images=images, labels=labels)
     own = ("--model=linear.keras", "--data=images.npz", "--bounds=0,1", "--epsilon=0.022")
-    process = command(
-        "audit", *own, "--claim=40", "--controls=reference:linear.keras", cwd=tmp_path
-    )
+    controls = ("--budget=standard", "--controls=reference:linear.keras")
+    process = command("audit", *own, "--claim=40", *controls, cwd=tmp_path)
     assert_one_line_error(process, "reference:linear.keras", "as reference:93.60:PATH")
 
 

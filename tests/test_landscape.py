@@ -307,6 +307,8 @@ def test_the_command_compares_models_and_draws_again_from_its_arrays(models):
     assert process.returncode == 0, process.stderr
     again = command("landscape", "--redraw=first/landscape.npz", "--output_dir=again", cwd=models)
     assert again.returncode == 0, again.stderr
+    nowhere = command("landscape", "--redraw=nowhere.npz", cwd=models)
+    assert_one_line_error(nowhere, "--redraw=nowhere.npz: no such file")
 
     settings = read_json(models / "first" / "landscape.json")
     assert settings["models"] == ["a", "b"]
@@ -322,8 +324,8 @@ def test_the_command_compares_models_and_draws_again_from_its_arrays(models):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--redraw=nowhere.npz"], ["--redraw=nowhere.npz", "no such file"]),
-        (["--num_steps=5"], ["--num_steps belongs to --direction=pgd"]),
+        (["--redraw=nowhere.npz"], ["--model_dir has an effect only without --redraw"]),
+        (["--num_steps=5"], ["--num_steps has an effect only with --direction=pgd"]),
         (["--examples=one"], ["--examples must be places of test images"]),
     ],
 )

@@ -272,7 +272,10 @@ def test_without_ray_the_message_says_how_to_get_it(tmp_path):
         (["--sweep_dir=s", "--evaluate=a: --protocol=paper-99"], "got 'paper-99'"),
         (["--sweep_dir=s", "--evaluate=a: --protokol=x"], "Unknown command line flag 'protokol'"),
         (["--sweep_dir=s", "--evaluate=a: --protocol=paper-20"], "use paper-mnist here"),
-        (["--sweep_dir=s", "--evaluation_grid=num_steps=1"], "give --evaluate too"),
+        (
+            ["--sweep_dir=s", "--evaluation_grid=num_steps=1"],
+            "has an effect only with --evaluate",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(words, message, tmp_path):
