@@ -31,7 +31,7 @@ from logit_reg.report import (
     strong_accuracy,
     strongest,
 )
-from logit_reg.runs import Run, StoredEvaluation
+from logit_reg.runs import Examples, Run, StoredEvaluation
 
 _LEAST_NORM = 1e-3
 
@@ -209,7 +209,7 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
 
 def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
     """What `adversarial_grid` shows, with n, and what a healthy model would show."""
-    shown = [evaluation for _, evaluation in with_examples(runs)]
+    shown = [evaluation for _, evaluation, _ in with_examples(runs)]
     attacks = "; ".join(sorted({evaluation.attack_name for evaluation in shown}))
     num_shown = max(min(num_images, len(e.examples.labels)) for e in shown if e.examples)
     return (
@@ -220,29 +220,29 @@ def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
     )
 
 
-def with_examples(runs: Sequence[Run]) -> list[tuple[Run, StoredEvaluation]]:
+def with_examples(runs: Sequence[Run]) -> list[tuple[Run, StoredEvaluation, Examples]]:
     """The runs that have example images, each with the evaluation whose images are shown.
 
     That is the strongest attack's, else the largest.
     """
     found = []
     for run in runs:
-        having = [
-            evaluation
-            for evaluation in shown_evaluations(run).values()
-            if evaluation.examples and len(evaluation.examples.labels)
-        ]
         strong = strongest(run)
+        having = [
+            (evaluation is strong, len(evaluation.ledger.label), evaluation, examples)
+            for evaluation in shown_evaluations(run).values()
+            if (examples := evaluation.examples) and len(examples.labels)
+        ]
         if having:
-            largest = max(having, key=lambda e: len(e.ledger.label))
-            found.append((run, strong if any(e is strong for e in having) else largest))
+            *_, evaluation, examples = max(having, key=lambda entry: entry[:2])
+            found.append((run, evaluation, examples))
     return found
 
 
 def _measures(runs):
     """Up to four measures, weakest attack first: a name with n, and a function of a run."""
     num_steps = pgd_lengths(runs)[-1]
-    strong = {found.attack_name for run in runs if (found := strongest(run))}
+    strong = {e.attack_name for run in runs if (e := strongest(run))}
     strong_name = strong.pop() if len(strong) == 1 else "strong attack"
     measures = (
         ("clean", lambda run: accuracy_under(run, ())),
@@ -281,8 +281,7 @@ def _bar(axes, y, height, found, color, tint, theme):
 def _grid_rows(runs, num_images):
     rows: list[tuple[str, np.ndarray, list[str]]] = []
     originals = None
-    for run, evaluation in with_examples(runs):
-        examples = evaluation.examples
+    for run, _, examples in with_examples(runs):
         lower, upper = examples.bounds
         images, adversarial = (
             np.clip((values[:num_images] - lower) / (upper - lower), 0, 1)

@@ -144,8 +144,8 @@ def evaluation_identity(result: Mapping) -> dict:
         "labels": settings.get("labels_sha256"),
         "attack_dtype": settings.get("attack_dtype"),
         "worst_case_only": settings.get("worst_case_only"),
-        "protocol": ",".join(_mapping(result.get("protocols"))),
-        "attacks": _attacks_of(result),
+        "attacks": " + ".join(attacks := _attacks_of(result)),
+        "settings": attacks,
     }
     return {name: value for name, value in identity.items() if value is not None}
 
@@ -174,7 +174,10 @@ def evaluation_label(result: Mapping) -> str:
 
 
 def evaluation_name(result: Mapping) -> str:
-    """Name of the folder of an evaluation: its label, number of images and, if not 0, its seed.
+    """Name of the folder of an evaluation: its label, its number of images and what is unusual.
+
+    That is a seed other than 0, the step of a network that is not trained to its end, an active
+    set that attacks share, and another precision.
 
     Args:
         result: content of `result.json`, or what `planned_result` gives.
@@ -183,6 +186,9 @@ def evaluation_name(result: Mapping) -> str:
     words = [evaluation_label(result), f"n{result.get('num_examples')}"]
     if result.get("seed"):
         words.append(f"seed{result['seed']}")
+    training = _mapping(settings.get("training"))
+    if training.get("steps_done") != training.get("steps_planned"):
+        words.append(f"step{training.get('steps_done')}")
     if settings.get("worst_case_only"):
         words.append("worst-case-only")
     if settings.get("attack_dtype", "float32") != "float32":

@@ -357,15 +357,15 @@ def _attacks_of_protocols(runs):
 def _attack_columns(runs):
     """FGSM, the worst of both losses; then PGD, shorter before longer; then all others."""
     names = _attacks_of_protocols(runs)
-    columns = []
+    columns: list[tuple[str, tuple[str, ...]]] = []
     if names.keys() & set(FGSM_ATTACKS):
         columns.append(("FGSM", FGSM_ATTACKS))
     matches = {name: match for name in names if (match := re.fullmatch(_PGD, name))}
     for name, match in sorted(matches.items(), key=lambda pair: int(pair[1]["steps"])):
         title = f"{match['who'] or ''}PGD-{match['steps']}"
-        columns.append((f"{title}\n{match['loss'].replace('cw', 'CW')}", [name]))
+        columns.append((f"{title}\n{match['loss'].replace('cw', 'CW')}", (name,)))
     others = [name for name in names if name not in matches and name not in FGSM_ATTACKS]
-    columns += [(name, [name]) for name in others]
+    columns += [(name, (name,)) for name in others]
     return [
         _accuracy_column(title, runs, functools.partial(accuracy_under, attacks=attacks))
         for title, attacks in columns
@@ -404,7 +404,8 @@ def _groups(runs) -> list[_Group]:
         for folder, evaluation in shown_evaluations(run).items():
             # FGSM has a column of its own.
             if not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
-                entry = (run, folder.rpartition("/")[2], evaluation)
+                name = evaluation.derived_name if folder == "." else folder.rpartition("/")[2]
+                entry = (run, name, evaluation)
                 found.setdefault(evaluation.label, []).append(entry)
     groups = []
     for label, entries in found.items():

@@ -198,9 +198,14 @@ def load_run(folder: Path | str) -> Run:
 
 
 def evaluation_folders(folder: Path | str) -> list[Path]:
-    """The folders of the finished evaluations of a run: its own subfolders, and `evaluations/*`."""
+    """The folders of the finished evaluations of a run: its own subfolders, and `evaluations/*`.
+
+    Without a run, the folder may be that of an evaluation itself.
+    """
     folder = Path(folder)
-    found = (*folder.glob("*/result.json"), *folder.glob("evaluations/*/result.json"))
+    found = [*folder.glob("*/result.json"), *folder.glob("evaluations/*/result.json")]
+    if not (folder / "run.json").is_file():
+        found += folder.glob("result.json")
     return sorted(path.parent for path in found)
 
 
@@ -214,18 +219,15 @@ def run_folders(folder: Path | str) -> list[Path]:
         Those of `order.txt`, if there is one; else by number, then by name.
     """
     folder = Path(folder)
-    if (folder / "run.json").is_file():
+    # Earlier versions put the evaluations of all networks from elsewhere into one folder.
+    is_network = folder.name != "evaluations" and evaluation_folders(folder)
+    if (folder / "run.json").is_file() or is_network:
         return [folder]
     order = folder / "order.txt"
     if order.exists():
         return [folder / name for name in order.read_text().split()]
-    found = []
-    for path in sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_number):
-        if not path.name.startswith("."):
-            # Earlier versions put the evaluations of all networks from elsewhere into one folder.
-            is_network = path.name != "evaluations" and any(path.glob("*/result.json"))
-            found += [path] if is_network else run_folders(path)
-    return found
+    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_number)
+    return [run for path in folders if path.name[0] != "." for run in run_folders(path)]
 
 
 def _by_number(path):
@@ -247,9 +249,10 @@ def export_run(folder: Path | str, destination: Path | str) -> None:
     """
     folder, destination = Path(folder), Path(destination)
     run = load_run(folder)
-    record = read_json(folder / "run.json")
-    record.pop("data_dir", None)
-    write_json(destination / "run.json", record)
+    if (folder / "run.json").exists():
+        record = read_json(folder / "run.json")
+        record.pop("data_dir", None)
+        write_json(destination / "run.json", record)
     names = ["log.csv", "timing.csv"]
     for evaluation in run.evaluations:
         names += [f"{evaluation}/{name}" for name in _EVALUATION_FILES]

@@ -27,8 +27,15 @@ def main() -> None:
     """Attack as the flags say."""
     from logit_reg.evaluation import evaluate, network_hash, predict
     from logit_reg.evaluation_state import EvaluationState
+    from logit_reg.ledger import FLAGS_PROTOCOL, evaluation_identity
     from logit_reg_scripts.attack_flags import apply_config, attack_from_flags, challenge_threat
-    from logit_reg_scripts.evaluations import read_attack_dtype
+    from logit_reg_scripts.evaluations import (
+        TestImages,
+        claim_file,
+        note_file,
+        plan_evaluation,
+        read_attack_dtype,
+    )
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import prepare_output, write_adversarial
     from madry_compat.challenges import challenge_for
@@ -53,6 +60,15 @@ def main() -> None:
     labels = dataset.labels[:count]
 
     attacks = attack_from_flags(challenge_threat(challenge), challenge)
+    lower = read_attack_dtype(FLAGS.attack_dtype, model.network, images, batch_size)
+    plan = plan_evaluation(
+        model.network,
+        TestImages(name, images, labels, (challenge.lower, challenge.upper)),
+        {FLAGS_PROTOCOL: attacks},
+        seed=FLAGS.random_seed,
+        gradient_logits_fn=lower,
+    )
+    claim_file(path, evaluation_identity(plan), "--store_adv_path")
     state = EvaluationState(path.parent / f".{path.stem}.state", network_hash(model.network))
     found = evaluate(
         model.network,
@@ -63,9 +79,10 @@ def main() -> None:
         seed=FLAGS.random_seed,
         state=state,
         show_progress=FLAGS.progress,
-        gradient_logits_fn=read_attack_dtype(FLAGS.attack_dtype, model.network, images, batch_size),
+        gradient_logits_fn=lower,
     )
     write_adversarial(path, found.adversarial, dataset, challenge)
+    note_file(path, evaluation_identity(plan))
     state.clear()
     scored = {"attacked": model} | ({"target": target} if target else {})
     for role, scored_model in scored.items():

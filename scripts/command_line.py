@@ -1,6 +1,8 @@
 """What every command shares: flags, help, one-line errors, exit statuses."""
 
 import os
+import shlex
+import shutil
 import sys
 import tempfile
 import warnings
@@ -15,6 +17,8 @@ FLAGS = flags.FLAGS
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+# "logit-reg-eval" for eval_challenge, and so on.
+_ENTRY_POINT = "logit-reg-"
 
 
 class UsageError(ValueError):
@@ -88,6 +92,34 @@ def apply_config(values: Mapping[str, object]) -> None:
 def notice(message: str) -> None:
     """Tell the user something on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def print_next(command: str, flags: Mapping[str, object]) -> None:
+    """Print the command that comes next, ready to paste, started as this one was.
+
+    Args:
+        command: name of its script, such as "eval_challenge".
+        flags: values by name; lists are joined by commas.
+    """
+    words = [*_start_of(command), *(_flag_word(*pair) for pair in flags.items())]
+    print(f"next: {shlex.join(words)}", flush=True)
+
+
+def _start_of(command):
+    program = sys.argv[0]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.rpartition(".")[0]:
+        return ["python", "-m", f"{spec.name.rpartition('.')[0]}.{command}"]
+    if Path(program).name.startswith(_ENTRY_POINT):
+        # As it was typed: with its folder only where that is needed.
+        name = f"{_ENTRY_POINT}{command.partition('_')[0]}"
+        is_on_path = shutil.which(Path(program).name) == str(Path(program).absolute())
+        return [name if is_on_path else str(Path(program).with_name(name))]
+    return ["python", str(Path(program).with_name(f"{command}.py"))]
+
+
+def _flag_word(name, value):
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def existing_path(name: str, value: str) -> Path:

@@ -190,8 +190,8 @@ def _train() -> None:
     )
     if step < settings.max_num_training_steps:
         raise KeyboardInterrupt
-    print(f"done: {model_dir / 'model.keras'}; next: python scripts/eval_challenge.py", end="")
-    print(f" --model_dir={model_dir}" if FLAGS.model_dir else "")
+    print(f"done: {model_dir / 'model.keras'}")
+    command_line.print_next("eval_challenge", {"model_dir": model_dir})
 
 
 def _ramp_of_extended_run(ramp_steps: int | None) -> int | None:
