@@ -121,22 +121,22 @@ def _compare() -> None:
 def _pair_to_compare(folders, runs) -> list[Path] | None:
     """Two evaluations on the same images: the strongest of two runs, else two of one run."""
     from logit_reg.report import shown_evaluations, strongest
-    from logit_reg.runs import StoredEvaluation
 
+    places = list(zip(folders, runs, strict=True))
     strong = [
         (folder / name, evaluation, evaluation.label)
-        for folder, run in zip(folders, runs, strict=True)
-        for name, evaluation in run.evaluations.items()
-        if evaluation is strongest(run)
+        for folder, run in places
+        for name, evaluation in shown_evaluations(run).items()
+        if strongest(run) is evaluation
     ]
+    candidates = [strong]
     # Of one run, the attacks differ: each evaluation stands for its own.
-    of_one = [
+    candidates += [
         [(folder / name, evaluation, "") for name, evaluation in shown_evaluations(run).items()]
-        for folder, run in zip(folders, runs, strict=True)
+        for folder, run in places
     ]
-    candidates: list[tuple[Path, StoredEvaluation, str]]
-    for candidates in [strong, *of_one]:
-        for (path_a, a, label_a), (path_b, b, label_b) in itertools.combinations(candidates, 2):
+    for found in candidates:
+        for (path_a, a, label_a), (path_b, b, label_b) in itertools.combinations(found, 2):
             on_same = a.dataset == b.dataset and np.array_equal(a.ledger.index, b.ledger.index)
             if on_same and label_a == label_b:
                 return [path_a, path_b]
