@@ -69,6 +69,7 @@ def _evaluate_challenge() -> None:
         network_name,
         print_result,
         published_beside,
+        training_notices,
     )
     from logit_reg_scripts.sources import RUNS, dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import score_files
@@ -112,6 +113,8 @@ def _evaluate_challenge() -> None:
             "steps_done": model.finished_steps,
             "steps_planned": model.run.max_num_training_steps,
         }
+        for found in training_notices(settings["training"]):
+            command_line.notice(f"notice: {found['message']}")
     if model.folder is not None:
         folder = model.folder / EVALUATIONS
     else:

@@ -131,6 +131,9 @@ def evaluate_protocols(
         },
         seed=seed,
     )
+    notices = training_notices(settings.get("training"))
+    if notices:
+        result["notices"] = [*result.get("notices", ()), *notices]
     _write_examples(output_dir, network, evaluation, test, batch_size)
     write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
     if store is not None:
@@ -138,6 +141,25 @@ def evaluate_protocols(
     _claim_file(output_dir).unlink(missing_ok=True)
     state.clear()
     return evaluation, result
+
+
+def training_notices(training: Mapping[str, int] | None) -> list[dict]:
+    """What to say of a network whose training was to go on.
+
+    Args:
+        training: "steps_done" and "steps_planned"; None for a network from elsewhere.
+
+    Returns:
+        Notices for `result.json`: name, message and value.
+    """
+    if not training or training["steps_done"] >= training["steps_planned"]:
+        return []
+    done, planned = training["steps_done"], training["steps_planned"]
+    message = (
+        f"this run is unfinished: its network has {done:,} of {planned:,} training steps; "
+        f"the command that began it goes on"
+    )
+    return [{"name": "unfinished_run", "message": message, "value": done}]
 
 
 def plan_evaluation(

@@ -43,15 +43,6 @@ class Model:
     """Training steps of this very network, if it is of a run and they are known."""
 
     @property
-    def is_unfinished(self) -> bool:
-        """Whether its training was to go on beyond this network."""
-        return (
-            self.run is not None
-            and self.finished_steps is not None
-            and self.finished_steps < self.run.max_num_training_steps
-        )
-
-    @property
     def usable_data_dir(self) -> str | None:
         """Where the run had its data from, if that folder is still there."""
         return self.data_dir if self.data_dir and Path(self.data_dir).is_dir() else None
