@@ -18,6 +18,7 @@ from absl import flags
 
 from logit_reg_scripts import command_line, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.flag_groups import TRIAL_EXAMPLES
 
 flag_groups.define_model_flag()
 flag_groups.define_data_flags()
@@ -26,6 +27,7 @@ flag_groups.define_own_model_flags()
 
 flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
 flag_groups.define_example_flags()
+flags.DEFINE_bool("trial", False, f"to try the command out: at most {TRIAL_EXAMPLES} images")
 flags.DEFINE_bool("worst_case_only", False, "attack only what the attacks before left standing")
 flag_groups.define_attack_flags("attack flag: ")
 flag_groups.define_attack_dtype_flag()
@@ -54,6 +56,9 @@ def main() -> None:
     # A protocol and a submission have their own attack; the file's would contradict it.
     has_attack = FLAGS.protocol or FLAGS.attack_file
     apply_config(without=ATTACK_FLAGS if has_attack else ())
+    if FLAGS.trial:
+        wanted = FLAGS.num_eval_examples
+        FLAGS.num_eval_examples = min(TRIAL_EXAMPLES, wanted or TRIAL_EXAMPLES)
     if FLAGS.store_adv_path and not FLAGS.attack_file:
         prepare_output(Path(FLAGS.store_adv_path))
     if FLAGS.model or FLAGS.data:
@@ -95,7 +100,7 @@ def _evaluate_challenge() -> None:
         )
         return
 
-    protocols = _protocols(model, challenge)
+    protocols = challenge_protocols(challenge)
     count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
     pixels = to_pixels(dataset.images[:count], name)
     test = TestImages(
@@ -245,7 +250,7 @@ def _print_next(is_strong, output_dir, count, model, run_folder=None) -> None:
     command_line.print_next("eval_challenge", flags)
 
 
-def _protocols(model, challenge):
+def challenge_protocols(challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
     from logit_reg.ledger import FLAGS_PROTOCOL
     from logit_reg.protocols import any_threat_attacks, protocol_attacks

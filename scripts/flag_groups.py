@@ -5,6 +5,10 @@ from absl import flags
 DATASETS = ("mnist_5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
+TRIAL_EXAMPLES = 10
+"""Most images of an evaluation with --trial."""
+
+
 def define_model_flag() -> None:
     """The network to look at."""
     flags.DEFINE_string(

@@ -491,7 +491,7 @@ def read_run(model_dir: Path) -> RunSettings:
     names = {field.name for field in dataclasses.fields(RunSettings)}
     if not isinstance(settings, dict) or not set(settings) <= names or "dataset" not in settings:
         raise ValueError(f"{path}: not the settings of a run of this version.")
-    lists = {name: _as_tuples(value) for name, value in settings.items()}
+    lists = {name: as_tuples(value) for name, value in settings.items()}
     try:
         run = RunSettings(**lists)
         _check_settings(run)
@@ -633,5 +633,6 @@ def _has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _as_tuples(value):
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+def as_tuples(value):
+    """A value read from JSON with tuples for its lists, as the settings have them."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value

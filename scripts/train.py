@@ -162,8 +162,8 @@ def _train() -> None:
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
     if dataset is None and config is None and given["max_num_training_steps"] is None:
         given["max_num_training_steps"] = _BARE_STEPS
-    given["step_size_schedule"] = _schedule(FLAGS.step_size_schedule)
-    given["keep_checkpoint_steps"] = _steps(FLAGS.keep_checkpoint_steps)
+    given["step_size_schedule"] = schedule(FLAGS.step_size_schedule)
+    given["keep_checkpoint_steps"] = steps(FLAGS.keep_checkpoint_steps)
     if FLAGS.extend:
         given["ramp_steps"] = _ramp_of_extended_run(given["ramp_steps"])
     given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
@@ -238,7 +238,8 @@ def _warn_of_collapse(settings) -> None:
         )
 
 
-def _schedule(value):
+def schedule(value):
+    """The pairs that --step_size_schedule says."""
     if not isinstance(value, str):
         return value
     try:
@@ -250,7 +251,8 @@ def _schedule(value):
         ) from error
 
 
-def _steps(value):
+def steps(value):
+    """The steps that --keep_checkpoint_steps names."""
     if value is None:
         return None
     if not all(step.strip().isdigit() for step in value):

@@ -52,8 +52,8 @@ for words in json.loads(sys.argv[1]):
         FLAGS[name].unparse()
     FLAGS(["", *words])
     given = {name: FLAGS[name].value for name in names if name in FLAGS}
-    given["step_size_schedule"] = train._schedule(FLAGS.step_size_schedule)
-    given["keep_checkpoint_steps"] = train._steps(FLAGS.keep_checkpoint_steps)
+    given["step_size_schedule"] = train.schedule(FLAGS.step_size_schedule)
+    given["keep_checkpoint_steps"] = train.steps(FLAGS.keep_checkpoint_steps)
     resolve_settings(given)
 """
 
