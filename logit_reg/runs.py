@@ -203,9 +203,11 @@ def evaluation_folders(folder: Path | str) -> list[Path]:
     Without a run, the folder may be that of an evaluation itself.
     """
     folder = Path(folder)
-    found = [*folder.glob("*/result.json"), *folder.glob("evaluations/*/result.json")]
-    if not (folder / "run.json").is_file():
-        found += folder.glob("result.json")
+    is_run = (folder / "run.json").is_file()
+    found = [
+        *folder.glob("*/result.json"),
+        *folder.glob("evaluations/*/result.json" if is_run else "result.json"),
+    ]
     return sorted(path.parent for path in found)
 
 

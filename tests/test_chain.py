@@ -70,8 +70,10 @@ def test_an_evaluation_is_named_by_what_it_is(planned, name):
 
 def tiny(seed=0):
     keras.utils.set_random_seed(seed)
-    layers = [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(4)]
-    return keras.Sequential(layers)
+    # Keras numbers what has no name anew in every process.
+    inputs = keras.Input((8, 8, 1), name="images")
+    flat = keras.layers.Flatten(name="flat")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(4, name="logits")(flat), name="tiny")
 
 
 def tiny_images(seed=0, num=6):
