@@ -52,7 +52,8 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> list[Differ
 
     Returns:
         Differences of the clean accuracy, under each attack that both ran with the same settings
-        on all images that are right clean, and under the worst of these.
+        on all images that are right clean, and under the worst of these; where there is none, of
+        what each is left with under all of its own attacks.
 
     Raises:
         ValueError: if the two are not about the same images.
@@ -72,6 +73,8 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> list[Differ
             np.all([ledger.correct[name] for name in common], 0) for ledger in (ledger_a, ledger_b)
         ]
         pairs.append(("worst case", *worst))
+    if not common:
+        pairs.append(("worst case, each of its own attacks", ledger_a.robust, ledger_b.robust))
     return [
         Difference(
             name,

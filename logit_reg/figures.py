@@ -23,15 +23,15 @@ from logit_reg.figure_style import (
 )
 from logit_reg.report import (
     FGSM_ATTACKS,
-    MAIN,
-    STRONG,
     accuracy_under,
+    accuracy_under_pgd,
     comparable,
-    pgd_attacks,
     pgd_lengths,
-    worst_case,
+    shown_evaluations,
+    strong_accuracy,
+    strongest,
 )
-from logit_reg.runs import Run
+from logit_reg.runs import Examples, Run, StoredEvaluation
 
 _LEAST_NORM = 1e-3
 
@@ -185,7 +185,7 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
         a row of adversarial images for each run, "true -> predicted" below each.
 
     Raises:
-        ValueError: if no run has examples; see `examples_folder`.
+        ValueError: if no run has examples; see `with_examples`.
     """
     rows = _grid_rows(runs, num_images)
     num_columns = max(len(labels) for _, _, labels in rows)
@@ -209,8 +209,7 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
 
 def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
     """What `adversarial_grid` shows, with n, and what a healthy model would show."""
-    folder = examples_folder(runs)
-    shown = [run.evaluations[folder] for run in _with_examples(runs, folder)]
+    shown = [evaluation for _, evaluation, _ in with_examples(runs)]
     attacks = "; ".join(sorted({evaluation.attack_name for evaluation in shown}))
     num_shown = max(min(num_images, len(e.examples.labels)) for e in shown if e.examples)
     return (
@@ -221,21 +220,35 @@ def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
     )
 
 
-def examples_folder(runs: Sequence[Run]) -> str | None:
-    """The evaluation, strong before main, whose examples are shown; None if there are none."""
-    return next((folder for folder in (STRONG, MAIN) if _with_examples(runs, folder)), None)
+def with_examples(runs: Sequence[Run]) -> list[tuple[Run, StoredEvaluation, Examples]]:
+    """The runs that have example images, each with the evaluation whose images are shown.
+
+    That is the strongest attack's, else the largest.
+    """
+    found = []
+    for run in runs:
+        strong = strongest(run)
+        having = [
+            (evaluation is strong, len(evaluation.ledger.label), evaluation, examples)
+            for evaluation in shown_evaluations(run).values()
+            if (examples := evaluation.examples) and len(examples.labels)
+        ]
+        if having:
+            *_, evaluation, examples = max(having, key=lambda entry: entry[:2])
+            found.append((run, evaluation, examples))
+    return found
 
 
 def _measures(runs):
     """Up to four measures, weakest attack first: a name with n, and a function of a run."""
     num_steps = pgd_lengths(runs)[-1]
-    strong = {run.evaluations[STRONG].attack_name for run in runs if STRONG in run.evaluations}
+    strong = {e.attack_name for run in runs if (e := strongest(run))}
     strong_name = strong.pop() if len(strong) == 1 else "strong attack"
     measures = (
         ("clean", lambda run: accuracy_under(run, ())),
         ("FGSM", lambda run: accuracy_under(run, FGSM_ATTACKS)),
-        (f"PGD-{num_steps}", lambda run: accuracy_under(run, pgd_attacks(num_steps))),
-        (strong_name, lambda run: worst_case(run, STRONG)),
+        (f"PGD-{num_steps}", lambda run: accuracy_under_pgd(run, num_steps)),
+        (strong_name, strong_accuracy),
     )
     named = []
     for name, measure in measures:
@@ -266,11 +279,9 @@ def _bar(axes, y, height, found, color, tint, theme):
 
 
 def _grid_rows(runs, num_images):
-    folder = examples_folder(runs)
     rows: list[tuple[str, np.ndarray, list[str]]] = []
     originals = None
-    for run in _with_examples(runs, folder):
-        examples = run.evaluations[folder].examples
+    for run, _, examples in with_examples(runs):
         lower, upper = examples.bounds
         images, adversarial = (
             np.clip((values[:num_images] - lower) / (upper - lower), 0, 1)
@@ -285,11 +296,6 @@ def _grid_rows(runs, num_images):
     if not rows:
         raise ValueError("no run has an examples.npz; there is nothing to show.")
     return rows
-
-
-def _with_examples(runs, folder):
-    found = ((run, run.evaluations.get(folder)) for run in runs)
-    return [run for run, e in found if e and e.examples and len(e.examples.labels)]
 
 
 def _styled(runs):

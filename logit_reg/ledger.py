@@ -14,8 +14,11 @@ import numpy as np
 from logit_reg.attacks.attack import Attack
 from logit_reg.evaluation import Evaluation, wilson_interval
 from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
+from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
 
 SCHEMA = 1
+FLAGS_PROTOCOL = "flags"
+"""Stands for a protocol where the attack was described by flags."""
 _LEVEL = 0.95
 _MAX_LEDGER_BYTES = 64 * 2**20
 
@@ -86,6 +89,160 @@ def build_result(
         "seed": seed,
         "notices": [dataclasses.asdict(finding) for finding in evaluation.findings],
     }
+
+
+def planned_result(
+    protocols: Mapping[str, Mapping[str, Attack]],
+    *,
+    dataset: str,
+    num_examples: int,
+    settings: dict,
+    seed: int,
+) -> dict:
+    """What is known of `result.json` before the evaluation: all that decides its numbers.
+
+    Args:
+        protocols: the attacks by protocol and name.
+        dataset: name of the data set.
+        num_examples: how many images.
+        settings: hashes of network, images and labels, what the attacks follow, ...
+        seed: of the evaluation.
+
+    Returns:
+        A part of what `build_result` gives, for `evaluation_identity` and `evaluation_name`.
+    """
+    return {
+        "dataset": dataset,
+        "num_examples": num_examples,
+        "protocols": {
+            protocol: {
+                "attacks": {
+                    name: {"settings": attack_settings(attack)} for name, attack in attacks.items()
+                }
+            }
+            for protocol, attacks in protocols.items()
+        },
+        "settings": settings,
+        "seed": seed,
+    }
+
+
+def evaluation_identity(result: Mapping) -> dict:
+    """Everything in a `result.json` that decides its numbers, by the name that people know.
+
+    Two evaluations of the same identity are the same evaluation; what an older version did not
+    write is left out.
+
+    Args:
+        result: content of `result.json`, or what `planned_result` gives.
+    """
+    settings = _mapping(result.get("settings"))
+    identity = {
+        "dataset": result.get("dataset"),
+        "num_eval_examples": result.get("num_examples"),
+        "random_seed": result.get("seed"),
+        "network": settings.get("network_sha256"),
+        "images": settings.get("images_sha256"),
+        "labels": settings.get("labels_sha256"),
+        "attack_dtype": settings.get("attack_dtype"),
+        "worst_case_only": settings.get("worst_case_only"),
+        "attacks": " + ".join(attacks := _attacks_of(result)),
+        "settings": attacks,
+    }
+    return {name: value for name, value in identity.items() if value is not None}
+
+
+def evaluation_label(result: Mapping) -> str:
+    """The protocols of an evaluation, with the threat model where it is not the protocol's own.
+
+    An attack of the flags is told by its settings, as "pgd40-xent-step0.01-linf0.1".
+
+    Args:
+        result: content of `result.json`, or what `planned_result` gives.
+    """
+    words = []
+    for protocol, content in _mapping(result.get("protocols")).items():
+        attacks = _mapping(_mapping(content).get("attacks"))
+        for name, attack in list(attacks.items())[:1]:
+            settings = _mapping(_mapping(attack).get("settings"))
+            threat = _threat(settings)
+            if protocol == FLAGS_PROTOCOL:
+                words += [name, *_step_words(settings), _threat_word(threat)]
+            elif _is_own_threat(protocol, threat):
+                words.append(protocol)
+            else:
+                words += [protocol, _threat_word(threat)]
+    return "-".join(filter(None, words))
+
+
+def evaluation_name(result: Mapping) -> str:
+    """Name of the folder of an evaluation: its label, its number of images and what is unusual.
+
+    That is a seed other than 0, the step of a network that is not trained to its end, an active
+    set that attacks share, and another precision.
+
+    Args:
+        result: content of `result.json`, or what `planned_result` gives.
+    """
+    settings = _mapping(result.get("settings"))
+    words = [evaluation_label(result), f"n{result.get('num_examples')}"]
+    if result.get("seed"):
+        words.append(f"seed{result['seed']}")
+    training = _mapping(settings.get("training"))
+    if training.get("steps_done") != training.get("steps_planned"):
+        words.append(f"step{training.get('steps_done')}")
+    if settings.get("worst_case_only"):
+        words.append("worst-case-only")
+    if settings.get("attack_dtype", "float32") != "float32":
+        words.append(str(settings["attack_dtype"]))
+    return "-".join(words)
+
+
+def _mapping(value) -> Mapping:
+    """What a file says where an object should stand; anything else counts as an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _attacks_of(result):
+    return {
+        f"{protocol}/{name}": _mapping(attack).get("settings")
+        for protocol, content in _mapping(result.get("protocols")).items()
+        for name, attack in _mapping(_mapping(content).get("attacks")).items()
+    }
+
+
+def _threat(settings) -> Mapping:
+    """The threat model of an attack or of the one inside it, as with restarts."""
+    found = [settings, *(value for value in settings.values() if isinstance(value, Mapping))]
+    return next((_mapping(value["threat"]) for value in found if "threat" in value), {})
+
+
+def _threat_word(threat):
+    epsilon = threat.get("epsilon")
+    return f"{threat.get('norm')}{epsilon:g}" if isinstance(epsilon, int | float) else ""
+
+
+def _is_own_threat(protocol, threat):
+    if protocol not in PROTOCOLS:
+        return False
+    for family in FAMILIES:
+        try:
+            attacks = protocol_attacks(protocol, family).values()
+        except ValueError:
+            continue
+        if any(dataclasses.asdict(attack.threat) == threat for attack in attacks):
+            return True
+    return False
+
+
+def _step_words(settings):
+    """The settings of PGD that its name does not tell."""
+    inner = settings if "num_steps" in settings else _mapping(settings.get("attack"))
+    words = []
+    for name, word in (("step_size", "step"), ("confidence", "kappa")):
+        if isinstance(value := inner.get(name), int | float) and value:
+            words.append(f"{word}{value:g}")
+    return words if inner.get("random_start", True) else [*words, "nostart"]
 
 
 def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, indices) -> None:

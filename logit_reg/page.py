@@ -96,7 +96,7 @@ def _page(title, runs, num_classes, introduction):
                 ),
             )
         )
-    if figures.examples_folder(runs):
+    if figures.with_examples(runs):
         sections.append(
             html_page.section(
                 "Images and their adversarial versions",

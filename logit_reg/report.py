@@ -10,18 +10,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from logit_reg.evaluation import wilson_interval
+from logit_reg.ledger import FLAGS_PROTOCOL
 from logit_reg.published import Published, published_for
 from logit_reg.runs import Run as Run
+from logit_reg.runs import StoredEvaluation
 from logit_reg.runs import load_run as load_run
 from logit_reg.text_columns import aligned
 
-MAIN = "evaluation"
-"""Folder, inside a run's, of the evaluation under the named protocols."""
-STRONG = "strong"
-"""Folder, inside a run's, of the evaluation under the strongest attack there is."""
-
 FGSM_ATTACKS = ("fgsm-xent", "fgsm-cw")
 """What `paper-fgsm` is the worst of."""
+
+# What the field calls strong, the strongest last; by the names of their attacks.
+_STRONG = (r"autoattack\b.*|apgd-t\b.*", r"adaptive\b.*")
+_PGD = r"(?P<who>madry-)?pgd(?P<steps>\d{1,5})-(?P<loss>xent|cw)"
 
 NOT_MEASURED = "–"
 
@@ -102,7 +103,7 @@ def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
 
     Args:
         run: the run.
-        attacks: names of attacks; none for the clean accuracy.
+        attacks: names of attacks of protocols; none for the clean accuracy.
 
     Returns:
         The accuracy; None unless an evaluation ran every attack on all examples that are right
@@ -110,10 +111,10 @@ def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
     """
     found = [
         evaluation.ledger
-        for folder, evaluation in run.evaluations.items()
-        if "@" not in folder
-        and set(attacks) <= evaluation.ledger.correct.keys()
-        and not (attacks and _shares_active_set(evaluation))
+        for evaluation in shown_evaluations(run).values()
+        if set(attacks) <= evaluation.ledger.correct.keys()
+        # An attack of the flags may share its name with a protocol's, and not its settings.
+        and not (attacks and (_shares_active_set(evaluation) or _is_of_flags(evaluation)))
     ]
     if not found:
         return None
@@ -121,10 +122,36 @@ def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
     return _count(np.all([ledger.clean, *(ledger.correct[name] for name in attacks)], axis=0))
 
 
-def worst_case(run: Run, folder: str = MAIN) -> Accuracy | None:
-    """Accuracy under all attacks of an evaluation together; None if it was not made."""
-    evaluation = run.evaluations.get(folder)
-    return None if evaluation is None else _count(evaluation.ledger.robust)
+def accuracy_under_pgd(run: Run, num_steps: int) -> Accuracy | None:
+    """Accuracy under the worst of the paper's, else the challenge's PGD of so many steps."""
+    names = pgd_attacks(num_steps)
+    found = accuracy_under(run, names)
+    return found or accuracy_under(run, [f"madry-{name}" for name in names])
+
+
+def shown_evaluations(run: Run) -> dict[str, StoredEvaluation]:
+    """The evaluations of a run's last network, by folder; those of a grid belong to figures."""
+    steps = run.evaluated_steps
+    return {
+        folder: evaluation
+        for folder, evaluation in run.evaluations.items()
+        if "@" not in folder and evaluation.finished_steps in (None, steps)
+    }
+
+
+def strongest(run: Run) -> StoredEvaluation | None:
+    """The evaluation under the strongest cascade that was run; None if none was.
+
+    AutoAttack, or better the adaptive attack; in linf before l2; on the most images.
+    """
+    found = [e for e in shown_evaluations(run).values() if _strength(e)]
+    return max(found, key=lambda e: (_rank(e), len(e.ledger.label)), default=None)
+
+
+def strong_accuracy(run: Run) -> Accuracy | None:
+    """Accuracy under the strongest cascade that was run; None if none was."""
+    found = strongest(run)
+    return None if found is None else _count(found.ledger.robust)
 
 
 def pgd_attacks(num_steps: int) -> tuple[str, ...]:
@@ -133,15 +160,9 @@ def pgd_attacks(num_steps: int) -> tuple[str, ...]:
 
 
 def pgd_lengths(runs: Sequence[Run]) -> list[int]:
-    """Numbers of PGD steps that the main evaluations have; 40, MNIST's, if there are none."""
-    names = {
-        name
-        for run in runs
-        if MAIN in run.evaluations
-        for name in run.evaluations[MAIN].ledger.correct
-    }
-    matches = (re.fullmatch(r"pgd(\d{1,5})-(?:xent|cw)", name) for name in names)
-    return sorted({int(match[1]) for match in matches if match}) or [40]
+    """Numbers of PGD steps that protocols were run with; 40, MNIST's, if there are none."""
+    matches = (re.fullmatch(_PGD, name) for name in _attacks_of_protocols(runs))
+    return sorted({int(match["steps"]) for match in matches if match}) or [40]
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
@@ -190,29 +211,10 @@ def results_table(runs: Sequence[Run]) -> Table:
     columns = [
         _Column("run", lambda run: labels[id(run)]),
         _accuracy_column("clean", kept, lambda run: accuracy_under(run, ())),
-        _accuracy_column("FGSM", kept, lambda run: accuracy_under(run, FGSM_ATTACKS)),
-        *(
-            _accuracy_column(
-                f"PGD-{num_steps}\n{loss}",
-                kept,
-                lambda run, attack=attack: accuracy_under(run, [attack]),
-            )
-            for num_steps in pgd_lengths(kept)
-            for loss, attack in zip(("xent", "CW"), pgd_attacks(num_steps), strict=True)
-        ),
-        _accuracy_column("worst case\n[95 %]", kept, worst_case, with_interval=True),
-        *(
-            _accuracy_column(
-                f"{folder}\n[95 %]",
-                kept,
-                functools.partial(worst_case, folder=folder),
-                with_interval=True,
-            )
-            for folder in _further_folders(kept)
-        ),
-        _strong_column(kept),
+        *_attack_columns(kept),
+        *_evaluation_columns(kept),
         *_published_columns(kept),
-        _Column("training\nsteps", lambda run: _show(run.steps, "d")),
+        _Column("training\nsteps", _show_steps),
         _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
     ]
     return Table(
@@ -220,6 +222,21 @@ def results_table(runs: Sequence[Run]) -> Table:
         rows=tuple(tuple(column.cell(run) for column in columns) for run in kept),
         caption=_caption(kept, [run for run in runs if run.is_contaminated]),
     )
+
+
+def split_by_dataset(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs whose numbers may stand side by side, one for each data set.
+
+    A run stands in the group of every data set that it was evaluated on, with the evaluations on
+    that one; without any, in that of its own data set.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        names = {evaluation.dataset for evaluation in run.evaluations.values()}
+        for name in sorted(names) or [str(run.settings.get("dataset"))]:
+            found = {k: e for k, e in run.evaluations.items() if e.dataset == name}
+            groups.setdefault(name, []).append(dataclasses.replace(run, evaluations=found))
+    return list(groups.values())
 
 
 def replace_marked_section(text: str, name: str, content: str) -> str:
@@ -290,16 +307,145 @@ def _labels(runs):
     return labels
 
 
-def _further_folders(runs):
-    """Evaluations beside the main and the strong one; those of a grid belong to figures."""
-    names = {
-        folder
+def _is_of_flags(evaluation):
+    protocols = evaluation.result.get("protocols")
+    return isinstance(protocols, dict) and FLAGS_PROTOCOL in protocols
+
+
+def _strength(evaluation):
+    """Place of its strongest attack in `_STRONG`, from 1; 0 if there is none."""
+    return max(
+        (
+            place
+            for place, pattern in enumerate(_STRONG, start=1)
+            for name in evaluation.ledger.correct
+            if re.fullmatch(pattern, name)
+        ),
+        default=0,
+    )
+
+
+def _rank(evaluation):
+    """What makes one strong attack stronger than another: its kind, and that it is in linf."""
+    return _strength(evaluation), "l2" not in evaluation.label
+
+
+def _attacks_of_protocols(runs):
+    """Names of the attacks that stand beside others in an evaluation under protocols."""
+    return dict.fromkeys(
+        name
         for run in runs
-        for folder, evaluation in run.evaluations.items()
-        # FGSM has a column of its own.
-        if "@" not in folder and not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS)
-    }
-    return sorted(names - {MAIN, STRONG})
+        for evaluation in shown_evaluations(run).values()
+        if not _is_of_flags(evaluation)
+        and not (_shares_active_set(evaluation) and _strength(evaluation))
+        and len(evaluation.ledger.correct) > 1
+        for name in evaluation.ledger.correct
+    )
+
+
+def _attack_columns(runs):
+    """FGSM, the worst of both losses; then PGD, shorter before longer; then all others."""
+    names = _attacks_of_protocols(runs)
+    columns: list[tuple[str, tuple[str, ...]]] = []
+    if names.keys() & set(FGSM_ATTACKS):
+        columns.append(("FGSM", FGSM_ATTACKS))
+    matches = {name: match for name in names if (match := re.fullmatch(_PGD, name))}
+    for name, match in sorted(matches.items(), key=lambda pair: int(pair[1]["steps"])):
+        title = f"{match['who'] or ''}PGD-{match['steps']}"
+        columns.append((f"{title}\n{match['loss'].replace('cw', 'CW')}", (name,)))
+    others = [name for name in names if name not in matches and name not in FGSM_ATTACKS]
+    columns += [(name, (name,)) for name in others]
+    return [
+        _accuracy_column(title, runs, functools.partial(accuracy_under, attacks=attacks))
+        for title, attacks in columns
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Evaluations of several runs that share a column, at most one of each run."""
+
+    title: str
+    members: dict[int, StoredEvaluation]
+    """By the identity of the run."""
+
+    @property
+    def is_strong(self):
+        return any(map(_strength, self.members.values()))
+
+    @property
+    def has_several_attacks(self):
+        return any(len(e.ledger.correct) > 1 for e in self.members.values())
+
+    def count(self, run):
+        evaluation = self.members.get(id(run))
+        return None if evaluation is None else _count(evaluation.ledger.robust)
+
+
+def _groups(runs) -> list[_Group]:
+    """The evaluations of the same protocols together, by title.
+
+    Where a run has several of the same protocols, as with other seeds, each stands by itself
+    under the name of its folder. Whoever named the folders gave the title, too.
+    """
+    found: dict[str, list[tuple[Run, str, StoredEvaluation]]] = {}
+    for run in runs:
+        for folder, evaluation in shown_evaluations(run).items():
+            # FGSM has a column of its own.
+            if not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
+                name = evaluation.derived_name if folder == "." else folder.rpartition("/")[2]
+                entry = (run, name, evaluation)
+                found.setdefault(evaluation.label, []).append(entry)
+    groups = []
+    for label, entries in found.items():
+        names = {name for _, name, _ in entries}
+        if len({id(run) for run, *_ in entries}) < len(entries):
+            parts = {name: [entry for entry in entries if entry[1] == name] for name in names}
+        else:
+            is_named = len(names) == 1 and entries[0][1] != entries[0][2].derived_name
+            parts = {names.pop() if is_named else label: entries}
+        groups += [
+            _Group(title, {id(run): evaluation for run, _, evaluation in part})
+            for title, part in parts.items()
+        ]
+    return sorted(groups, key=lambda group: group.title)
+
+
+def _main_groups(groups):
+    return [group for group in groups if group.has_several_attacks and not group.is_strong]
+
+
+def _strong_groups(groups):
+    """The weaker first."""
+    strong = [group for group in groups if group.is_strong]
+    return sorted(strong, key=lambda group: max(map(_rank, group.members.values())))
+
+
+def _evaluation_columns(runs):
+    """Worst cases of several attacks, then single attacks, then strong ones, the strongest last."""
+    groups = _groups(runs)
+    main, strong = _main_groups(groups), _strong_groups(groups)
+    titles = [("worst case" if len(main) == 1 else f"worst case\n{g.title}", g) for g in main]
+    titles += [(group.title, group) for group in groups if group not in main + strong]
+    titles += [(group.title, group) for group in strong[:-1]]
+    columns = [
+        _accuracy_column(f"{title}\n[95 %]", runs, group.count, with_interval=True)
+        for title, group in titles
+    ]
+    if strong:
+        members = strong[-1].members
+        columns.append(
+            _accuracy_column(
+                "strong attack\n[95 %]",
+                runs,
+                strong[-1].count,
+                with_interval=True,
+                describe=lambda run, found: (
+                    f"{members[id(run)].attack_name}\nn = {found.num_examples}"
+                ),
+            )
+        )
+    return columns
 
 
 def _published_columns(runs):
@@ -316,37 +462,33 @@ def _published_columns(runs):
     return [_Column("published", cell)]
 
 
-def _strong_column(runs):
-    return _accuracy_column(
-        "strong attack\n[95 %]",
-        runs,
-        lambda run: worst_case(run, STRONG),
-        with_interval=True,
-        describe=lambda run, found: (
-            f"{run.evaluations[STRONG].attack_name}\nn = {found.num_examples}"
-        ),
-    )
-
-
 def _caption(runs, left_out):
     datasets = {e.dataset for run in runs for e in run.evaluations.values()}
-    main = [run.evaluations[MAIN].ledger for run in runs if MAIN in run.evaluations]
-    strong = [run.evaluations[STRONG].ledger for run in runs if STRONG in run.evaluations]
+    groups = _groups(runs)
+    mains = _main_groups(groups)
+    main = {i: e.ledger for group in mains[:1] for i, e in group.members.items()}
+    strong = {
+        i: e.ledger for group in _strong_groups(groups)[-1:] for i, e in group.members.items()
+    }
     parts = [
         f"Accuracy in per cent{''.join(f' on {name}' for name in datasets)}, counted from the "
         f"per-example ledgers; brackets are 95 % Wilson intervals."
     ]
-    attacks = {tuple(ledger.correct) for ledger in main}
-    if len(attacks) == 1:
+    attacks = {tuple(ledger.correct) for ledger in main.values()}
+    if len(attacks) == 1 and len(mains) == 1:
         parts.append(f"Worst case: right under all of {', '.join(attacks.pop())}.")
     elif attacks:
-        parts.append("Worst case: right under all attacks of its run, which differ between runs.")
+        parts.append("Worst case: right under all attacks of these protocols.")
     for what, ledgers in (("", main), (" of the strong attack", strong)):
-        if len({tuple(ledger.index) for ledger in ledgers}) > 1:
+        if len({tuple(ledger.index) for ledger in ledgers.values()}) > 1:
             parts.append(f"The images{what} differ between runs.")
-    pairs = [run.evaluations for run in runs if {MAIN, STRONG} <= run.evaluations.keys()]
-    if pairs and all(set(p[STRONG].ledger.index) < set(p[MAIN].ledger.index) for p in pairs):
+    pairs = [(strong[i], main[i]) for i in strong.keys() & main.keys()]
+    if pairs and all(set(a.index) < set(b.index) for a, b in pairs):
         parts.append("The strong attack's images are among those of the other columns.")
+    for run in runs:
+        known = {e.finished_steps for e in run.evaluations.values()} - {None}
+        for steps in sorted(known - {run.evaluated_steps}):
+            parts.append(f"Left out: evaluations of {run.name} at step {steps} of its training.")
     published: list[Published] = [e for run in runs if (e := published_for(run.settings))]
     if published:
         sources = "; ".join(dict.fromkeys(entry.source for entry in published))
@@ -355,6 +497,14 @@ def _caption(runs, left_out):
         names = ", ".join(run.name for run in left_out)
         parts.append(f"Left out: {names} (measured on images of the training).")
     return " ".join(parts)
+
+
+def _show_steps(run):
+    """Steps of the network that the numbers are of, marked if more were planned."""
+    steps, planned = run.evaluated_steps, run.planned_steps
+    if steps is None or planned is None or steps >= planned:
+        return _show(steps, "d")
+    return f"{steps:,} of {planned:,} (unfinished)"
 
 
 def _show(value, form):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,15 @@ from logit_reg.files import (
     read_json,
     write_json,
 )
-from logit_reg.ledger import Ledger, read_ledger
+from logit_reg.ledger import (
+    Ledger,
+    evaluation_identity,
+    evaluation_label,
+    evaluation_name,
+    read_ledger,
+)
 from logit_reg.loop import LOG_COLUMNS, TIMING_COLUMNS
+from logit_reg.state import saved_steps
 
 _MAX_LOG_BYTES = 16 * 2**20
 # Ten images; an ImageNet one has 600 KB.
@@ -63,6 +71,24 @@ class StoredEvaluation:
         """The attacks, joined by " + "."""
         return " + ".join(self.ledger.correct)
 
+    @property
+    def label(self) -> str:
+        """Protocols, with the threat model where it is not theirs; see `evaluation_label`."""
+        return evaluation_label(self.result)
+
+    @property
+    def derived_name(self) -> str:
+        """What its folder is called unless somebody gave it a name; see `evaluation_name`."""
+        return evaluation_name(self.result)
+
+    @property
+    def finished_steps(self) -> int | None:
+        """Training steps of the network when it was evaluated; None if that was not recorded."""
+        settings = self.result.get("settings")
+        training = settings.get("training") if isinstance(settings, dict) else None
+        steps = training.get("steps_done") if isinstance(training, dict) else None
+        return steps if isinstance(steps, int) else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -83,12 +109,31 @@ class Run:
     minutes: float | None
     """Wall-clock minutes of training so far; None if there is no `timing.csv`."""
     evaluations: dict[str, StoredEvaluation]
-    """Finished evaluations by the name of their folder."""
+    """Finished evaluations by their folder inside the run's, as "evaluations/autoattack-n200"."""
+    saved_step: int | None = None
+    """Training steps of the newest checkpoint; None if there is none, as in an export."""
 
     @property
     def steps(self) -> int | None:
-        """Training steps in the log; None if there is no log."""
+        """Training steps of the newest checkpoint, else those in the log; None without either."""
+        if self.saved_step is not None:
+            return self.saved_step
         return int(self.log["step"][-1]) if self.log else None
+
+    @property
+    def evaluated_steps(self) -> int | None:
+        """Training steps of the network whose evaluations count, else `steps`.
+
+        Evaluations that were made earlier in training are of another network.
+        """
+        known = [e.finished_steps for e in self.evaluations.values()]
+        return max((steps for steps in known if steps is not None), default=self.steps)
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Training steps that were asked for; None where that is not known."""
+        steps = self.settings.get("max_num_training_steps")
+        return steps if isinstance(steps, int) else None
 
     @property
     def is_contaminated(self) -> bool:
@@ -102,19 +147,26 @@ def load_run(folder: Path | str) -> Run:
 
     Args:
         folder: holds `run.json` and, as far as they exist, `log.csv`, `timing.csv` and one
-            folder for each evaluation with `result.json`, `ledger.csv` and `examples.npz`.
+            folder for each evaluation with `result.json`, `ledger.csv` and `examples.npz`, in
+            the folder itself or in `evaluations`. Without `run.json` it is that of a network
+            that was not trained here, and holds evaluations only.
 
     Returns:
         The run; an evaluation without `result.json`, which is written last, is not finished
         and left out.
 
     Raises:
-        ValueError: if `run.json` is missing, or a file is not what this project writes.
+        ValueError: if there is neither `run.json` nor an evaluation, or a file is not what this
+            project writes.
     """
     folder = Path(folder)
+    evaluations = evaluation_folders(folder)
     if not (folder / "run.json").is_file():
-        raise ValueError(f"{folder}: holds no run.json; give the model_dir of a training run.")
-    record = read_json(folder / "run.json")
+        if not evaluations:
+            raise ValueError(f"{folder}: holds no run.json; give the model_dir of a training run.")
+        record: dict = {}
+    else:
+        record = read_json(folder / "run.json")
     for name, kind in (("settings", dict), ("versions", dict), ("name", str)):
         if not isinstance(record.get(name, kind()), kind):
             raise ValueError(
@@ -122,6 +174,13 @@ def load_run(folder: Path | str) -> Run:
             )
     timing = _read_columns(folder / "timing.csv", TIMING_COLUMNS)
     seed = record.get("seed")
+    loaded = {path.relative_to(folder).as_posix(): _load_evaluation(path) for path in evaluations}
+    networks = {evaluation_identity(e.result).get("network") for e in loaded.values()}
+    if not record and len(networks) > 1:
+        raise ValueError(
+            f"{folder}: holds evaluations of {len(networks)} networks and no run.json; name two of "
+            f"them with --compare."
+        )
     return Run(
         name=record.get("name") or folder.resolve().name,
         settings=record.get("settings", {}),
@@ -130,11 +189,49 @@ def load_run(folder: Path | str) -> Run:
         commit=str(record.get("commit") or "unknown"),
         log=_read_columns(folder / "log.csv", LOG_COLUMNS),
         minutes=float(timing["seconds"][-1]) / 60 if timing else None,
-        evaluations={
-            path.parent.name: _load_evaluation(path.parent)
-            for path in sorted(folder.glob("*/result.json"))
-        },
+        evaluations=loaded,
+        saved_step=max(saved_steps(folder), default=None),
     )
+
+
+def evaluation_folders(folder: Path | str) -> list[Path]:
+    """The folders of the finished evaluations of a run: its own subfolders, and `evaluations/*`.
+
+    Without a run, the folder may be that of an evaluation itself.
+    """
+    folder = Path(folder)
+    is_run = (folder / "run.json").is_file()
+    found = [
+        *folder.glob("*/result.json"),
+        *folder.glob("evaluations/*/result.json" if is_run else "result.json"),
+    ]
+    return sorted(path.parent for path in found)
+
+
+def run_folders(folder: Path | str) -> list[Path]:
+    """All folders at or below one that hold a run, or evaluations of a network from elsewhere.
+
+    Args:
+        folder: such as `runs`.
+
+    Returns:
+        Those of `order.txt`, if there is one; else by number, then by name.
+    """
+    folder = Path(folder)
+    # Earlier versions put the evaluations of all networks from elsewhere into one folder.
+    is_network = folder.name != "evaluations" and evaluation_folders(folder)
+    if (folder / "run.json").is_file() or is_network:
+        return [folder]
+    order = folder / "order.txt"
+    if order.exists():
+        return [folder / name for name in order.read_text().split()]
+    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_by_number)
+    return [run for path in folders if path.name[0] != "." for run in run_folders(path)]
+
+
+def _by_number(path):
+    words = re.split(r"(\d+(?:\.\d+)?)", path.name)
+    return [(0.0, word) if i % 2 == 0 else (float(word), "") for i, word in enumerate(words)]
 
 
 def export_run(folder: Path | str, destination: Path | str) -> None:
@@ -151,9 +248,10 @@ def export_run(folder: Path | str, destination: Path | str) -> None:
     """
     folder, destination = Path(folder), Path(destination)
     run = load_run(folder)
-    record = read_json(folder / "run.json")
-    record.pop("data_dir", None)
-    write_json(destination / "run.json", record)
+    if (folder / "run.json").exists():
+        record = read_json(folder / "run.json")
+        record.pop("data_dir", None)
+        write_json(destination / "run.json", record)
     names = ["log.csv", "timing.csv"]
     for evaluation in run.evaluations:
         names += [f"{evaluation}/{name}" for name in _EVALUATION_FILES]

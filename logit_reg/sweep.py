@@ -20,6 +20,7 @@ BAD_INPUT = 2
 
 _FAILURE = 1
 _RECORD = "sweep.json"
+_EARLIER = "earlier"
 _LOG = "sweep.log"
 # A command whose sweep is killed stops too, with the signal on which training saves its state.
 _WITH_PARENT = (
@@ -89,18 +90,21 @@ def point_name(point: dict[str, str]) -> str:
 def run_job(job: Job) -> int:
     """Run the steps of a job that are not done yet.
 
-    A step is done if `sweep.json` holds it with the same arguments and its product is there.
+    When the first one has to run again, what the others made of its earlier product moves to
+    `earlier`.
 
     Returns:
         0, or the exit status of the step that failed.
     """
     record = job.folder / _RECORD
-    done = read_json(record) if record.exists() else {}
+    done = _done(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     for i, step in enumerate(job.steps):
         arguments = list(step.arguments)
-        if done.get(step.name) == arguments and (job.folder / step.product).exists():
+        if _is_done(job, step, done):
             continue
+        if i == 0:
+            _move_aside(job, [later for later in job.steps[1:] if later.name in done])
         done = {} if i == 0 else {k: v for k, v in done.items() if k != step.name}
         write_json(record, done)
         with (job.folder / _LOG).open("ab") as log:
@@ -116,6 +120,17 @@ def run_job(job: Job) -> int:
         done[step.name] = arguments
         write_json(record, done)
     return 0
+
+
+def pending_steps(job: Job) -> list[Step]:
+    """The steps of a job that are not done yet.
+
+    A step is done if `sweep.json` holds it with the same arguments and its product is there; no
+    step is when the first one is not.
+    """
+    done = _done(job)
+    pending = [step for step in job.steps if not _is_done(job, step, done)]
+    return list(job.steps) if job.steps[0] in pending else pending
 
 
 def run_local(jobs: Sequence[Job], *, num_parallel: int) -> Iterator[tuple[str, int] | None]:
@@ -226,6 +241,25 @@ def last_words(job: Job) -> str:
     path = job.folder / _LOG
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def _done(job):
+    record = job.folder / _RECORD
+    return read_json(record) if record.exists() else {}
+
+
+def _is_done(job, step, done):
+    return done.get(step.name) == list(step.arguments) and (job.folder / step.product).exists()
+
+
+def _move_aside(job, steps):
+    for step in steps:
+        folder = (job.folder / step.product).parent
+        if folder != job.folder and folder.exists():
+            earlier = job.folder / _EARLIER
+            earlier.mkdir(exist_ok=True)
+            number = 1 + sum(1 for _ in earlier.glob(f"{folder.name}-*"))
+            folder.rename(earlier / f"{folder.name}-{number}")
 
 
 def _run_job_on_ray(job):

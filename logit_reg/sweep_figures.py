@@ -21,15 +21,15 @@ from logit_reg.figure_style import (
 )
 from logit_reg.objectives import REGULARIZERS, collapse_threshold
 from logit_reg.report import (
-    STRONG,
     Accuracy,
     Table,
     accuracy_under,
+    accuracy_under_pgd,
     comparable,
     differing_settings,
     pgd_attacks,
     pgd_lengths,
-    worst_case,
+    strongest,
 )
 from logit_reg.runs import Run, StoredEvaluation
 
@@ -201,11 +201,9 @@ def _setting_points(run, runs, against):
     panel = _panel(run, runs, against)
     lengths = pgd_lengths([run])
     measures = {"clean": accuracy_under(run, ())}
-    measures |= {
-        f"PGD-{n}, worst of xent and CW": accuracy_under(run, pgd_attacks(n)) for n in lengths[-1:]
-    }
-    if STRONG in run.evaluations:
-        measures[_attack_name(run.evaluations[STRONG])] = worst_case(run, STRONG)
+    measures |= {f"PGD-{n}, worst of xent and CW": accuracy_under_pgd(run, n) for n in lengths[-1:]}
+    if strong := strongest(run):
+        measures[_attack_name(strong)] = _accuracy(strong.ledger.robust)
     for curve, accuracy in measures.items():
         if accuracy is not None:
             yield _point(panel, curve, x, accuracy, run.seed)

@@ -33,9 +33,16 @@ def main() -> None:
     """Attack as the flags say."""
     from logit_reg.evaluation import evaluate, network_hash, predict
     from logit_reg.evaluation_state import EvaluationState
+    from logit_reg.ledger import FLAGS_PROTOCOL, evaluation_identity
     from logit_reg.units import attack_notices
     from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
-    from logit_reg_scripts.evaluations import read_attack_dtype
+    from logit_reg_scripts.evaluations import (
+        TestImages,
+        claim_file,
+        note_file,
+        plan_evaluation,
+        read_attack_dtype,
+    )
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import prepare_output, write_adversarial
     from madry_compat.challenges import challenge_for
@@ -59,6 +66,15 @@ def main() -> None:
 
     attacks = attack_from_flags(challenge_threat(challenge), challenge)
     command_line.tell(attack_notices(attacks.values(), images.shape[1:]))
+    lower = read_attack_dtype(FLAGS.attack_dtype, model.network, images, batch_size)
+    plan = plan_evaluation(
+        model.network,
+        TestImages(name, images, labels, (challenge.lower, challenge.upper)),
+        {FLAGS_PROTOCOL: attacks},
+        seed=FLAGS.random_seed,
+        gradient_logits_fn=lower,
+    )
+    claim_file(path, evaluation_identity(plan), "--store_adv_path")
     state = EvaluationState(path.parent / f".{path.stem}.state", network_hash(model.network))
     found = evaluate(
         model.network,
@@ -69,9 +85,10 @@ def main() -> None:
         seed=FLAGS.random_seed,
         state=state,
         show_progress=FLAGS.progress,
-        gradient_logits_fn=read_attack_dtype(FLAGS.attack_dtype, model.network, images, batch_size),
+        gradient_logits_fn=lower,
     )
     write_adversarial(path, found.adversarial, dataset, challenge)
+    note_file(path, evaluation_identity(plan))
     state.clear()
     scored = {"attacked": model} | ({"target": target} if target else {})
     for role, scored_model in scored.items():

@@ -12,8 +12,10 @@ from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.bench import CONTROL_KINDS
 from logit_reg.audit_page import write_audit_page
+from logit_reg.evaluation import content_hash, network_hash
 from logit_reg.evaluation_state import EvaluationState
-from logit_reg.files import write_json
+from logit_reg.files import read_json, write_json
+from logit_reg.ledger import attack_settings
 from logit_reg.objectives import collapse_threshold
 from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
@@ -27,10 +29,12 @@ from logit_reg_scripts.controls import (
     is_cheap,
     trained_controls,
 )
+from logit_reg_scripts.evaluations import network_name, refuse_other_settings
 from logit_reg_scripts.flag_groups import THREAT_FLAGS, given_attack_flags
 from logit_reg_scripts.own_models import load_own_model
 from logit_reg_scripts.runs import commit, versions
 from logit_reg_scripts.sources import (
+    RUNS,
     Model,
     dataset_for,
     load_model,
@@ -76,7 +80,7 @@ def audited_challenge() -> Audited:
         attacks |= protocol_attacks(FLAGS.claimed_by, challenge)
     elif FLAGS.claimed_by:
         _tell_record_only(f"none of this project's protocols, {', '.join(PROTOCOLS)}")
-    folder = model.path if model.run is not None else Path("runs/audits") / model.path.stem
+    folder = model.folder or RUNS / "audits" / network_name(model.path, model.network, name)
     audited = Audited(
         network=model.network,
         threat=threat,
@@ -111,7 +115,7 @@ def audited_own() -> Audited:
     own = load_own_model()
     if FLAGS.claimed_by:
         _tell_record_only("no protocol whose attacks are run on data of your own")
-    default = Path("runs/audits") / own.name / FLAGS.budget
+    default = RUNS / "audits" / own.name / FLAGS.budget
     return Audited(
         network=own.network,
         threat=own.threat,
@@ -137,6 +141,7 @@ def run_audit(audited: Audited) -> Audit:
         )
     )
     command_line.tell(told)
+    _refuse_other_audit(audited)
     state_dir = audited.output_dir / ".state"
     found = audit(
         audited.network,
@@ -170,6 +175,36 @@ def run_audit(audited: Audited) -> Audit:
     print(f"\naudit: {path}\npage:  {page}")
     _print_verdict(found)
     return found
+
+
+def _refuse_other_audit(audited: Audited) -> None:
+    """A folder holds one audit: the same command may write it again, and no other."""
+    path = audited.output_dir / "audit.json"
+    if not path.exists():
+        return
+    old = read_json(path)
+    settings = old.get("settings", {})
+    names = ("threat", "network_sha256", "data_sha256", "controls", "claimed_attacks")
+    held: dict[str, Any] = {
+        name: old.get(name) for name in ("claim", "claimed_by", "budget", "seed")
+    }
+    wanted: dict[str, Any] = {
+        "num_eval_examples": len(audited.images),
+        "claim": FLAGS.claim / 100,
+        "claimed_by": FLAGS.claimed_by,
+        "budget": FLAGS.budget,
+        "seed": FLAGS.random_seed,
+        "threat": dataclasses.asdict(audited.threat),
+        "network_sha256": network_hash(audited.network),
+        "data_sha256": content_hash(audited.images, audited.labels),
+        "controls": [{"name": c.name, "kind": c.kind} for c in audited.controls],
+        "claimed_attacks": {n: attack_settings(attack) for n, attack in audited.attacks.items()},
+    }
+    held |= {name: settings[name] for name in names if name in settings}
+    for record in (held, wanted):
+        record["attacks"] = sorted(record.get("claimed_attacks", ()))
+    held["num_eval_examples"] = old.get("num_examples")
+    refuse_other_settings(audited.output_dir, held, wanted, "--output_dir")
 
 
 def _print_verdict(found: Audit) -> None:

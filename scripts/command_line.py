@@ -2,6 +2,8 @@
 
 import math
 import os
+import shlex
+import shutil
 import sys
 import tempfile
 import warnings
@@ -31,6 +33,8 @@ _OUTPUT_FOLDERS = ("output_dir", "sweep_dir", "demo_dir", "cache_dir", "export")
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+# "logit-reg-eval" for eval_challenge, and so on.
+_ENTRY_POINT = "logit-reg-"
 
 
 class UsageError(ValueError):
@@ -186,6 +190,34 @@ def advice(words: Mapping[str, str]) -> str:
     """
     found = [said for name, said in words.items() if name in FLAGS]
     return f"; {' or '.join(found)}" if found else ""
+
+
+def print_next(command: str, flags: Mapping[str, object]) -> None:
+    """Print the command that comes next, ready to paste, started as this one was.
+
+    Args:
+        command: name of its script, such as "eval_challenge".
+        flags: values by name; lists are joined by commas.
+    """
+    words = [*_start_of(command), *(_flag_word(*pair) for pair in flags.items())]
+    print(f"next: {shlex.join(words)}", flush=True)
+
+
+def _start_of(command):
+    program = sys.argv[0]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.rpartition(".")[0]:
+        return ["python", "-m", f"{spec.name.rpartition('.')[0]}.{command}"]
+    if Path(program).name.startswith(_ENTRY_POINT):
+        # As it was typed: with its folder only where that is needed.
+        name = f"{_ENTRY_POINT}{command.partition('_')[0]}"
+        is_on_path = shutil.which(Path(program).name) == str(Path(program).absolute())
+        return [name if is_on_path else str(Path(program).with_name(name))]
+    return ["python", str(Path(program).with_name(f"{command}.py"))]
+
+
+def _flag_word(name, value):
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def existing_path(name: str, value: str) -> Path:

@@ -11,12 +11,14 @@ An interrupted evaluation goes on when the same command is given again. --num_wo
 among processes, here or on a Ray cluster; the result is the same.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
 
 from logit_reg_scripts import command_line, flag_effects, flag_groups
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.flag_groups import TRIAL_EXAMPLES
 
 flag_groups.define_model_flag()
 flag_groups.define_data_flags()
@@ -25,6 +27,7 @@ flag_groups.define_own_model_flags()
 
 flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
 flag_groups.define_example_flags()
+flags.DEFINE_bool("trial", False, f"to try the command out: at most {TRIAL_EXAMPLES} images")
 flags.DEFINE_bool("worst_case_only", False, "attack only what the attacks before left standing")
 flag_groups.define_attack_flags("attack flag: ")
 flag_groups.define_attack_dtype_flag()
@@ -41,6 +44,10 @@ flags.DEFINE_bool("worker", False, "compute batches for another process of this 
 flags.DEFINE_bool("progress", True, "draw progress bars")
 
 
+# Of a robust network, AutoAttack takes seconds an image.
+_MOST_AUTOATTACKED = 1000
+
+
 def check_flags() -> None:
     """Refuse flags that have no effect."""
     # A protocol and a submission have their own attack; the file's would contradict it.
@@ -53,6 +60,9 @@ def main() -> None:
     """Evaluate as the flags say."""
     from logit_reg_scripts.submissions import prepare_output
 
+    if FLAGS.trial:
+        wanted = FLAGS.num_eval_examples
+        FLAGS.num_eval_examples = min(TRIAL_EXAMPLES, wanted or TRIAL_EXAMPLES)
     if FLAGS.store_adv_path and not FLAGS.attack_file:
         prepare_output(Path(FLAGS.store_adv_path))
     if FLAGS.model or FLAGS.data:
@@ -62,8 +72,15 @@ def main() -> None:
 
 
 def _evaluate_challenge() -> None:
-    from logit_reg_scripts.evaluations import TestImages, print_result, published_beside
-    from logit_reg_scripts.sources import dataset_for, load_model, load_split
+    from logit_reg_scripts.evaluations import (
+        EVALUATIONS,
+        TestImages,
+        network_name,
+        print_result,
+        published_beside,
+        training_notices,
+    )
+    from logit_reg_scripts.sources import RUNS, dataset_for, load_model, load_split
     from logit_reg_scripts.submissions import score_files
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
@@ -88,7 +105,7 @@ def _evaluate_challenge() -> None:
         )
         return
 
-    protocols = _protocols(model, challenge)
+    protocols = challenge_protocols(challenge)
     count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
     pixels = to_pixels(dataset.images[:count], name)
     test = TestImages(
@@ -101,52 +118,73 @@ def _evaluate_challenge() -> None:
         "contaminated": _is_contaminated(model, name),
         "release": model.release,
     }
-    output_dir = _output_dir(model, protocols)
-    result = _evaluate(
+    if model.finished_steps is not None:
+        settings["training"] = {
+            "steps_done": model.finished_steps,
+            "steps_planned": model.run.max_num_training_steps,
+        }
+        for found in training_notices(settings["training"]):
+            command_line.notice(f"notice: {found['message']}")
+    if model.folder is not None:
+        folder = model.folder / EVALUATIONS
+    else:
+        folder = RUNS / EVALUATIONS / network_name(model.path, model.network, name)
+    evaluated = _evaluate(
         model.network,
         test,
         protocols,
-        output_dir,
+        folder,
         batch_size,
         settings,
-        store=lambda images: _store(images, dataset, challenge),
+        store=lambda plan, images: _store(plan, images, dataset, challenge),
+        prefix="" if model.run is None or name == model.run.dataset else f"{name}-",
     )
-    if result is None:
+    if evaluated is None:
         return
+    output_dir, result = evaluated
     print_result(result, published_beside(model.release, dataset))
     print(f"ledger: {output_dir / 'ledger.csv'}")
-    if model.is_squeezed and not any(name.startswith("autoattack") for name in protocols):
+    is_strong = any(protocol.startswith(("autoattack", "adaptive")) for protocol in protocols)
+    if model.is_squeezed and not is_strong:
         print("PGD flatters this family, run --protocol=autoattack")
+    _print_next(is_strong, output_dir, count, {"model_dir": model.path}, model.folder)
 
 
 def _evaluate_own() -> None:
     from logit_reg.attacks.standing import clean_logits
-    from logit_reg_scripts.evaluations import TestImages, print_result
+    from logit_reg_scripts.evaluations import EVALUATIONS, TestImages, print_result
     from logit_reg_scripts.own_models import load_own_model
+    from logit_reg_scripts.sources import RUNS
 
     own = load_own_model()
     test = TestImages(own.path.stem, own.images, own.labels, (own.threat.lower, own.threat.upper))
-    output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{own.name}")
     num_classes = clean_logits(own.network, own.images[:1]).shape[1]
     protocols = _own_protocols(own.threat, num_classes)
     settings = {"model": FLAGS.model, "data": FLAGS.data}
-    result = _evaluate(
-        own.network, test, protocols, output_dir, FLAGS.eval_batch_size or 200, settings, _store
-    )
-    if result is None:
+    folder = RUNS / EVALUATIONS / own.name
+    batch_size = FLAGS.eval_batch_size or 200
+    evaluated = _evaluate(own.network, test, protocols, folder, batch_size, settings, _store)
+    if evaluated is None:
         return
+    output_dir, result = evaluated
     print_result(result)
     print(f"ledger: {output_dir / 'ledger.csv'}")
+    is_strong = any(protocol.startswith(("autoattack", "adaptive")) for protocol in protocols)
+    _print_next(is_strong, output_dir, len(own.images), {"model": FLAGS.model})
 
 
-def _evaluate(network, test, protocols, output_dir, batch_size, settings, store) -> dict | None:
-    """The content of `result.json`, or None in a worker, which leaves batches only."""
+def _evaluate(network, test, protocols, folder, batch_size, settings, store, prefix=""):
+    """The folder and content of `result.json`, or None in a worker, which leaves batches only."""
     from logit_reg.attacks.precision import followed_dtype
+    from logit_reg.ledger import evaluation_identity, evaluation_name
     from logit_reg.units import attack_notices
     from logit_reg_scripts.evaluations import (
+        claim_file,
+        claim_output_dir,
         compute_batches,
         evaluate_protocols,
         open_state,
+        plan_evaluation,
         print_estimate,
         read_attack_dtype,
     )
@@ -155,40 +193,78 @@ def _evaluate(network, test, protocols, output_dir, batch_size, settings, store)
     num_attacks = len({name for attacks in protocols.values() for name in attacks})
     flag_effects.refuse_without_effect(flag_effects.EVALUATION, num_attacks=num_attacks)
     lower = read_attack_dtype(FLAGS.attack_dtype, network, test.images, batch_size)
-    options = {
-        "batch_size": batch_size,
+    what = {
         "seed": FLAGS.random_seed,
         "worst_case_only": FLAGS.worst_case_only,
-        "show_progress": FLAGS.progress,
         "gradient_logits_fn": lower,
     }
     attacks = [attack for named in protocols.values() for attack in named.values()]
     command_line.tell(attack_notices(attacks, test.images.shape[1:]))
+    options = {"batch_size": batch_size, "show_progress": FLAGS.progress, **what}
+    plan = plan_evaluation(network, test, protocols, **what)
+    name = prefix + evaluation_name(plan | {"settings": settings | plan["settings"]})
+    output_dir = Path(FLAGS.output_dir or folder / name)
     if FLAGS.worker:
         compute_batches(network, test, protocols, open_state(output_dir, network), **options)
         return None
+    claim_output_dir(output_dir, plan)
+    if FLAGS.store_adv_path:
+        claim_file(Path(FLAGS.store_adv_path), evaluation_identity(plan), "--store_adv_path")
     print_estimate(network, test, protocols, batch_size=batch_size)
     if FLAGS.num_workers > 1:
         run_workers(output_dir, followed_dtype(lower))
     _, result = evaluate_protocols(
-        network, test, protocols, output_dir, settings=settings, store=store, **options
+        network,
+        test,
+        protocols,
+        output_dir,
+        settings=settings,
+        store=functools.partial(store, plan),
+        **options,
     )
-    return result
+    return output_dir, result
 
 
-def _store(images, dataset=None, challenge=None) -> None:
+def _store(plan, images, dataset=None, challenge=None) -> None:
     """Write the worst-case images where --store_adv_path says, if it does."""
     from logit_reg.files import write_array
+    from logit_reg.ledger import evaluation_identity
+    from logit_reg_scripts.evaluations import note_file
     from logit_reg_scripts.submissions import write_adversarial
 
-    if FLAGS.store_adv_path and challenge is not None:
-        write_adversarial(Path(FLAGS.store_adv_path), images, dataset, challenge)
-    elif FLAGS.store_adv_path:
-        write_array(FLAGS.store_adv_path, images)
+    if not FLAGS.store_adv_path:
+        return
+    path = Path(FLAGS.store_adv_path)
+    if challenge is not None:
+        write_adversarial(path, images, dataset, challenge)
+    else:
+        write_array(path, images)
+    note_file(path, evaluation_identity(plan))
 
 
-def _protocols(model, challenge):
+def _print_next(is_strong, output_dir, count, model, run_folder=None) -> None:
+    """AutoAttack on the same model and data, or, after that, the table."""
+    from logit_reg_scripts.sources import RUNS
+
+    if is_strong:
+        above = [folder.resolve() for folder in output_dir.parents]
+        shown = output_dir
+        if run_folder is not None and run_folder.resolve() in above:
+            shown = run_folder
+        is_in_runs = RUNS.resolve() in above
+        command_line.print_next("report", {} if is_in_runs else {"runs": shown})
+        return
+    names = ["data", "bounds", "dataset", "data_dir", "data_path"]
+    if FLAGS.model:
+        names += ["norm", "epsilon"]
+    flags = model | {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    flags |= {"protocol": "autoattack", "num_eval_examples": min(count, _MOST_AUTOATTACKED)}
+    command_line.print_next("eval_challenge", flags)
+
+
+def challenge_protocols(challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
+    from logit_reg.ledger import FLAGS_PROTOCOL
     from logit_reg.protocols import any_threat_attacks, protocol_attacks
     from logit_reg_scripts.attack_flags import attack_from_flags, challenge_threat
 
@@ -212,16 +288,17 @@ def _protocols(model, challenge):
         name = challenge.protocol
         print(f"protocol: {name}, the challenge's own (choose with --protocol)")
         return {name: protocol_attacks(name, challenge)}
-    return {"flags": attack_from_flags(challenge_threat(challenge), challenge)}
+    return {FLAGS_PROTOCOL: attack_from_flags(challenge_threat(challenge), challenge)}
 
 
 def _own_protocols(threat, num_classes):
     """Attacks by protocol and name on a threat model of the user's own."""
+    from logit_reg.ledger import FLAGS_PROTOCOL
     from logit_reg.protocols import any_threat_attacks
     from logit_reg_scripts.attack_flags import attack_from_flags
 
     if not FLAGS.protocol:
-        return {"flags": attack_from_flags(threat, None)}
+        return {FLAGS_PROTOCOL: attack_from_flags(threat, None)}
     names = [name.strip() for name in FLAGS.protocol]
     _refuse_frozen(names, flag_groups.given_attack_flags())
     return {name: any_threat_attacks(name, threat, num_classes) for name in names}
@@ -252,15 +329,6 @@ def _is_contaminated(model, name) -> bool:
             "training images: the numbers are of no value and never enter a table."
         )
     return contaminated
-
-
-def _output_dir(model, protocols) -> Path:
-    if FLAGS.output_dir:
-        return Path(FLAGS.output_dir)
-    name = "-".join(protocols)
-    if model.run is not None:
-        return model.path / "evaluations" / name
-    return Path("runs/evaluations") / f"{model.path.stem}-{name}"
 
 
 def run() -> None:

@@ -1,6 +1,7 @@
 """An evaluation from start to ledger: hash, estimate, attack, write, show."""
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ from logit_reg.evaluation import (
     predict,
 )
 from logit_reg.evaluation_state import EvaluationState
-from logit_reg.files import write_arrays
-from logit_reg.ledger import build_result, write_ledger
+from logit_reg.files import read_json, write_arrays, write_json
+from logit_reg.ledger import build_result, evaluation_identity, planned_result, write_ledger
 from logit_reg.protocols import left_out
 from logit_reg.published import published_accuracies
 from logit_reg.text_columns import aligned
@@ -33,6 +34,15 @@ from madry_compat.data import Dataset
 
 # Images kept with the ledger, for people to look at.
 _EXAMPLES = 10
+# Differences that a refusal lists.
+_MOST_DIFFERENCES = 4
+_SHA256_DIGITS = 64
+
+NAME_DIGITS = 6
+"""Digits of a hash that tell networks, or data, of the same name apart."""
+
+EVALUATIONS = "evaluations"
+"""Folder, in a run's or in `runs`, of its evaluations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +80,8 @@ def evaluate_protocols(
 ) -> tuple[Evaluation, dict]:
     """Evaluate a network, write `result.json`, `ledger.csv` and `examples.npz`.
 
-    Finished batches are kept in `output_dir/.state` until the results are written, so that the
-    same call goes on after a kill.
+    A folder with a result of other settings is refused. Finished batches are kept in
+    `output_dir/.state` until the results are written, so that the same call goes on after a kill.
 
     Args:
         network: images in pixel units -> logits.
@@ -88,7 +98,19 @@ def evaluate_protocols(
 
     Returns:
         The evaluation and the content of `result.json`.
+
+    Raises:
+        UsageError: if the folder holds another evaluation.
     """
+    plan = plan_evaluation(
+        network,
+        test,
+        protocols,
+        seed=seed,
+        worst_case_only=worst_case_only,
+        gradient_logits_fn=gradient_logits_fn,
+    )
+    claim_output_dir(output_dir, plan)
     state = open_state(output_dir, network)
     evaluation = compute_batches(
         network,
@@ -116,26 +138,182 @@ def evaluate_protocols(
         dataset=test.dataset,
         settings={
             **settings,
-            "network_sha256": state.key,
-            "images_sha256": content_hash(test.images),
+            **plan["settings"],
             "eval_batch_size": batch_size,
-            "worst_case_only": worst_case_only,
-            "attack_dtype": precision.followed_dtype(gradient_logits_fn),
             "versions": versions(),
             "commit": commit(),
         },
         seed=seed,
     )
     every = [attack for attacks in protocols.values() for attack in attacks.values()]
-    result.setdefault("notices", []).extend(
-        dataclasses.asdict(found) for found in attack_notices(every, test.images.shape[1:])
-    )
+    units = attack_notices(every, test.images.shape[1:])
+    result["notices"] += [dataclasses.asdict(found) for found in units]
+    result["notices"] += training_notices(settings.get("training"))
     _write_examples(output_dir, network, evaluation, test, batch_size)
     write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
     if store is not None:
         store(evaluation.adversarial)
+    _claim_file(output_dir).unlink(missing_ok=True)
     state.clear()
     return evaluation, result
+
+
+def training_notices(training: Mapping[str, int] | None) -> list[dict]:
+    """What to say of a network whose training was to go on.
+
+    Args:
+        training: "steps_done" and "steps_planned"; None for a network from elsewhere.
+
+    Returns:
+        Notices for `result.json`: name, message and value.
+    """
+    if not training or training["steps_done"] >= training["steps_planned"]:
+        return []
+    done, planned = training["steps_done"], training["steps_planned"]
+    message = (
+        f"this run is unfinished: its network has {done:,} of {planned:,} training steps; "
+        f"the command that began it goes on"
+    )
+    return [{"name": "unfinished_run", "message": message, "value": done}]
+
+
+def plan_evaluation(
+    network: keras.Model,
+    test: TestImages,
+    protocols: Mapping[str, Mapping[str, Attack]],
+    *,
+    seed: int,
+    worst_case_only: bool = False,
+    gradient_logits_fn: LowPrecision | None = None,
+) -> dict:
+    """What an evaluation is, before it is made; see `logit_reg.ledger.planned_result`.
+
+    Args:
+        network: images in pixel units -> logits.
+        test: what to attack.
+        protocols: attacks by protocol and name.
+        seed: of the attacks.
+        worst_case_only: see `logit_reg.evaluation.evaluate`.
+        gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
+    """
+    return planned_result(
+        protocols,
+        dataset=test.dataset,
+        num_examples=len(test.images),
+        settings={
+            "network_sha256": network_hash(network),
+            "images_sha256": content_hash(test.images),
+            "labels_sha256": content_hash(test.labels),
+            "worst_case_only": worst_case_only,
+            "attack_dtype": precision.followed_dtype(gradient_logits_fn),
+        },
+        seed=seed,
+    )
+
+
+def network_name(path: Path, network: keras.Model, data: str) -> str:
+    """Name of the folder of what was made of a network from elsewhere on some data.
+
+    Args:
+        path: where the network came from.
+        network: its content tells networks of the same name apart.
+        data: name of the data.
+    """
+    return f"{path.stem or 'model'}-{network_hash(network)[:NAME_DIGITS]}-{data}"
+
+
+def claim_output_dir(output_dir: Path, plan: dict) -> None:
+    """Note in a folder which evaluation is made there.
+
+    Args:
+        output_dir: made if need be.
+        plan: of `plan_evaluation`.
+
+    Raises:
+        UsageError: if the folder holds the result, or finished batches, of another evaluation.
+    """
+    wanted = evaluation_identity(plan)
+    claim = _claim_file(output_dir)
+    if (output_dir / "result.json").exists():
+        held = evaluation_identity(read_json(output_dir / "result.json"))
+        refuse_other_settings(output_dir, held, wanted, "--output_dir")
+    if claim.exists():
+        refuse_other_settings(output_dir, read_json(claim), wanted, "--output_dir")
+    write_json(claim, wanted)
+
+
+def refuse_other_settings(place: Path, held: Mapping, wanted: Mapping, flag: str) -> None:
+    """Refuse to write over what was made with other settings.
+
+    Args:
+        place: the folder or file to write.
+        held: settings of what is there, by name; what is unknown of it is left out.
+        wanted: settings of what is to be written.
+        flag: with which another place is chosen.
+
+    Raises:
+        UsageError: if a setting differs, with what and what to do.
+    """
+    differences = _differences(held, json.loads(json.dumps(wanted)))
+    if differences:
+        shown = ", ".join(differences[:_MOST_DIFFERENCES])
+        more = len(differences) - _MOST_DIFFERENCES
+        raise UsageError(
+            f"{place} holds what was made with other settings ({shown}"
+            f"{f' and {more} more' if more > 0 else ''}); choose another {flag}, or remove it "
+            f"to start anew."
+        )
+
+
+def claim_file(path: Path, wanted: Mapping, flag: str) -> None:
+    """Refuse to write over a file without a record of its settings that fits, see `note_file`.
+
+    Args:
+        path: the file to write.
+        wanted: settings of what is to be written.
+        flag: with which another file is chosen.
+
+    Raises:
+        UsageError: if the file is there and was made with other settings, or does not say how.
+    """
+    record = _record_beside(path)
+    if not path.exists():
+        return
+    if not record.exists():
+        raise UsageError(
+            f"{path} is there already and does not say how it was made; choose another {flag}, or "
+            f"remove it."
+        )
+    refuse_other_settings(path, read_json(record), wanted, flag)
+
+
+def note_file(path: Path, settings: Mapping) -> None:
+    """Write beside a file, as `FILE.json`, the settings that it was made with."""
+    write_json(_record_beside(path), settings)
+
+
+def _record_beside(path):
+    return path.with_name(f"{path.name}.json")
+
+
+def _claim_file(output_dir):
+    return state_folder(output_dir) / "evaluation.json"
+
+
+def _differences(held, wanted, prefix=""):
+    found = []
+    for name, value in wanted.items():
+        before = held.get(name, value)
+        if before == value:
+            continue
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            found += _differences(before, value, f"{prefix}{name}.")
+        elif isinstance(value, str) and len(value) == _SHA256_DIGITS:
+            found.append(f"other {prefix}{name}")
+        else:
+            found.append(f"{prefix}{name} {before} -> {value}")
+    # The names say more than the settings that go with them.
+    return found
 
 
 def compute_batches(

@@ -17,6 +17,10 @@ PGD_FLAGS = ("num_steps", "step_size", "random_start", "loss_func", "confidence"
 ATTACK_FLAGS = (*THREAT_FLAGS, *PGD_FLAGS)
 
 
+TRIAL_EXAMPLES = 10
+"""Most images of an evaluation with --trial."""
+
+
 def define_model_flag() -> None:
     """The network to look at."""
     flags.DEFINE_string(

@@ -7,6 +7,7 @@ restarts, and histograms of the final losses. --redraw makes figures from the ar
 call, without a model.
 """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -69,9 +70,12 @@ def main() -> None:
 
 def _compute():
     from logit_reg.curves import CurveSettings, save_curves
+    from logit_reg.evaluation import content_hash, network_hash
+    from logit_reg.files import read_json
     from logit_reg.landscape import Landscape, compare, save_comparison
     from logit_reg.units import attack_notices, threat_notices
     from logit_reg_scripts.attack_flags import challenge_threat
+    from logit_reg_scripts.evaluations import refuse_other_settings
     from logit_reg_scripts.sources import dataset_for, load_model, load_split
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
@@ -114,16 +118,31 @@ def _compute():
         "show_progress": FLAGS.progress,
     }
     provenance = {"dataset": dataset_name, "canonical": dataset.canonical}
+    content = {
+        "images_sha256": content_hash(images, labels),
+        "networks_sha256": {n: network_hash(network) for n, network in networks.items()},
+    }
+    output_dir = Path(FLAGS.output_dir)
+    record = output_dir / "landscape.json"
+    if record.exists():
+        wanted = {
+            "models": list(networks),
+            "landscape": dataclasses.asdict(landscape),
+            "seed": FLAGS.random_seed,
+            "num_examples": count,
+            **provenance,
+            **content,
+        }
+        refuse_other_settings(output_dir, read_json(record), wanted, "--output_dir")
     comparison = compare(
         landscape,
         networks,
         images,
         labels,
         chosen=_examples(),
-        settings=provenance | {"paths": [str(model.path) for model in models]},
+        settings=provenance | content | {"paths": [str(model.path) for model in models]},
         **options,
     )
-    output_dir = Path(FLAGS.output_dir)
     save_comparison(comparison, output_dir / "landscape.npz")
     curves = {}
     for i, (name, network) in enumerate(networks.items() if FLAGS.curves else ()):

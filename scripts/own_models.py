@@ -6,9 +6,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from logit_reg.evaluation import content_hash
 from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line
 from logit_reg_scripts.command_line import FLAGS, UsageError
+from logit_reg_scripts.evaluations import NAME_DIGITS, network_name
 from logit_reg_scripts.sources import load_keras, load_own_images
 
 _NEEDED = ("model", "data", "bounds", "epsilon")
@@ -24,6 +26,7 @@ class OwnModel:
         images: (N, H, W, C) float32, in the pixel units of the bounds.
         labels: (N,) int64.
         path: the .npz file of the images.
+        digest: of the content of that file.
     """
 
     network: keras.Model
@@ -31,11 +34,12 @@ class OwnModel:
     images: np.ndarray
     labels: np.ndarray
     path: Path
+    digest: str
 
     @property
     def name(self) -> str:
-        """Name of the folder of its results."""
-        return f"{Path(FLAGS.model).stem}-{self.path.stem}"
+        """Name of the folder of its results: network and images, told apart by their content."""
+        return network_name(Path(FLAGS.model), self.network, f"{self.path.stem}-{self.digest}")
 
 
 def load_own_model() -> OwnModel:
@@ -74,7 +78,8 @@ def load_own_model() -> OwnModel:
             f"{'; these count from 1: subtract 1' if from_one else ''}."
         )
     count = command_line.num_examples(FLAGS.num_eval_examples, len(images))
-    return OwnModel(network, threat, images[:count], labels[:count], path)
+    digest = content_hash(images, labels)[:NAME_DIGITS]
+    return OwnModel(network, threat, images[:count], labels[:count], path, digest)
 
 
 def _bounds() -> tuple[float, float]:

@@ -1,18 +1,20 @@
 """Make tables and figures from runs and their ledgers.
 
-Prints the table of the runs named with --runs, in their order; --page writes a self-contained
-page with figures; --readme puts the table between the markers of a Markdown file. --against draws
-a sweep instead: its accuracies against a setting of the training, such as beta, against
-training_step or against attack_steps.
+With nothing else it prints the table of all runs in runs/; --runs names runs, in their order, and
+folders of runs. Networks that were evaluated and not trained here have a row, too. --page writes a
+self-contained page with figures; --readme puts the table between the markers of a Markdown file.
+--against draws a sweep instead: its accuracies against a setting of the training, such as beta,
+against training_step or against attack_steps.
 
 --compare takes two evaluations of the same images instead, as
 --compare=runs/a/strong,runs/b/strong; --leaderboard ranks the model cards in --checkpoints;
 --stamp adds the hash of each ledger to results of the first version.
 """
 
-import re
+import itertools
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from logit_reg_scripts import command_line, flag_effects
@@ -42,7 +44,7 @@ def check_flags() -> None:
 def main() -> None:
     """Report as the flags say."""
     wanted = [name for name in ("runs", "compare", "leaderboard") if FLAGS[name].value]
-    if len(wanted) != 1:
+    if len(wanted) > 1:
         raise UsageError(
             "give one of --runs=runs/a,runs/b, --compare=A,B and --leaderboard=FILE.html."
         )
@@ -62,21 +64,21 @@ def _report() -> None:
     from logit_reg.files import write_text
     from logit_reg.ledger import stamp_ledger
     from logit_reg.page import write_page
-    from logit_reg.report import replace_marked_section, results_table
-    from logit_reg.runs import load_run
+    from logit_reg.report import replace_marked_section, results_table, split_by_dataset
+    from logit_reg.runs import evaluation_folders, load_run
 
     folders = _folders()
     if FLAGS.stamp:
-        for result in (path for folder in folders for path in folder.glob("*/result.json")):
-            stamp_ledger(result.parent)
+        for evaluation in (path for folder in folders for path in evaluation_folders(folder)):
+            stamp_ledger(evaluation)
     runs = [load_run(folder) for folder in folders]
     if FLAGS.against:
         from logit_reg.sweep_figures import sweep_table
 
-        table = sweep_table(runs, FLAGS.against)
+        tables = [sweep_table(runs, FLAGS.against)]
     else:
-        table = results_table(runs)
-    print(table.to_text())
+        tables = [results_table(group) for group in split_by_dataset(runs)]
+    print("\n\n".join(table.to_text() for table in tables))
     if FLAGS.export:
         _export(folders, Path(FLAGS.export))
     if FLAGS.page:
@@ -86,9 +88,12 @@ def _report() -> None:
         _draw(runs)
     if FLAGS.readme:
         path = command_line.existing_path("readme", FLAGS.readme)
+        table = tables[0] if FLAGS.against else results_table(runs)
         text = replace_marked_section(path.read_text(), FLAGS.section, table.to_markdown())
         write_text(path, text)
         print(f"table: {path}, section {FLAGS.section}")
+    if pair := _pair_to_compare(folders, runs):
+        command_line.print_next("report", {"compare": pair})
 
 
 def _draw(runs) -> None:
@@ -116,30 +121,43 @@ def _compare() -> None:
     print(comparison_table(found, str(result_a.get("dataset"))).to_text())
 
 
+def _pair_to_compare(folders, runs) -> list[Path] | None:
+    """Two evaluations on the same images: the strongest of two runs, else two of one run."""
+    from logit_reg.report import shown_evaluations, strongest
+
+    places = list(zip(folders, runs, strict=True))
+    strong = [
+        (folder / name, evaluation, evaluation.label)
+        for folder, run in places
+        for name, evaluation in shown_evaluations(run).items()
+        if strongest(run) is evaluation
+    ]
+    candidates = [strong]
+    # Of one run, the attacks differ: each evaluation stands for its own.
+    candidates += [
+        [(folder / name, evaluation, "") for name, evaluation in shown_evaluations(run).items()]
+        for folder, run in places
+    ]
+    for found in candidates:
+        for (path_a, a, label_a), (path_b, b, label_b) in itertools.combinations(found, 2):
+            on_same = a.dataset == b.dataset and np.array_equal(a.ledger.index, b.ledger.index)
+            if on_same and label_a == label_b:
+                return [path_a, path_b]
+    return None
+
+
 def _folders() -> list[Path]:
-    if not FLAGS.runs:
-        raise UsageError("--runs is missing; name folders of runs, as --runs=runs/a,runs/b.")
+    from logit_reg.runs import run_folders
+    from logit_reg_scripts.sources import RUNS
+
+    if not FLAGS.runs and not RUNS.is_dir():
+        raise UsageError(f"there is no {RUNS}/ here; name folders of runs, as --runs=a,b.")
     folders = []
-    for name in FLAGS.runs:
-        folders += _runs_in(command_line.existing_path("runs", name))
-    return folders
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """A run, or the runs in its subfolders: in their order.txt, else by number, then name."""
-    if (folder / "run.json").exists():
-        return [folder]
-    order = folder / "order.txt"
-    if order.exists():
-        return [folder / name for name in order.read_text().split()]
-
-    def by_number(path):
-        words = re.split(r"(\d+(?:\.\d+)?)", path.name)
-        return [(0.0, word) if i % 2 == 0 else (float(word), "") for i, word in enumerate(words)]
-
-    folders = sorted((path.parent for path in folder.glob("*/run.json")), key=by_number)
-    if not folders:
-        raise UsageError(f"--runs={folder}: no runs (run.json) there.")
+    for name in FLAGS.runs or [str(RUNS)]:
+        found = run_folders(command_line.existing_path("runs", name))
+        if not found:
+            raise UsageError(f"--runs={name}: no runs (run.json) and no evaluations there.")
+        folders += found
     return folders
 
 
@@ -147,16 +165,46 @@ def _export(folders: list[Path], destination: Path) -> None:
     from logit_reg.files import write_text
     from logit_reg.runs import export_run
 
-    names = [folder.name for folder in folders]
+    names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         # Runs of several sweeps.
-        names = [f"{folder.resolve().parent.name}-{folder.name}" for folder in folders]
+        names = [f"{folder.resolve().parent.name}-{folder.resolve().name}" for folder in folders]
     if len(set(names)) < len(names):
         raise UsageError("--runs names a run twice; --export needs a folder for each.")
-    for folder, name in zip(folders, names, strict=True):
-        export_run(folder, destination / name)
+    pairs = [(folder, destination / name) for folder, name in zip(folders, names, strict=True)]
+    _refuse_other_runs(pairs, destination)
+    for folder, place in pairs:
+        export_run(folder, place)
     write_text(destination / "order.txt", "\n".join(names) + "\n")
     print(f"ledgers: {destination}")
+
+
+def _refuse_other_runs(pairs, destination) -> None:
+    """An export goes into a folder of its own, or onto an earlier one of the same runs."""
+    from logit_reg.files import read_json
+    from logit_reg.ledger import evaluation_identity
+    from logit_reg.runs import evaluation_folders
+    from logit_reg_scripts.evaluations import refuse_other_settings
+
+    places = [place for _, place in pairs]
+    held = destination.iterdir() if destination.is_dir() else ()
+    others = sorted(path.name for path in held if path.is_dir() and path not in places)
+    if others:
+        raise UsageError(
+            f"--export={destination}: the folder holds other runs ({', '.join(others)}); choose "
+            f"another, or remove it."
+        )
+    for folder, place in pairs:
+        if (place / "run.json").exists() and (folder / "run.json").exists():
+            old, new = (
+                read_json(path / "run.json").get("settings", {}) for path in (place, folder)
+            )
+            refuse_other_settings(place, old, new, "--export")
+        for evaluation in evaluation_folders(folder):
+            copy = place / evaluation.relative_to(folder)
+            if (copy / "result.json").exists():
+                results = [read_json(path / "result.json") for path in (copy, evaluation)]
+                refuse_other_settings(copy, *map(evaluation_identity, results), "--export")
 
 
 def run() -> None:

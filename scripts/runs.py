@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import reprlib
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -39,6 +41,7 @@ from madry_compat.tf1_checkpoints import (
 )
 
 ADVERSARIES = ("none", "pgd", "free")
+_STEP_COMMENT = "training step "
 TRAIN_DTYPES = ("float32", "float64", "bfloat16")
 
 _PAPER_BATCH_SIZE = 128
@@ -376,13 +379,18 @@ def train_run(
             if extend or not (folder / "config.json").exists():
                 _write_challenge_config(folder, settings, str(model_dir))
             if settings.init_checkpoint and not saved_steps(folder):
-                start_from_checkpoint(model, Path(settings.init_checkpoint), reduction)
+                start = Path(settings.init_checkpoint)
+                step = start_from_checkpoint(model, start, reduction)
+                print(f"start: step {step} {_origin(start)}", flush=True)
 
         def export(step):
             if model.network is not network:
                 network.set_weights(model.network.get_weights())
             with atomic_path(folder / "model.keras") as temporary:
                 network.save(temporary)
+                # Within the file: it is replaced while others read it.
+                with zipfile.ZipFile(temporary, "a") as archive:
+                    archive.comment = f"{_STEP_COMMENT}{step}".encode()
             save_network(model.network, folder, step, optimizer=model.optimizer, **reduction)
 
         def remove_export(step):
@@ -400,6 +408,12 @@ def train_run(
             deterministic=deterministic,
             show_progress=show_progress,
         )
+
+
+def _origin(checkpoint: Path) -> str:
+    if has_training_state(checkpoint):
+        return f"of {checkpoint}, with its optimiser's state"
+    return f"with the weights of {checkpoint}, which holds no optimiser's state"
 
 
 def _write_challenge_config(folder: Path, settings: RunSettings, model_dir: str) -> None:
@@ -474,13 +488,24 @@ def read_run(model_dir: Path) -> RunSettings:
     names = {field.name for field in dataclasses.fields(RunSettings)}
     if not isinstance(settings, dict) or not set(settings) <= names or "dataset" not in settings:
         raise ValueError(f"{path}: not the settings of a run of this version.")
-    lists = {name: _as_tuples(value) for name, value in settings.items()}
+    lists = {name: as_tuples(value) for name, value in settings.items()}
     try:
         run = RunSettings(**lists)
         _check_settings(run)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return run
+
+
+def step_of_network(path: Path) -> int | None:
+    """The training step that a run's `model.keras` says it is of; None if it does not say."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment.decode(errors="replace")
+    except (OSError, zipfile.BadZipFile):
+        return None
+    match = re.fullmatch(rf"{_STEP_COMMENT}(\d{{1,12}})", comment)
+    return int(match[1]) if match else None
 
 
 def versions() -> dict[str, str]:
@@ -588,5 +613,6 @@ def _has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _as_tuples(value):
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+def as_tuples(value):
+    """A value read from JSON with tuples for its lists, as the settings have them."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,15 +1,17 @@
 """What a command works on: which data set, which network."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import keras
 import numpy as np
 
 from logit_reg.files import read_arrays, read_json
+from logit_reg.state import saved_steps
 from logit_reg_scripts.command_line import FLAGS, UsageError, advice, existing_path, notice
 from logit_reg_scripts.keras_files import read_keras
-from logit_reg_scripts.runs import RunSettings, read_run
+from logit_reg_scripts.runs import RunSettings, read_run, step_of_network
 from madry_compat.bundle_index import is_bundle_file
 from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
 from madry_compat.data import NAMES, Dataset, is_available, load
@@ -39,6 +41,10 @@ class Model:
     """Where the run had its data from."""
     release: str | None = None
     """Which released model it is, such as "mnist/secret", where a hash proves it."""
+    folder: Path | None = None
+    """Folder of the run that it belongs to, if it does."""
+    finished_steps: int | None = None
+    """Training steps of this very network, if it is of a run and they are known."""
 
     @property
     def usable_data_dir(self) -> str | None:
@@ -128,9 +134,10 @@ def load_model(value: str | None, flag: str = "model_dir") -> Model:
     if value is None:
         notice(f"model: {path}, the newest run (choose with --model_dir)")
     if (path / "model.keras").is_file():
-        run = read_run(path) if (path / "run.json").is_file() else None
-        data_dir = read_json(path / "run.json").get("data_dir") if run else None
-        return Model(load_keras(path / "model.keras"), path, run, data_dir)
+        if not (path / "run.json").is_file():
+            return Model(load_keras(path / "model.keras"), path, None)
+        network, step = _load_with_step(path)
+        return _model_of_run(network, path, path, step)
     if not path.exists() and not Path(f"{path}.index").exists():
         raise UsageError(f"--{flag}={value}: no such file, folder or checkpoint prefix.")
     if (path / "saved_model.pb").is_file():
@@ -142,7 +149,28 @@ def load_model(value: str | None, flag: str = "model_dir") -> Model:
             f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
             f"at its first checkpoint."
         )
+    checkpoint = re.fullmatch(r"checkpoint-(\d{1,12})", path.name)
+    if checkpoint and (path.parent / "run.json").is_file():
+        return _model_of_run(load_network(path), path, path.parent, int(checkpoint[1]))
     return Model(load_network(path), path, None, release=identify_release(path))
+
+
+def _model_of_run(network, path, folder, step) -> Model:
+    data_dir = read_json(folder / "run.json").get("data_dir")
+    return Model(network, path, read_run(folder), data_dir, folder=folder, finished_steps=step)
+
+
+def _load_with_step(folder: Path) -> tuple[keras.Model, int | None]:
+    """The network of a run and its step, of one and the same file while training goes on."""
+    path = folder / "model.keras"
+    step = step_of_network(path)
+    while True:
+        network, before = load_keras(path), step
+        step = step_of_network(path)
+        if step == before:
+            break
+    # Earlier versions did not write it; the checkpoint beside is of the same step.
+    return network, max(saved_steps(folder), default=None) if step is None else step
 
 
 def load_keras(path: Path) -> keras.Model:

@@ -3,13 +3,14 @@
 Takes all flags of train.py, for every run, and a --grid of flags that differ, as
 --grid="beta=0.5,1,2;sigma=0,0.3"; several grids add up. Each --evaluate names an evaluation and
 gives the flags of eval_challenge.py, as --evaluate="strong: --protocol=autoattack"; report.py
-takes `evaluation` and `strong` for the columns of its table. A file of flags, one a line, is
-given with --flagfile.
+takes its columns from the protocols, whatever the names. A file of flags, one a line, is given
+with --flagfile.
 
 Stop it with Ctrl-C or kill it; the same command goes on: what is done is not done again.
 
---max_num_training_steps=200 cuts any sweep short, to try it out: it wins over the grids', and
-checkpoints beyond it are not evaluated.
+--trial tries any sweep out: 20 steps of the narrowest network and 10 images an evaluation, in a
+folder of its own. --max_num_training_steps=200 cuts the training short and nothing else: it wins
+over the grids', and checkpoints beyond it are not evaluated.
 """
 
 import functools
@@ -35,6 +36,11 @@ flags.DEFINE_string(
     "every --evaluate at each value of a flag of eval_challenge.py, as num_steps=1,10,100, or of "
     "checkpoint, as checkpoint=1000,2000",
 )
+flags.DEFINE_bool(
+    "trial",
+    False,
+    "to try the command out: 20 steps, the narrowest network, 10 images; --sweep_dir gets -trial",
+)
 flags.DEFINE_enum("runner", "local", ["local", "ray"], "this machine, or a Ray cluster")
 flags.DEFINE_integer("num_parallel", 1, "--runner=local: runs at a time", lower_bound=1)
 flags.DEFINE_float("num_cpus", 1, "--runner=ray: cores that a run reserves", lower_bound=0)
@@ -43,6 +49,8 @@ flags.DEFINE_integer("retries", 2, "how often a run that failed is tried again",
 
 # Given beside a grid that has it too, this flag wins.
 _LENGTH = "max_num_training_steps"
+_WIDTH = "width"
+_TRIAL_STEPS = 20
 # What an evaluation has to know of the training's data.
 _DATA_FLAGS = ("dataset", "data_dir", "data_path", "download")
 
@@ -83,6 +91,7 @@ def main() -> None:
         runner = functools.partial(run_on_ray, num_cpus=FLAGS.num_cpus, num_gpus=FLAGS.num_gpus)
     else:
         runner = functools.partial(run_local, num_parallel=FLAGS.num_parallel)
+    _print_estimate(jobs)
     table = _LiveTable(jobs)
     statuses = run_sweep(jobs, runner, retries=FLAGS.retries, show=table.show)
     if not table.is_live:
@@ -94,7 +103,7 @@ def main() -> None:
         )
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed; the same command goes on.")
-    print(f"next: python scripts/report.py --runs={FLAGS.sweep_dir}")
+    command_line.print_next("report", {"runs": _sweep_dir()})
 
 
 def sweep_jobs() -> list:
@@ -114,6 +123,11 @@ def sweep_jobs() -> list:
         raise UsageError("--model_dir names one run; --sweep_dir is the folder of a sweep's.")
     given = _given_flags()
     points = [point for text in FLAGS.grid or [""] for point in expand_grid(text)]
+    num_steps = FLAGS[_LENGTH].value
+    if FLAGS.trial:
+        num_steps = min(num_steps or _TRIAL_STEPS, _TRIAL_STEPS)
+        given[_LENGTH] = f"--{_LENGTH}={num_steps}"
+        given.pop(_WIDTH, None)
     if _LENGTH in given:
         points = [{k: v for k, v in point.items() if k != _LENGTH} for point in points]
     names = [point_name(point) for point in points]
@@ -121,15 +135,17 @@ def sweep_jobs() -> list:
         raise UsageError("the grids have a run in common; name each once.")
     for point in points:
         _check_point(point, given)
-    evaluations = _evaluations(_evaluation_points(FLAGS[_LENGTH].value), point_name)
+    evaluations = _evaluations(_evaluation_points(num_steps), point_name)
     _check_evaluations(points, given, [words for _, words in evaluations])
     jobs = []
     here = Path.cwd()
     for name, point in zip(names, points, strict=True):
-        folder = Path(FLAGS.sweep_dir).expanduser().absolute() / name
+        folder = _sweep_dir().expanduser().absolute() / name
         # Relative, so that the record of a sweep that moves with its folder still holds.
-        model_dir = str(Path(FLAGS.sweep_dir) / name)
+        model_dir = str(_sweep_dir() / name)
         all_flags = given | {flag: f"--{flag}={value}" for flag, value in point.items()}
+        if FLAGS.trial and (point.get("dataset") or FLAGS.dataset or "").startswith("cifar"):
+            all_flags[_WIDTH] = f"--{_WIDTH}=1"
         data = [all_flags[flag] for flag in _DATA_FLAGS if flag in all_flags]
         training = [*all_flags.values(), f"--model_dir={model_dir}", "--noprogress"]
         steps = [Step("train", ("-m", "logit_reg_scripts.train", *training), "model.keras")]
@@ -140,6 +156,57 @@ def sweep_jobs() -> list:
             steps.append(Step(evaluation, command, f"{evaluation}/result.json"))
         jobs.append(Job(name, folder, here, tuple(steps)))
     return jobs
+
+
+def _sweep_dir() -> Path:
+    return Path(f"{FLAGS.sweep_dir.rstrip('/')}-trial" if FLAGS.trial else FLAGS.sweep_dir)
+
+
+def _print_estimate(jobs) -> None:
+    """How long what is left takes; another process measures, which has TensorFlow."""
+    from logit_reg.durations import in_words
+    from logit_reg.sweep import pending_steps
+
+    asked: dict[str, list] = {"trainings": [], "evaluations": []}
+    pending = {job.name: pending_steps(job) for job in jobs}
+    for job in jobs:
+        settings = _training_of(job)
+        for step in pending[job.name]:
+            if step is job.steps[0]:
+                asked["trainings"].append(settings)
+            else:
+                asked["evaluations"].append((settings, step.arguments[2:]))
+    num_runs = sum(map(bool, pending.values()))
+    if not num_runs:
+        return
+    command = [sys.executable, "-m", "logit_reg_scripts.sweep_estimate"]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(_last_line(done.stderr))
+    training, evaluations = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"estimate: about {in_words(training + evaluations)} for {num_runs} runs, one after the "
+        f"other: training {in_words(training)}, evaluations at most {in_words(evaluations)}",
+        flush=True,
+    )
+
+
+def _training_of(job) -> dict:
+    """The values of the flags that a job's training is called with."""
+    values = {}
+    for word in job.steps[0].arguments[2:]:
+        name, is_given, value = word.removeprefix("--").partition("=")
+        if not is_given:
+            value = str(name in FLAGS)
+            name = name if name in FLAGS else name.removeprefix("no")
+        values[name] = FLAGS[name].parser.parse(value)
+    values["step_size_schedule"] = train.schedule(values.get("step_size_schedule"))
+    values["keep_checkpoint_steps"] = train.steps(values.get("keep_checkpoint_steps"))
+    return values
+
+
+def _last_line(text):
+    return (text.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
 
 
 def _given_flags() -> dict[str, str]:
@@ -181,7 +248,10 @@ def _evaluation_points(num_training_steps):
     if beyond:
         names = ", ".join(map(point_name, beyond))
         command_line.notice(f"not evaluated, beyond {num_training_steps} steps: {names}")
-    return [point for point in points if point not in beyond]
+    kept = [point for point in points if point not in beyond]
+    # A trial tries every kind of evaluation.
+    last = {"checkpoint": str(num_training_steps)}
+    return kept or ([point | last for point in beyond[:1]] if FLAGS.trial else [])
 
 
 def _checkpoint(point):
@@ -192,6 +262,7 @@ def _checkpoint(point):
 def _evaluations(points, point_name):
     """Name and flags of each evaluation of a run."""
     found = {}
+    cut = ["--trial"] if FLAGS.trial else []
     for text in FLAGS.evaluate:
         match = re.fullmatch(r"\s*(\w+):\s*(--.*)", text)
         if not match:
@@ -205,6 +276,7 @@ def _evaluations(points, point_name):
             found[name] = [
                 *shlex.split(match[2]),
                 *(_evaluation_flag(*pair) for pair in point.items()),
+                *cut,
             ]
     return list(found.items())
 
@@ -225,8 +297,7 @@ def _check_evaluations(points, given, lines):
     words = json.dumps([sorted(datasets), *lines])
     found = subprocess.run([sys.executable, "-c", _CHECK, words], capture_output=True, text=True)
     if found.returncode:
-        message = (found.stderr.strip().splitlines() or ["cannot be checked"])[-1]
-        raise UsageError(f"--evaluate: {message.removeprefix('error: ')}")
+        raise UsageError(f"--evaluate: {_last_line(found.stderr)}")
 
 
 class _LiveTable:

@@ -178,8 +178,8 @@ def _train() -> None:
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
     if dataset is None and config is None and given["max_num_training_steps"] is None:
         given["max_num_training_steps"] = _BARE_STEPS
-    given["step_size_schedule"] = _schedule(FLAGS.step_size_schedule)
-    given["keep_checkpoint_steps"] = _steps(FLAGS.keep_checkpoint_steps)
+    given["step_size_schedule"] = schedule(FLAGS.step_size_schedule)
+    given["keep_checkpoint_steps"] = steps(FLAGS.keep_checkpoint_steps)
     if FLAGS.extend:
         given["ramp_steps"] = _ramp_of_extended_run(given["ramp_steps"])
     given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
@@ -212,8 +212,8 @@ def _train() -> None:
             f"{settings.init_checkpoint} is of step {step} already: nothing was trained; give a "
             f"larger --max_num_training_steps than {settings.max_num_training_steps}."
         )
-    print(f"done: {model_dir / 'model.keras'}; next: python scripts/eval_challenge.py", end="")
-    print(f" --model_dir={model_dir}" if FLAGS.model_dir else "")
+    print(f"done: {model_dir / 'model.keras'}")
+    command_line.print_next("eval_challenge", {"model_dir": model_dir})
 
 
 def _ramp_of_extended_run(ramp_steps: int | None) -> int | None:
@@ -272,7 +272,8 @@ def _warn_of_collapse(settings) -> None:
         )
 
 
-def _schedule(value):
+def schedule(value):
+    """The pairs that --step_size_schedule says."""
     if not isinstance(value, str):
         return value
     try:
@@ -284,7 +285,8 @@ def _schedule(value):
         ) from error
 
 
-def _steps(value):
+def steps(value):
+    """The steps that --keep_checkpoint_steps names."""
     if value is None:
         return None
     if not all(step.strip().isdigit() for step in value):

@@ -69,7 +69,7 @@ def test_the_bare_evaluation_command_takes_the_newest_run(bare):
     assert "the newest run" in process.stderr
     assert "protocol: madry-mnist" in process.stdout
     assert "PGD flatters this family, run --protocol=autoattack" in process.stdout
-    output = the_run(folder) / "evaluations" / "madry-mnist"
+    output = the_run(folder) / "evaluations" / "madry-mnist-n20"
     result = json.loads((output / "result.json").read_text())
     with (output / "ledger.csv").open() as file:
         rows = list(csv.DictReader(file))

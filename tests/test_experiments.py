@@ -54,8 +54,8 @@ for words in json.loads(sys.argv[1]):
         FLAGS[name].unparse()
     FLAGS(["", *words])
     given = {name: FLAGS[name].value for name in names if name in FLAGS}
-    given["step_size_schedule"] = train._schedule(FLAGS.step_size_schedule)
-    given["keep_checkpoint_steps"] = train._steps(FLAGS.keep_checkpoint_steps)
+    given["step_size_schedule"] = train.schedule(FLAGS.step_size_schedule)
+    given["keep_checkpoint_steps"] = train.steps(FLAGS.keep_checkpoint_steps)
     resolve_settings(given)
 """
 
@@ -96,6 +96,28 @@ def test_every_sweep_is_cut_short_by_one_flag_at_its_end():
         assert set(lengths) == {"--max_num_training_steps=200"}
         assert evaluations
         assert not re.search(r"/checkpoint-(?!200\b)", " ".join(sum(evaluations, [])))
+
+
+def test_no_command_writes_below_results():
+    for words in COMMANDS:
+        reads = [word for word in words if word.startswith(("--runs=", "--compare=", "--redraw="))]
+        assert not any("results/" in word for word in words if word not in reads)
+
+
+@pytest.mark.slow
+def test_a_trial_cuts_every_sweep_in_training_network_and_images():
+    output = python(_PARSE, ["sweep", *([*words[2:], "--trial"] for words in SWEEPS)])
+    jobs = [job for line in output.splitlines() for job in json.loads(line)]
+    assert len(jobs) > 80
+    for train, *evaluations in jobs:
+        assert [word for word in train if "max_num_training_steps" in word] == [
+            "--max_num_training_steps=20"
+        ]
+        is_cifar = any("--dataset=cifar" in word for word in train)
+        assert [word for word in train if "--width" in word] == ["--width=1"] * is_cifar
+        assert evaluations and all("--trial" in evaluation for evaluation in evaluations)
+        assert re.search(r"--model_dir=runs/[\w-]+-trial/", " ".join(train))
+        assert not re.search(r"/checkpoint-(?!20\b)", " ".join(sum(evaluations, [])))
 
 
 def test_the_protocols_exist_and_fit_their_data():

@@ -84,18 +84,22 @@ def save_evaluation(
     write_ledger(directory, evaluation, result, np.arange(num) if indices is None else indices)
 
 
-def save_strong(
-    directory, num_correct, num_examples, *, clean=None, name="l2-pgd100-cw-x10", **settings
-):
-    attack = protocol_attacks("paper-l2", MNIST)["l2-pgd100-cw-x10"]
+def save_strong(directory, num_correct, num_examples, *, clean=None, name="autoattack", **settings):
+    attack = protocol_attacks("autoattack", MNIST)["autoattack"]
     clean = np.ones(num_examples, bool) if clean is None else clean
     save_evaluation(
         directory,
         clean,
         {name: first(num_correct, num_examples)},
-        protocols={"strong": {name: attack}},
+        protocols={name: {name: attack}},
         **settings,
     )
+
+
+def save_l2(directory, num_correct, num_examples):
+    protocols = {"paper-l2": protocol_attacks("paper-l2", "mnist")}
+    correct = {"l2-pgd100-cw-x10": first(num_correct, num_examples)}
+    save_evaluation(directory, np.ones(num_examples, bool), correct, protocols=protocols)
 
 
 def save_examples(directory, num=6, seed=0):
@@ -350,7 +354,7 @@ def test_other_pgd_lengths_get_their_own_columns(tmp_path):
 
     columns = results_table([load_run(folder)]).columns
 
-    assert columns[3:5] == ("PGD-20\nxent\nn = 10", "PGD-20\nCW\nn = 10")
+    assert columns[2:4] == ("PGD-20\nxent\nn = 10", "PGD-20\nCW\nn = 10")
 
 
 def test_a_run_measured_on_its_own_training_images_never_enters(tmp_path):
@@ -397,8 +401,8 @@ def test_runs_of_one_name_are_told_apart_by_the_settings_that_differ(tmp_path):
 
 def test_a_further_evaluation_has_a_column_and_those_of_a_grid_have_none(tmp_path):
     folder = save_run(tmp_path / "a", "a")
-    save_strong(folder / "l2", 3, 10)
-    save_strong(folder / "l2@num_steps-20", 3, 10)
+    save_l2(folder / "l2", 3, 10)
+    save_l2(folder / "l2@num_steps-20", 3, 10)
 
     table = results_table([load_run(folder)])
 
@@ -453,7 +457,7 @@ def test_a_point_of_a_sweep_is_counted_from_its_ledger(tmp_path):
     found = {(p.x, p.curve): p.accuracy.percent for p in points}
     assert found[0.5, "clean, n = 500"] == 99.0
     assert found[10.0, "PGD-40, worst of xent and CW, n = 500"] == pytest.approx(42.0)
-    assert found[12.0, "l2-pgd100-cw-x10, n = 100"] == 3.0
+    assert found[12.0, "AutoAttack, n = 100"] == 3.0
     assert [p.x for p in points] == sorted(p.x for p in points)
     assert {p.panel for p in points} == {""}
 

@@ -412,10 +412,16 @@ def test_a_model_without_a_published_hash_is_called_unverified(release, tmp_path
     assert process.returncode == 0, process.stderr
     digest = hashlib.sha256(archive).hexdigest()
     for name in ("natural", "adv_trained"):
-        folder = tmp_path / "cache" / "cifar10" / name / "models" / "tiny"
-        assert f"cifar10/{name}: {folder}\n" in process.stdout
-        assert (folder / "checkpoint").is_file()
+        assert f"cifar10/{name}: models/{name}\n" in process.stdout
+        assert (tmp_path / "models" / name / "checkpoint").is_file()
     assert process.stdout.count(f"SHA256 hash: {digest} (unverified: ") == 2
+    again = fetch_without_tensorflow("cifar10/natural", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "--model_dir=models/natural --dataset=cifar10 --data_dir=FOLDER" in again.stdout
+    (tmp_path / "models" / "natural" / "checkpoint").write_text("of another model")
+    other = fetch_without_tensorflow("cifar10/natural", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "models/natural holds something else than this model" in other.stderr
 
 
 def test_a_model_with_the_wrong_hash_is_refused(release, tmp_path):
