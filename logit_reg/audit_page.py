@@ -54,8 +54,14 @@ figure { margin-bottom: 1.5rem; }
 """
 
 _TONES = {"HOLDS": "good", "NOT REFUTED": "plain", "SUSPECT": "doubt", "REFUTED": "bad"}
-_STATUS_TONES = {"pass": "good", "fail": "bad", "report": "plain", "skipped": "doubt"}
-_STATUS_NAMES = {"not_applicable": "not applicable"}
+_STATUS_TONES = {
+    "pass": "good",
+    "fail": "bad",
+    "not_decided": "doubt",
+    "report": "plain",
+    "skipped": "doubt",
+    "not_applicable": "plain",
+}
 _ORIGINS = {
     "src": "published threshold",
     "ctl": "threshold relative to a control model",
@@ -64,11 +70,12 @@ _ORIGINS = {
 _LOSS_SURFACE = 31
 
 _RULE = (
-    "REFUTED: the claim lies more than 10 points above the worst case, or the worst case is below "
-    "half the claim and their 95 % intervals do not overlap. SUSPECT: not refuted, but a decisive "
-    "test fails. HOLDS: every decisive test ran and passed. NOT REFUTED: anything else. Decisive "
-    f"are the tests {', '.join(map(str, DECISIVE))}. The worst case is an upper bound: a stronger "
-    "attack can lower it, none can raise it."
+    "REFUTED: the claim lies more than 10 points above the worst case and above its 95 % "
+    "interval, or the worst case is below half the claim and their 95 % intervals do not overlap. "
+    "SUSPECT: not refuted, but a decisive test fails. HOLDS: every decisive test ran and passed, "
+    "and the claim lies at most 10 points above the worst case. NOT REFUTED: anything else. "
+    f"Decisive are the tests {', '.join(map(str, DECISIVE))}. The worst case is an upper bound: a "
+    "stronger attack can lower it, none can raise it."
 )
 
 
@@ -107,7 +114,7 @@ def _page(audit):
 
 
 def _undecided(audit):
-    """The decisive tests that did not run: they stand above the verdict."""
+    """The decisive tests without a decision: they stand above the verdict."""
     missing = [test for test in audit.tests if test.number in audit.undecided]
     if not missing:
         return ""
@@ -130,6 +137,14 @@ def _verdict(audit):
         f"{_percent(worst.accuracy)} [{100 * low:.1f}, {100 * high:.1f}] withstand every attack "
         "of this audit."
     )
+    gap = audit.claimed_gap
+    if gap is not None:
+        ends = ", ".join(f"{100 * end:.1f}" for end in gap.interval).replace("-", "−")
+        numbers += (
+            f" On the same images the claim's own attacks leave "
+            f"{_percent(gap.correct_a / gap.num_examples)}: {100 * gap.value:.1f} points [{ends}] "
+            "more."
+        )
     if strongest:
         numbers += (
             f" The attack that broke most is {strongest}, which alone leaves "
@@ -154,9 +169,11 @@ def _verdict(audit):
 
 def _facts(audit):
     threat, cost = audit.settings.get("threat"), audit.cost
+    gap = audit.claimed_gap
     facts = {
         "clean accuracy": _percent(audit.clean_accuracy),
         "claimed": _percent(audit.claim),
+        "claim on these images": "–" if gap is None else _percent(gap.correct_a / gap.num_examples),
         "worst case": _percent(audit.worst_case.accuracy),
         "images": str(audit.num_examples),
         "budget": audit.budget,
@@ -183,12 +200,16 @@ def _tests_table(audit):
                 f'<tr class="group"><th colspan="{len(columns)}">{group.capitalize()}</th></tr>'
             )
             bodies.append("\n".join(["<tbody>", heading, *rows, "</tbody>"]))
-    counts = {name: sum(test.status == name for test in audit.tests) for name in _STATUS_TONES}
-    counts["not_applicable"] = len(audit.tests) - sum(counts.values())
-    found = ", ".join(f"{n} {_status(name)}" for name, n in counts.items() if n)
+    counts = {
+        name: [test.status_in_words for test in audit.tests if test.status == name]
+        for name in _STATUS_TONES
+    }
+    found = ", ".join(f"{len(words)} {words[0]}" for words in counts.values() if words)
     caption = (
-        f"{len(audit.tests)} tests: {found}. A test fails only if the lower end of the paired 95 % "
-        "interval exceeds its threshold. “Report” has no threshold."
+        f"{len(audit.tests)} tests: {found}. Brackets are 95 % intervals: of a share Wilson's, of a "
+        "difference on the same images Tango's. A test passes if its whole interval keeps to the "
+        "threshold, fails if none of it does, and is not decided otherwise. “Report” has no "
+        "threshold."
     )
     return (
         f'<table class="tests">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
@@ -204,7 +225,7 @@ def _row(test: TestRecord):
     seconds = in_words(test.cost.seconds) if test.cost.seconds else "–"
     return (
         f'<tr><th scope="row">{test.number} {_text(test.name)}{decisive}</th>'
-        f'<td class="status {tone}" data-label="status">{_status(test.status)}</td>'
+        f'<td class="status {tone}" data-label="status">{test.status_in_words}</td>'
         f'<td data-label="found"><span>{_text(test.reason)}</span></td>'
         f'<td data-label="passes when"><span>{_text(test.criterion)}'
         f'<span class="note">{origin}</span></span></td>'
@@ -314,10 +335,6 @@ def _provenance(audit):
 def _text(value):
     """Plain text as HTML, a number and its per cent sign on one line."""
     return html.escape(value).replace(" %", "&nbsp;%")
-
-
-def _status(name):
-    return _STATUS_NAMES.get(name, name)
 
 
 def _percent(fraction):

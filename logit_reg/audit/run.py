@@ -138,7 +138,7 @@ def audit(
             records[diagnostic.number] = record
             curves += drawn
             say(
-                f"test {record.number:2} {record.name}: {record.status}, {record.reason} "
+                f"test {record.number:2} {record.name}: {record.status_in_words}, {record.reason} "
                 f"({record.cost.seconds:.0f} s)"
             )
     for number in DIAGNOSTICS.keys() - records.keys():
@@ -159,6 +159,7 @@ def audit(
         budget=budget,
         seed=seed,
         settings=_settings(bench, logits_fn, expected, settings or {}),
+        claimed_robust=bench.claimed_robust(),
     )
 
 
