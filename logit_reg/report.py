@@ -5,14 +5,14 @@ import functools
 import html
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from logit_reg.evaluation import wilson_interval
 from logit_reg.published import Published, published_for
 from logit_reg.runs import Run as Run
 from logit_reg.runs import load_run as load_run
+from logit_reg.statistics import wilson_interval
 
 MAIN = "evaluation"
 """Folder, inside a run's, of the evaluation under the named protocols."""
@@ -51,6 +51,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
+    notes: tuple[str, ...] = ()
+    """Lines that stand below the caption: what may mislead about single numbers."""
 
     def to_text(self) -> str:
         """Aligned for a terminal, the caption below, wrapped to the table's width."""
@@ -73,7 +75,8 @@ class Table:
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         header = [align(cells) for cells in zip(*lines, strict=True)]
         body = [align(row) for row in self.rows]
-        return "\n".join([*header, rule, *body, rule, textwrap.fill(self.caption, len(rule))])
+        below = [textwrap.fill(text, len(rule)) for text in (self.caption, *self.notes)]
+        return "\n".join([*header, rule, *body, rule, *below])
 
     def to_markdown(self) -> str:
         """A GitHub table, the caption in the paragraph below."""
@@ -83,8 +86,10 @@ class Table:
             return "| " + " | ".join(cell.replace("\n", "<br>") for cell in escaped) + " |"
 
         marks = "|---|" + "---:|" * (len(self.columns) - 1)
-        caption = html.escape(self.caption, quote=False)
-        return "\n".join([line(self.columns), marks, *map(line, self.rows), "", caption])
+        below = [html.escape(self.caption, quote=False)]
+        if self.notes:
+            below += ["", *(f"- {html.escape(note, quote=False)}" for note in self.notes)]
+        return "\n".join([line(self.columns), marks, *map(line, self.rows), "", *below])
 
     def to_html(self) -> str:
         """A `<table>`; each cell carries its column's name for narrow screens."""
@@ -102,8 +107,9 @@ class Table:
             + "</tr>"
             for row in self.rows
         )
+        below = "<br>\n".join(html.escape(text) for text in (self.caption, *self.notes))
         return (
-            f"<table>\n<caption>{html.escape(self.caption)}</caption>\n"
+            f"<table>\n<caption>{below}</caption>\n"
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
         )
 
@@ -230,7 +236,30 @@ def results_table(runs: Sequence[Run]) -> Table:
         columns=tuple(column.header for column in columns),
         rows=tuple(tuple(column.cell(run) for column in columns) for run in kept),
         caption=_caption(kept, [run for run in runs if run.is_contaminated]),
+        notes=notices(kept),
     )
+
+
+def notices(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What the evaluations of some runs say of their own numbers, a line each."""
+    labels = _labels(runs)
+    return tuple(
+        f"{labels[id(run)]}, {folder}: {notice}"
+        for run in runs
+        for folder, evaluation in run.evaluations.items()
+        for notice in notices_of(evaluation.result)
+    )
+
+
+def notices_of(result: Mapping) -> list[str]:
+    """The notices of a `result.json`, one line each; older ones have none."""
+    found = result.get("notices")
+    entries = found if isinstance(found, list) else []
+    return [
+        " ".join(str(entry["message"]).split())
+        for entry in entries
+        if isinstance(entry, dict) and "message" in entry
+    ]
 
 
 def replace_marked_section(text: str, name: str, content: str) -> str:

@@ -583,10 +583,87 @@ def test_the_leaderboard_ranks_by_autoattack_and_not_by_the_claim(tmp_path):
 
     assert title == "mnist, Linf 0.3 on [0, 1]"
     assert table.rows == (
-        ("adversarial", "97.0", "60.0 (paper-mnist)", "55.0", "5.0", "200", "no"),
-        ("squeezed", "98.0", "70.0 (paper-mnist)", "2.5", "67.5", "200", "no"),
-        ("unmeasured", "99.0", "90.0 (paper-mnist)", "–", "–", "1000", "no"),
+        ("adversarial", "97.0", "60.0 (paper-mnist, n = 1000)", "55.0 (n = 200)", "–", "no"),
+        ("squeezed", "98.0", "70.0 (paper-mnist, n = 1000)", "2.5 (n = 200)", "–", "no"),
+        ("unmeasured", "99.0", "90.0 (paper-mnist, n = 1000)", "–", "–", "no"),
     )
+
+
+def save_claim_and_autoattack(folder, *, first_image=0, notices=()):
+    """PGD leaves 8 of 10 images; AutoAttack, on 5 from some image on, leaves 2 of these."""
+    protocols = {"paper-mnist": protocol_attacks("paper-mnist", "mnist")}
+    correct = dict.fromkeys(ATTACKS[2:], first(8, 10))
+    save_evaluation(folder / "main", first(10, 10), correct, protocols=protocols, dataset="mnist")
+    strong = {"autoattack": protocol_attacks("autoattack", "mnist")}
+    indices = np.arange(first_image, first_image + 5)
+    save_evaluation(
+        folder / "aa",
+        first(5, 5),
+        {"autoattack": first(2, 5)},
+        protocols=strong,
+        dataset="mnist",
+        indices=indices,
+    )
+    for name, said in (("main", ()), ("aa", notices)):
+        path = folder / name / "result.json"
+        result = read_json(path) | {"settings": {"network_sha256": "0a"}, "notices": list(said)}
+        write_json(path, result)
+
+
+CLAIM_AND_AUTOATTACK = {
+    "network_sha256": "0a",
+    "evaluations": [
+        {
+            "protocol": "paper-mnist",
+            "attacks": list(ATTACKS[2:]),
+            "accuracy": 80.0,
+            "num_examples": 10,
+        },
+        {"protocol": "autoattack", "attacks": ["autoattack"], "accuracy": 40.0, "num_examples": 5},
+    ],
+}
+
+
+def test_the_gap_of_the_leaderboard_is_that_on_the_shared_images(tmp_path):
+    save_claim_and_autoattack(tmp_path / "a")
+    save_card(tmp_path, "a", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    # All five shared images are right under PGD: 60 points, where 80 - 40 would say 40.
+    (row,) = table.rows
+    assert row[2:4] == ("80.0 (paper-mnist, n = 10)", "40.0 (n = 5)")
+    assert row[4].startswith("60.0 [") and row[4].endswith("] (n = 5)")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network_sha256": "1b"},
+        {"reported": 90.0, "evaluations": [{"protocol": "paper-mnist", "num_examples": 10}]},
+        {"reported_protocol": "paper-fgsm"},
+    ],
+)
+def test_without_ledgers_of_both_on_the_same_images_there_is_no_gap(tmp_path, changes):
+    save_claim_and_autoattack(tmp_path / "a")
+    save_card(tmp_path, "a", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK | changes)
+    save_claim_and_autoattack(tmp_path / "b", first_image=20)
+    save_card(tmp_path, "b", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    assert [row[4] for row in table.rows] == ["–", "–"]
+
+
+def test_numbers_with_a_notice_are_marked_in_the_leaderboard(tmp_path):
+    notices = [{"name": "gradients", "message": "no gradient for 3 of 5 images", "value": 3}]
+    save_claim_and_autoattack(tmp_path / "a", notices=notices)
+    save_card(tmp_path, "a", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    assert table.rows[0][3] == "40.0* (n = 5)"
+    assert table.notes == ("* a, autoattack: no gradient for 3 of 5 images",)
 
 
 def test_the_leaderboard_is_a_sound_page(tmp_path):
@@ -610,6 +687,41 @@ def test_what_is_no_card_is_named(tmp_path, changes):
 def test_a_folder_without_cards_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no"):
         read_cards(tmp_path)
+
+
+# Notices
+
+
+def test_notices_stand_below_the_table_with_the_name_of_their_run(tmp_path):
+    folder = save_run(tmp_path / "a", "squeeze")
+    path = folder / "strong" / "result.json"
+    message = "no gradient for 3 of 100 images <b>"
+    write_json(
+        path,
+        read_json(path) | {"notices": [{"name": "zero", "message": message, "value": 3}]},
+    )
+    runs = [load_run(save_run(tmp_path / "b", "natural")), load_run(folder)]
+
+    table = results_table(runs)
+
+    line = f"squeeze, strong: {message}"
+    assert table.notes == (line,)
+    assert table.to_text().endswith("\n" + line)
+    assert table.to_markdown().endswith(
+        "\n\n- squeeze, strong: no gradient for 3 of 100 images &lt;b&gt;"
+    )
+    write_page(tmp_path / "report.html", "Notices", runs)
+    check_html(tmp_path / "report.html")
+    assert "<br>\nsqueeze, strong: no gradient" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("notices", [None, "text", [3, {"name": "no message"}], {"message": "x"}])
+def test_notices_of_another_form_are_none(tmp_path, notices):
+    folder = save_run(tmp_path / "a", "a")
+    path = folder / "strong" / "result.json"
+    write_json(path, read_json(path) | {"notices": notices})
+
+    assert results_table([load_run(folder)]).notes == ()
 
 
 # Its three forms

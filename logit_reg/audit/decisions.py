@@ -24,8 +24,10 @@ class Decision:
 
     @property
     def status(self) -> str:
-        """ "pass" if the whole 95 % interval is allowed, "fail" if none of it is, else
-        "not_decided"."""
+        """One of "pass", "fail" and "not_decided".
+
+        It passes if the whole 95 % interval is allowed and fails if none of it is.
+        """
         return self._status(self.found)
 
     @property

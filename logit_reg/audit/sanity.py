@@ -216,7 +216,9 @@ def _of_controls(checks, figure) -> Outcome:
 
 def _listed(checks, status) -> str:
     """What the checks of a status found, by the words in front of each."""
-    return "; ".join(f"{words} {found}" for words, found in checks.items() if found.status == status)
+    return "; ".join(
+        f"{words} {found}" for words, found in checks.items() if found.status == status
+    )
 
 
 def _plausibility(bench: Bench) -> Outcome:
