@@ -207,8 +207,8 @@ def _tests_table(audit):
     found = ", ".join(f"{len(words)} {words[0]}" for words in counts.values() if words)
     caption = (
         f"{len(audit.tests)} tests: {found}. Brackets are 95 % intervals: Wilson's of a share, "
-        "Tango's of a difference on the same images. A test passes if its whole interval keeps to the "
-        "threshold, fails if none of it does, and is not decided otherwise. “Report” has no "
+        "Tango's of a difference on the same images. A test passes if its whole interval keeps to "
+        "the threshold, fails if none of it does, and is not decided otherwise. “Report” has no "
         "threshold."
     )
     return (
