@@ -9,7 +9,7 @@ from matplotlib import colormaps, patheffects
 from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from logit_reg.audit.records import Audit
 from logit_reg.curves import RestartLosses, StepGrid
@@ -21,7 +21,9 @@ from logit_reg.figure_style import (
     Theme,
     house_style,
     literal,
+    log_ticks,
     mix,
+    number,
     settled,
 )
 from logit_reg.landscape import Comparison
@@ -163,8 +165,7 @@ def accuracy_curves(
                 axes.axvline(curve.reported, color=COLORS[1], linewidth=0.8, linestyle=":")
             if len(x) > 1 and x[0] > 0 and x[-1] / x[0] > _LOG_RATIO:
                 axes.set_xscale("log")
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.set_minor_formatter(NullFormatter())
+                log_ticks(axes.xaxis)
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_ylim(-3, 103)
@@ -514,13 +515,13 @@ def _set_ticks(bar, scale, reference, name):
         powers = 10.0 ** np.arange(-4, 5)
         powers = powers[(powers > 2 * scale.linear_width) & (powers <= highest)]
         signed = [*-powers[::-1], 0.0, *powers]
-        bar.set_ticks(signed, labels=[f"{tick:g}" for tick in signed])
+        bar.set_ticks(signed, labels=[number(tick) for tick in signed])
         bar.minorticks_off()
         return
     ticks = np.asarray(MaxNLocator(5).tick_values(lowest, highest))
     is_far = np.abs(ticks - reference) > 0.06 * (highest - lowest)
     ticks = ticks[is_far & (ticks >= lowest) & (ticks <= highest)]
-    bar.set_ticks([*ticks, reference], labels=[*(f"{tick:g}" for tick in ticks), name])
+    bar.set_ticks([*ticks, reference], labels=[*map(number, ticks), name])
     bar.ax.axhline(reference, color="white", linewidth=1.0, linestyle="--", path_effects=_OUTLINE)
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import io
+import math
 import textwrap
 
 import matplotlib
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import LogLocator, NullLocator
 
 # Width in inches at which 8-point text stays readable on a phone that shows the whole figure.
 WIDTH = 5.2
@@ -54,6 +56,24 @@ def literal(text: str, width: int) -> str:
     """Text that matplotlib takes as it is, in at most three lines of `width` characters."""
     lines = textwrap.wrap(text, width, max_lines=3, placeholder=" …") or ["?"]
     return "\n".join(lines).replace("$", r"\$")
+
+
+def number(value: float) -> str:
+    """A number as text, with a minus sign and not a hyphen."""
+    return f"{value:g}".replace("-", "−")
+
+
+def log_ticks(axis) -> None:
+    """Ticks of a logarithmic axis, at least three: at 1, 2 and 5 where few powers of 10 are in it.
+
+    Args:
+        axis: whose limits are set.
+    """
+    low, high = sorted(axis.get_view_interval())
+    steps = [1, 2, 5] if math.log10(high / low) < 2 else [1, 3] if high < 1e3 * low else [1]
+    axis.set_major_locator(LogLocator(subs=steps, numticks=15))
+    axis.set_major_formatter(lambda value, place: number(value))
+    axis.set_minor_locator(NullLocator())
 
 
 def settled(figure):

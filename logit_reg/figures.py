@@ -1,5 +1,6 @@
 """The figures of a report, each as a matplotlib figure and the caption that belongs to it."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from logit_reg.attack_names import attack_title, in_order
 from logit_reg.figure_style import (
     COLORS,
     LIGHT,
@@ -18,6 +20,7 @@ from logit_reg.figure_style import (
     Theme,
     house_style,
     literal,
+    log_ticks,
     mix,
     settled,
 )
@@ -132,8 +135,7 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         upper.set_ylim(0, 1.15 * max([ceiling, *late_losses]))
         upper.set_ylabel("cross-entropy (nats)")
         lower.set_yscale("log")
-        lower.yaxis.set_major_formatter("{x:g}")
-        lower.yaxis.set_minor_formatter("")
+        log_ticks(lower.yaxis)
         lower.set_ylabel("mean l2 norm of the logits")
         lower.set_xlabel("training step")
         lower.set_xlim(left=0)
@@ -211,7 +213,7 @@ def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
     """What `adversarial_grid` shows, with n, and what a healthy model would show."""
     folder = examples_folder(runs)
     shown = [run.evaluations[folder] for run in _with_examples(runs, folder)]
-    attacks = "; ".join(sorted({evaluation.attack_name for evaluation in shown}))
+    attacks = "; ".join(in_order(attack_title(list(e.ledger.correct)) for e in shown))
     num_shown = max(min(num_images, len(e.examples.labels)) for e in shown if e.examples)
     return (
         f"n = {num_shown} images of the evaluation and the worst that the attack ({attacks}) made "
@@ -229,14 +231,17 @@ def examples_folder(runs: Sequence[Run]) -> str | None:
 def _measures(runs):
     """Up to four measures, weakest attack first: a name with n, and a function of a run."""
     num_steps = pgd_lengths(runs)[-1]
-    strong = {run.evaluations[STRONG].attack_name for run in runs if STRONG in run.evaluations}
+    strong = {
+        attack_title(list(run.evaluations[STRONG].ledger.correct))
+        for run in runs
+        if STRONG in run.evaluations
+    }
     strong_name = strong.pop() if len(strong) == 1 else "strong attack"
-    measures = (
-        ("clean", lambda run: accuracy_under(run, ())),
-        ("FGSM", lambda run: accuracy_under(run, FGSM_ATTACKS)),
-        (f"PGD-{num_steps}", lambda run: accuracy_under(run, pgd_attacks(num_steps))),
-        (strong_name, lambda run: worst_case(run, STRONG)),
-    )
+    measures = [
+        (attack_title(attacks), functools.partial(accuracy_under, attacks=attacks))
+        for attacks in ((), FGSM_ATTACKS, pgd_attacks(num_steps))
+    ]
+    measures.append((strong_name, functools.partial(worst_case, folder=STRONG)))
     named = []
     for name, measure in measures:
         sizes = sorted({found.num_examples for run in runs if (found := measure(run))})

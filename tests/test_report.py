@@ -11,6 +11,7 @@ import pytest
 from readable import assert_readable, check_html, visible_texts
 
 from logit_reg import figures
+from logit_reg.attack_names import attack_title, line_styles
 from logit_reg.evaluation import AttackRecord, Evaluation
 from logit_reg.figure_style import to_svg
 from logit_reg.files import read_json, write_json
@@ -436,8 +437,10 @@ def test_a_point_of_a_sweep_is_counted_from_its_ledger(tmp_path):
 
     found = {(p.x, p.curve): p.accuracy.percent for p in points}
     assert found[0.5, "clean, n = 500"] == 99.0
-    assert found[10.0, "PGD-40, worst of xent and CW, n = 500"] == pytest.approx(42.0)
-    assert found[12.0, "l2-pgd100-cw-x10, n = 100"] == 3.0
+    # 400 and 390 under the two losses of FGSM.
+    assert found[0.5, "FGSM, n = 500"] == 78.0
+    assert found[10.0, "PGD-40, n = 500"] == pytest.approx(42.0)
+    assert found[12.0, "PGD-100, CW, 10 restarts, l2, n = 100"] == 3.0
     assert [p.x for p in points] == sorted(p.x for p in points)
     assert {p.panel for p in points} == {""}
 
@@ -457,6 +460,7 @@ def test_the_figure_of_a_sweep_reads_like_a_papers(tmp_path):
         if len(set(line.get_xdata())) == 1 and list(line.get_ydata()) == [0, 1]
     ]
     assert threshold == pytest.approx(10.733, abs=1e-3)
+    assert "all-zero logits from 10.73" in [text.get_text() for text in axes.texts]
     assert "2 training seeds" in sweep_caption(runs, "beta")
     assert to_svg(sweep_figure(runs, "beta")) == to_svg(figure)
 
@@ -469,6 +473,8 @@ def test_two_regularisers_have_a_panel_each_and_the_scale_is_said(tmp_path):
     assert_readable(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["reg squeeze_example", "reg squeeze"]
+    labels = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert labels == ["all-zero logits from 0.9487", "all-zero logits from 10.73"]
     assert "square root of the batch (128) weaker" in sweep_caption(runs, "beta")
 
 
@@ -476,7 +482,8 @@ def test_the_table_of_a_sweep_has_the_mean_and_spread_of_its_seeds(tmp_path):
     table = sweep_table(beta_sweep(tmp_path, seeds=(0, 10)), "beta")
     assert table.columns[:2] == ("beta", "clean\nn = 500")
     # 290 of 500 under CW, 300 and 350 under xent: the first is the worst of both.
-    assert table.rows[0][2] == "58.0 [58.0, 58.0]"
+    assert table.columns[2:4] == ("FGSM\nn = 500", "PGD-40\nn = 500")
+    assert table.rows[0][3] == "58.0 [58.0, 58.0]"
     assert [row[0] for row in table.rows] == ["0.5", "2", "10", "12"]
 
 
@@ -498,9 +505,9 @@ def test_checkpoints_of_one_run_are_a_curve_over_training_steps(tmp_path):
 
     assert {(p.x, p.curve, p.accuracy.num_correct) for p in points} == {
         (1000, "clean, n = 10", 9),
-        (1000, "PGD-40, worst of xent and CW, n = 10", 8),
+        (1000, "PGD-40, n = 10", 8),
         (20000, "clean, n = 10", 9),
-        (20000, "PGD-40, worst of xent and CW, n = 10", 3),
+        (20000, "PGD-40, n = 10", 3),
     }
     assert_readable(sweep_figure([load_run(folder)], TRAINING_STEP))
 
@@ -545,6 +552,35 @@ def test_networks_attacked_for_several_lengths_have_a_panel_each_by_their_names(
     assert_readable(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [run.name for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("attacks", "title"),
+    [
+        ((), "clean"),
+        (("fgsm-xent", "fgsm-cw"), "FGSM"),
+        (("pgd200-cw", "pgd200-xent"), "PGD-200"),
+        (("pgd20-cw",), "PGD-20, CW"),
+        (("pgd100-cw-x10",), "PGD-100, CW, 10 restarts"),
+        (("pgd20-xent", "pgd50-cw"), "PGD-20, xent + PGD-50, CW"),
+        (("autoattack",), "AutoAttack"),
+        (("their-own",), "their-own"),
+    ],
+)
+def test_attacks_have_one_name_everywhere(attacks, title):
+    assert attack_title(attacks) == title
+
+
+def test_series_keep_their_colour_and_order_whatever_else_is_drawn():
+    everything = ["AutoAttack", "PGD-40, CW", "clean", "PGD-40", "PGD-40, xent", "FGSM"]
+    styles = line_styles(everything)
+
+    assert list(styles) == ["clean", "FGSM", "PGD-40", "PGD-40, xent", "PGD-40, CW", "AutoAttack"]
+    assert len({color for color, _ in styles.values()}) == 6
+    for some in (everything[:2], everything[3:], ["FGSM"]):
+        assert line_styles(some).items() <= styles.items()
+    assert line_styles(["PGD-20"])["PGD-20"] == styles["PGD-40"]
+    assert len(set(line_styles(["PGD-20", "PGD-50", "PGD-200"]).values())) == 3
 
 
 def test_a_sweep_of_nothing_is_refused(tmp_path):
@@ -820,6 +856,21 @@ def test_curves_are_those_of_the_log_and_the_reference_is_ln_k(demo):
         np.testing.assert_array_equal(line.get_xydata()[:, 1], run.log["xent"])
     assert upper.lines[-1].get_ydata() == pytest.approx([4.60517, 4.60517])
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), demo[0].log["mean_logit_norm"])
+
+
+@pytest.mark.parametrize("norms", [(20.0, 21.0), (4.0, 40.0), (0.01, 30.0)])
+def test_the_logarithmic_axis_of_the_logit_norm_has_ticks_to_read(tmp_path, norms):
+    runs = [
+        load_run(save_training(tmp_path / str(i), str(i), norm=norm))
+        for i, norm in enumerate(norms)
+    ]
+    figure = figures.training_curves(runs)
+
+    axis = figure.axes[1].yaxis
+    low, high = axis.get_view_interval()
+    shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+    assert 2 <= len(shown) <= 8
+    assert_readable(figure)
 
 
 def test_a_run_keeps_its_colour_in_every_figure(demo, drawn):
