@@ -14,44 +14,7 @@ from logit_reg.files import write_text
 from logit_reg.landscape import Comparison, Landscape
 from logit_reg.threat import ThreatModel
 
-_STYLE = """
-.verdict { border-left: .5rem solid var(--tone); padding: .2rem 0 .2rem 1.1rem; margin: 1.5rem 0; }
-.verdict p { margin: .3rem 0; }
-.verdict .word { color: var(--tone); font: 700 2rem/1.15 system-ui, sans-serif; margin: 0; }
-.undecided { border: 1px solid var(--rule); background: var(--tint); padding: .7rem 1rem;
-  margin: 1.5rem 0 0; font-size: .95rem; }
-.undecided ul { margin: .3rem 0 0; padding-left: 1.2rem; }
-:root { --good: #00734f; --bad: #b3261e; --doubt: #8a5a00; --plain: #5a5f68; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --good: #4cc38a; --bad: #ff8a80; --doubt: #e5b04b; --plain: #a3a8b0; }
-}
-.good { --tone: var(--good); } .bad { --tone: var(--bad); }
-.doubt { --tone: var(--doubt); } .plain { --tone: var(--plain); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
-  gap: .6rem 1rem; margin: 1.5rem 0 0; max-width: none; font-family: system-ui, sans-serif; }
-.facts dt { font-size: .8rem; font-weight: 400; color: var(--soft); }
-.facts dd { margin: 0; font-variant-numeric: tabular-nums; }
-.tests th, .tests td { text-align: left; white-space: normal; vertical-align: top; }
-@media print, (min-width: 48.01rem) {
-  .tests { table-layout: fixed; }
-  .tests thead th { width: 32%; }
-  .tests thead th:nth-child(1) { width: 20%; }
-  .tests thead th:nth-child(2) { width: 9.5%; }
-  .tests thead th:nth-child(5) { width: 6.5%; }
-}
-.tests .status { color: var(--tone); font-weight: 600; }
-.tests .cost, .tests thead th:last-child { text-align: right; white-space: nowrap; }
-.tests .note { display: block; color: var(--soft); font-weight: 400; font-size: .92em; }
-.tests .group th { border-top: 1.5px solid var(--ink); background: var(--tint);
-  padding: .35rem 0; font-weight: 600; }
-figure { margin-bottom: 1.5rem; }
-@media screen and (max-width: 48rem) {
-  .tests td { display: grid; grid-template-columns: 6rem 1fr; gap: .6rem; padding: .1rem 0; }
-  .tests .cost { text-align: left; }
-  .tests .group th { border-top: 0; }
-}
-@media print { .verdict, .undecided { break-inside: avoid; } }
-"""
+_STYLE = Path(__file__).with_name("audit_page.css").read_text()
 
 _TONES = {"HOLDS": "good", "NOT REFUTED": "plain", "SUSPECT": "doubt", "REFUTED": "bad"}
 _STATUS_TONES = {
@@ -212,9 +175,8 @@ def _tests_table(audit):
         "threshold."
     )
     return (
-        f'<table class="tests">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
-        + "\n".join(bodies)
-        + "\n</table>"
+        f'<div class="table"><table class="tests">\n<caption>{caption}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n" + "\n".join(bodies) + "\n</table></div>"
     )
 
 

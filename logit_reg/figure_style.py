@@ -10,8 +10,10 @@ import matplotlib
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import LogLocator, NullLocator
 
-# Width in inches at which 8-point text stays readable on a phone that shows the whole figure.
+# Width in inches of a figure beside its caption.
 WIDTH = 5.2
+# What a telephone shows at full size.
+NARROW_WIDTH = 3.7
 FONT_SIZE = 8.0
 SMALL_FONT_SIZE = 7.0
 
@@ -22,7 +24,7 @@ LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """The neutral colours of a figure."""
+    """The neutral colours of a figure, and its width."""
 
     ink: str
     """Text."""
@@ -30,10 +32,22 @@ class Theme:
     """Grid and axes."""
     paper: str
     """Background."""
+    width: float = WIDTH
+    """Of the figure, in inches."""
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether panels and legends have room for one column only."""
+        return self.width < WIDTH
 
 
 LIGHT = Theme(ink="#1b1d21", rule="#c9ccd1", paper="#ffffff")
 DARK = Theme(ink="#e6e6e3", rule="#4a4e55", paper="#15171a")
+
+
+def narrow(theme: Theme) -> Theme:
+    """The same colours for a telephone: letters keep their size, panels stand below each other."""
+    return dataclasses.replace(theme, width=NARROW_WIDTH)
 
 
 def to_svg(figure) -> bytes:

@@ -16,7 +16,6 @@ from logit_reg.figure_style import (
     LIGHT,
     LINE_STYLES,
     SMALL_FONT_SIZE,
-    WIDTH,
     Theme,
     house_style,
     literal,
@@ -59,7 +58,10 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
     measures = _measures(kept)
     colored = [(color, run) for color, _, run in _styled(runs) if not run.is_contaminated]
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.62 * len(kept)), layout="constrained")
+        figure = Figure(
+            figsize=(theme.width, 1.0 + 0.62 * len(kept) + (0.3 if theme.is_narrow else 0)),
+            layout="constrained",
+        )
         axes = figure.subplots()
         height = 0.8 / len(measures)
         for group, (color, run) in enumerate(colored):
@@ -81,7 +83,7 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
                 for tint, (name, _) in zip(_TINTS, measures, strict=True)
             ],
             loc="outside upper center",
-            ncols=2,
+            ncols=1 if theme.is_narrow else 2,
             frameon=False,
         )
         return settled(figure)
@@ -111,8 +113,9 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
     """
     logged = [(color, style, run) for color, style, run in _styled(runs) if run.log]
     with house_style(theme):
-        height = 4.4 + 0.17 * math.ceil(len(logged) / 2)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        num_columns = 1 if theme.is_narrow else 2
+        height = 4.4 + 0.17 * math.ceil(len(logged) / num_columns)
+        figure = Figure(figsize=(theme.width, height), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         ceiling = math.log(num_classes)
         for color, style, run in logged:
@@ -148,7 +151,7 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
                     for color, style, run in logged
                 ],
                 loc="outside upper center",
-                ncols=2,
+                ncols=num_columns,
                 frameon=False,
             )
         return settled(figure)
@@ -192,7 +195,10 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
     rows = _grid_rows(runs, num_images)
     num_columns = max(len(labels) for _, _, labels in rows)
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 0.85 * len(rows)), layout="constrained")
+        figure = Figure(
+            figsize=(theme.width, 0.85 * len(rows) * (0.8 if theme.is_narrow else 1)),
+            layout="constrained",
+        )
         grid = figure.subplots(len(rows), num_columns, squeeze=False)
         for axes_row, (name, images, labels) in zip(grid, rows, strict=True):
             for axes, image, label in itertools.zip_longest(axes_row, images, labels):

@@ -92,26 +92,76 @@ class Table:
         return "\n".join([line(self.columns), marks, *map(line, self.rows), "", *below])
 
     def to_html(self) -> str:
-        """A `<table>`; each cell carries its column's name for narrow screens."""
-        names = [html.escape(column.replace("\n", " ")) for column in self.columns]
+        """A `<table>` that fits a screen; each cell carries its column's name for narrow ones.
+
+        Where the columns need more than a page has, rows and columns change places; where that
+        does not help, each row becomes a list.
+        """
+        table, kind = self, "table"
+        if self._html_width() > _PAGE_WIDTH:
+            table = self._transposed()
+            if table._html_width() > _PAGE_WIDTH:
+                table, kind = self, "table long"
+        names = [html.escape(column.replace("\n", " ")) for column in table.columns]
         head = "".join(
-            f'<th scope="col">{html.escape(column).replace(chr(10), "<br>")}</th>'
-            for column in self.columns
+            f'<th scope="col">{_text_html(column).replace(chr(10), "<br>")}</th>'
+            for column in table.columns
         )
         body = "\n".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>'
+            f'<tr><th scope="row">{_text_html(row[0])}</th>'
             + "".join(
-                f'<td data-label="{name}">{html.escape(cell)}</td>'
+                f'<td data-label="{name}">{_cell_html(cell)}</td>'
                 for name, cell in zip(names[1:], row[1:], strict=True)
             )
             + "</tr>"
-            for row in self.rows
+            for row in table.rows
         )
         below = "<br>\n".join(html.escape(text) for text in (self.caption, *self.notes))
         return (
-            f"<table>\n<caption>{below}</caption>\n"
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+            f'<div class="{kind}"><table>\n<caption>{below}</caption>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
         )
+
+    def _transposed(self):
+        first, *others = self.columns
+        return Table(
+            columns=(first, *(row[0] for row in self.rows)),
+            rows=tuple(
+                (column.replace("\n", " "), *(row[i] for row in self.rows))
+                for i, column in enumerate(others, start=1)
+            ),
+            caption=self.caption,
+            notes=self.notes,
+        )
+
+    def _html_width(self):
+        """About the least width in pixels: cells break before a bracket, names between words."""
+        width = 0.0
+        for i, column in enumerate(self.columns):
+            cells = [column.replace("\n", " ").replace(" = ", "="), *(row[i] for row in self.rows)]
+            pieces = [piece for cell in cells for piece in _pieces(cell, is_name=i == 0)]
+            width += 16 + 8 * max(map(len, pieces), default=0)
+        return width
+
+
+# Of a page that is 64rem wide, its margins taken off.
+_PAGE_WIDTH = 980
+
+
+def _pieces(cell, *, is_name):
+    """The parts of a cell that stay on one line: words of a name, a bracket as a whole."""
+    return re.findall(r"\[[^\]]*\]|[^\s\[]+", cell) if not is_name else [*cell.split(), "x" * 20]
+
+
+def _text_html(text):
+    """Plain text as HTML, "n = 5" on one line."""
+    return html.escape(text).replace(" = ", "&nbsp;=&nbsp;")
+
+
+def _cell_html(cell):
+    """A cell's text; a bracket is kept on one line."""
+    text, count = re.subn(r"\[[^\]]*\]", r'<span class="part">\g<0></span>', _text_html(cell))
+    return f"<span>{text}</span>" if count else text
 
 
 def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:

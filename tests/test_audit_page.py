@@ -14,7 +14,7 @@ from logit_reg.audit import records
 from logit_reg.audit.records import Audit, Cost, Curve, SqueezeDiagnostics, WorstCase
 from logit_reg.audit_page import write_audit_page
 from logit_reg.curves import RestartLosses, StepGrid
-from logit_reg.figure_style import DARK, to_svg
+from logit_reg.figure_style import DARK, LIGHT, narrow, to_svg
 from logit_reg.landscape import Comparison, Landscape
 from logit_reg.threat import ThreatModel
 
@@ -219,9 +219,9 @@ def page(tmp_path_factory):
 def test_the_page_is_well_formed_and_needs_nothing_else(page):
     checker = check_html(page)
 
-    # Attacks, curves and two surfaces, each for light and for dark.
+    # Attacks, curves and two surfaces, each for light and for dark, wide and narrow.
     assert checker.tags.count("img") == 4
-    assert len(checker.references) == 8
+    assert len(checker.references) == 16
     assert all(r.startswith("data:image/svg+xml;base64,") for r in checker.references)
     assert "script" not in checker.tags and "link" not in checker.tags
     assert not re.search(r"https?:|@import|url\(", re.sub(r"data:[^\"]*", "", page.read_text()))
@@ -314,9 +314,10 @@ DRAWN = {
 }
 
 
+@pytest.mark.parametrize("theme", [LIGHT, narrow(LIGHT)], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", DRAWN)
-def test_every_axis_has_a_label_and_no_text_overlaps_or_is_cut_off(name):
-    figure = DRAWN[name]()
+def test_every_axis_has_a_label_and_no_text_overlaps_or_is_cut_off(name, theme):
+    figure = DRAWN[name](theme=theme)
 
     assert_readable(figure)
     assert labelled_axes(figure)

@@ -13,7 +13,7 @@ from readable import assert_readable, check_html, visible_texts
 from logit_reg import figures
 from logit_reg.attack_names import attack_title, line_styles
 from logit_reg.evaluation import AttackRecord, Evaluation
-from logit_reg.figure_style import to_svg
+from logit_reg.figure_style import LIGHT, narrow, to_svg
 from logit_reg.files import read_json, write_json
 from logit_reg.leaderboard import leaderboard_tables, read_cards, write_leaderboard
 from logit_reg.ledger import build_result, write_ledger
@@ -799,11 +799,11 @@ def test_html_is_escaped():
 # Figures
 
 
-def draw_all(runs):
+def draw_all(runs, theme=LIGHT):
     return {
-        "bars": figures.accuracy_bars(runs),
-        "curves": figures.training_curves(runs),
-        "grid": figures.adversarial_grid(runs),
+        "bars": figures.accuracy_bars(runs, theme),
+        "curves": figures.training_curves(runs, theme=theme),
+        "grid": figures.adversarial_grid(runs, theme=theme),
     }
 
 
@@ -815,6 +815,16 @@ def drawn(demo):
 @pytest.mark.parametrize("name", ["bars", "curves", "grid"])
 def test_no_text_overlaps_or_is_cut_off(drawn, name):
     assert_readable(drawn[name])
+
+
+@pytest.mark.parametrize("name", ["bars", "curves", "grid"])
+def test_a_narrow_figure_is_readable_at_the_width_of_a_telephone(demo, name):
+    figure = draw_all(demo, narrow(LIGHT))[name]
+
+    assert_readable(figure)
+    # 390 pixels, less the margins of a page; at 96 pixels an inch nothing is scaled down.
+    assert 96 * figure.get_size_inches()[0] <= 390 - 32
+    assert all(text.get_fontsize() >= 7 for text in visible_texts(figure))
 
 
 def test_hostile_names_are_drawn_as_they_are(tmp_path):
@@ -956,6 +966,26 @@ def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
 
     # The training curves.
     assert check_html(tmp_path / "report.html").tags.count("img") == 1
+
+
+def many_columns(num_columns, num_rows):
+    columns = ("run", *(f"attack {i}\n[95 %]\nn = 10000" for i in range(num_columns)))
+    row = tuple(f"{i}.9 [10.0, 20.5]" for i in range(num_columns))
+    return Table(columns, tuple((f"run {i}", *row) for i in range(num_rows)), "Caption.")
+
+
+def test_a_table_that_is_too_wide_for_a_page_changes_rows_and_columns():
+    small, wide = many_columns(4, 5).to_html(), many_columns(14, 5).to_html()
+
+    assert '<th scope="row">run 4</th>' in small
+    assert wide.count("<tr>") == 15
+    assert (
+        '<th scope="row">attack 13 [95 %] n&nbsp;=&nbsp;10000</th><td data-label="run 0">' in wide
+    )
+    assert '<span>13.9 <span class="part">[10.0, 20.5]</span></span>' in wide
+    assert 'class="table long"' not in small + wide
+    both = many_columns(14, 20).to_html()
+    assert 'class="table long"' in both and both.count("<tr>") == 21
 
 
 # The README's section
