@@ -37,7 +37,8 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> Comparison:
 
     Returns:
         Differences of the clean accuracy, under each attack that both ran with the same settings
-        on all images that are right clean, and under the worst of these.
+        on all images that are right clean, and under the worst of these; where there is none, of
+        what each is left with under all of its own attacks.
 
     Raises:
         ValueError: if the two have no image in common.
@@ -54,6 +55,8 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> Comparison:
     pairs |= {name: (ledger_a.correct[name], ledger_b.correct[name]) for name in common}
     if len(common) > 1:
         pairs["worst case"] = (right_under(ledger_a, common), right_under(ledger_b, common))
+    if not common:
+        pairs["worst case, each of its own attacks"] = (ledger_a.robust, ledger_b.robust)
     return Comparison(
         differences={
             name: PairedDifference.of(right_a[rows_a], right_b[rows_b])

@@ -91,11 +91,20 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
 
 def accuracy_bars_caption(runs: Sequence[Run]) -> str:
     """What `accuracy_bars` shows, with n, and what a healthy model would show."""
-    names = "; ".join(f"{name}" for name, _ in _measures(comparable(runs)))
+    kept = comparable(runs)
+    measures = _measures(kept)
+    names = "; ".join(name for name, _ in measures)
+    sizes = {found.num_examples for run in kept for _, m in measures if (found := m(run))}
+    differ = (
+        "Bars of another n are of other images: a difference of a few points may be that of the "
+        "images. "
+        if len(sizes) > 1
+        else ""
+    )
     return (
         f"Accuracy clean and under attack, worst case over the losses of each attack ({names}). "
-        "Whiskers are 95 % Wilson intervals. A healthy model loses a few points from PGD to the "
-        "strong attack; bars that stand under FGSM and PGD and are gone under the strong attack "
+        f"Whiskers are 95 % Wilson intervals. {differ}A healthy model loses a few points "
+        "from PGD to the strong attack; bars that stand under FGSM and PGD and are gone under the strong attack "
         "show masked gradients."
     )
 

@@ -129,8 +129,8 @@ class PairedDifference:
     @classmethod
     def of(cls, a: np.ndarray, b: np.ndarray) -> "PairedDifference":
         """Of two (N,) bool about the same examples, in the same order."""
-        counts = (a, b, a & ~b, b & ~a)
-        return cls(*(int(np.sum(right)) for right in counts), len(a))
+        only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+        return cls(int(np.sum(a)), int(np.sum(b)), only_a, only_b, len(a))
 
     @property
     def value(self) -> float:
@@ -149,9 +149,14 @@ class PairedDifference:
 
     def scaled(self, num_examples: int) -> "PairedDifference":
         """About the same shares of another number of examples."""
-        counts = (self.correct_a, self.correct_b, self.only_a, self.only_b)
         factor = num_examples / self.num_examples
-        return PairedDifference(*(round(count * factor) for count in counts), num_examples)
+        return PairedDifference(
+            round(self.correct_a * factor),
+            round(self.correct_b * factor),
+            round(self.only_a * factor),
+            round(self.only_b * factor),
+            num_examples,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_attacks_with_other_settings_or_a_shared_active_set_are_not_compared(tmp
     b[1]["protocols"]["paper-mnist"]["attacks"]["pgd40-cw"]["settings"]["step_size"] = 0.1
     assert "pgd40-cw" not in compare(a, b).differences
     b[1]["settings"]["worst_case_only"] = True
-    assert list(compare(a, b).differences) == ["clean"]
+    assert list(compare(a, b).differences) == ["clean", "worst case, each of its own attacks"]
 
 
 @pytest.mark.parametrize(

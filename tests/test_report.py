@@ -859,6 +859,14 @@ def test_bars_and_whiskers_are_those_of_the_ledgers(tmp_path):
     assert whisker[:, 0] == pytest.approx([2.15, 11.18], abs=0.01)
 
 
+def test_bars_of_different_images_are_said_to_be(tmp_path, demo):
+    folder = save_training(tmp_path / "a", "a")
+    save_evaluation(folder / "evaluation", first(9, 10), dict.fromkeys(ATTACKS, first(5, 10)))
+
+    assert "Bars of another n are of other images" in figures.accuracy_bars_caption(demo)
+    assert "other images" not in figures.accuracy_bars_caption([load_run(folder)])
+
+
 def test_curves_are_those_of_the_log_and_the_reference_is_ln_k(demo):
     upper, lower = figures.training_curves(demo, num_classes=100).axes
 
