@@ -104,8 +104,8 @@ def accuracy_bars_caption(runs: Sequence[Run]) -> str:
     return (
         f"Accuracy clean and under attack, worst case over the losses of each attack ({names}). "
         f"Whiskers are 95 % Wilson intervals. {differ}A healthy model loses a few points "
-        "from PGD to the strong attack; bars that stand under FGSM and PGD and are gone under the strong attack "
-        "show masked gradients."
+        "from PGD to the strong attack; bars that stand under FGSM and PGD and are gone under the "
+        "strong attack show masked gradients."
     )
 
 

@@ -46,7 +46,7 @@ _ORDER = (
     *(1, 5, 6, 27, 2, 33, 3, 8, 14, 24, 12, 11, 9, 23, 7, 13),
     *(16, 17, 15, 29, 30, 31, 28, 32, 25, 26, 10, 20, 22, 21, 19, 18, 4),
 )
-# Fractions of epsilon of the challenges' own steps: .01 of .3 on MNIST, 2 of 8 on CIFAR.
+# Fractions of epsilon of the challenges' own steps: 0.01 of 0.3 on MNIST, 2 of 8 on CIFAR.
 _MNIST_STEP_SHARE = 1 / 30
 _STEP_SHARE = 1 / 4
 

@@ -240,7 +240,7 @@ SANITY = (
         "sanity",
         f"The accuracy rises nowhere with epsilon, by more than {100 * RISE:g} point, and where "
         f"every ball holds the grey image it is at most the share of the largest class.",
-        "src",
+        "prop",
         "quick",
         _epsilon_curve,
         _all_curve_attacks,

@@ -36,7 +36,7 @@ _TARGETED_GAP = 0.01
 _START_GAP = 0.01
 _STAGE_GAP = 0.01
 
-# Step sizes of the sweep, in epsilon. Jagged surfaces are climbed with .4 to .65.
+# Step sizes of the sweep, in epsilon. Jagged surfaces are climbed with 0.4 to 0.65.
 _STEP_SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2, 0.65, 1.0, 2.0)
 _QUICK_STEP_SHARES = (1 / 10, 1 / 4, 0.65, 2.0)
 # Logit scales, in units of the clean images' median margin.
