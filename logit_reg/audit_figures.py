@@ -9,7 +9,7 @@ from matplotlib import colormaps, patheffects
 from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from logit_reg.audit.records import Audit
 from logit_reg.curves import RestartLosses, StepGrid
@@ -17,11 +17,12 @@ from logit_reg.figure_style import (
     COLORS,
     LIGHT,
     SMALL_FONT_SIZE,
-    WIDTH,
     Theme,
     house_style,
     literal,
+    log_ticks,
     mix,
+    number,
     settled,
 )
 from logit_reg.landscape import Comparison
@@ -82,11 +83,11 @@ def attack_bars(audit: Audit, theme: Theme = LIGHT) -> Figure:
         *((name, accuracy, COLORS[0]) for name, accuracy in attacks),
         ("all attacks together", worst.accuracy, COLORS[1]),
     ]
-    names = [literal(name, 34) for name, *_ in rows]
+    names = [literal(name, 18 if theme.is_narrow else 34) for name, *_ in rows]
     num_lines = 1 + max(name.count("\n") for name in names)
     with house_style(theme):
         height = 0.6 + (0.07 + 0.13 * num_lines) * len(rows)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(theme.width, height), layout="constrained")
         axes = figure.subplots()
         for y, (_, accuracy, color) in enumerate(rows):
             face = mix(color, theme.paper, 0.75) if color else "none"
@@ -150,9 +151,9 @@ def accuracy_curves(
     Returns:
         The figure: two panels a row.
     """
-    num_columns, num_rows = _layout(len(curves), 2)
+    num_columns, num_rows = _layout(len(curves), 1 if theme.is_narrow else 2)
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 0.35 + 1.65 * num_rows), layout="constrained")
+        figure = Figure(figsize=(theme.width, 0.35 + 1.65 * num_rows), layout="constrained")
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for axes, curve in _panels(grid, curves):
             x, accuracy = np.asarray(curve.x), 100 * np.asarray(curve.accuracy)
@@ -163,8 +164,7 @@ def accuracy_curves(
                 axes.axvline(curve.reported, color=COLORS[1], linewidth=0.8, linestyle=":")
             if len(x) > 1 and x[0] > 0 and x[-1] / x[0] > _LOG_RATIO:
                 axes.set_xscale("log")
-                axes.xaxis.set_major_formatter("{x:g}")
-                axes.xaxis.set_minor_formatter(NullFormatter())
+                log_ticks(axes.xaxis)
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_ylim(-3, 103)
@@ -178,7 +178,12 @@ def accuracy_curves(
             name = "ε of the threat model" if claim is None else "value that the claim is about"
             handles.append(_key(name, color=COLORS[1], linestyle=":"))
         if handles:
-            figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+            figure.legend(
+                handles=handles,
+                loc="outside upper center",
+                ncols=1 if theme.is_narrow else 2,
+                frameon=False,
+            )
         return settled(figure)
 
 
@@ -204,7 +209,7 @@ def step_map(grid: StepGrid, epsilon: float, theme: Theme = LIGHT) -> Figure:
     percent = 100 * grid.accuracy
     colors = colormaps["cividis"]
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.27 * len(percent)), layout="constrained")
+        figure = Figure(figsize=(theme.width, 1.0 + 0.27 * len(percent)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(percent, cmap=colors, vmin=0, vmax=100, origin="lower", aspect="auto")
         for (row, column), value in np.ndenumerate(percent):
@@ -234,8 +239,8 @@ def step_map_caption(grid: StepGrid) -> str:
     return (
         f"Accuracy in per cent of n = {grid.correct.shape[-1]} images under PGD, step sizes in "
         f"multiples of ε; best and worst cell differ by {gain:.1f} points. A healthy model varies "
-        "by a few points once the steps are enough to cross the ball (Mosbach et al.: .91 to .945 "
-        "after adversarial training); a logit-squeezed one loses about 30 when the step grows to "
+        "by a few points once the steps are enough to cross the ball (Mosbach et al.: 0.91 to "
+        "0.945 after adversarial training); a logit-squeezed one loses about 30 when the step grows to "
         "half of ε, because its surface is jagged."
     )
 
@@ -258,9 +263,9 @@ def restart_histograms(restarts: RestartLosses, num_classes: int, theme: Theme =
     ceiling = math.log(num_classes)
     # Beyond the wrong side of the decision there is nothing to see: these are survivors.
     edges = np.linspace(0, max(1.05 * ceiling, float(losses[:, widest].max())), 25)
-    num_columns, num_rows = _layout(len(widest), 3)
+    num_columns, num_rows = _layout(len(widest), 2 if theme.is_narrow else 3)
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 0.45 + 1.2 * num_rows), layout="constrained")
+        figure = Figure(figsize=(theme.width, 0.45 + 1.2 * num_rows), layout="constrained")
         grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
         for axes, column in _panels(grid, widest):
             axes.hist(losses[:, column], edges, color=COLORS[0])
@@ -312,10 +317,12 @@ def loss_maps(
     coordinates = comparison.coordinates
     half_cell = (coordinates[1] - coordinates[0]) / 2
     limits = (coordinates[0] - half_cell, coordinates[-1] + half_cell)
-    num_columns, num_rows = _layout(len(surfaces), 3)
-    side = (WIDTH - 1.2) / max(num_columns, 2)
+    num_columns, num_rows = _layout(len(surfaces), 2 if theme.is_narrow else 3)
+    side = (theme.width - 1.2) / max(num_columns, 2)
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 0.75 + (side + 0.25) * num_rows), layout="constrained")
+        figure = Figure(
+            figsize=(theme.width, 0.75 + (side + 0.25) * num_rows), layout="constrained"
+        )
         grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
         models = list(zip(comparison.settings["models"], surfaces, strict=True))
         for axes, (name, surface) in _panels(grid, models):
@@ -335,7 +342,9 @@ def loss_maps(
             _contour(axes, coordinates, surface, [reference], path_effects=_OUTLINE, **style)
             edge = {"color": "white", "linewidth": 1.0, "path_effects": _OUTLINE}
             axes.plot(*_ball_edge(comparison), **edge)
-            axes.set_title(literal(name, 72 // num_columns), fontsize=SMALL_FONT_SIZE)
+            axes.set_title(
+                literal(name, int(14 * theme.width) // num_columns), fontsize=SMALL_FONT_SIZE
+            )
             axes.set_xlim(limits)
             axes.set_ylim(limits)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -356,7 +365,11 @@ def loss_maps(
             for style, name in (("-", "edge of the ε ball"), ("--", reference_name))
         ]
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=2, handlelength=2.6, frameon=False
+            handles=handles,
+            loc="outside lower center",
+            ncols=1 if theme.is_narrow else 2,
+            handlelength=2.6,
+            frameon=False,
         )
         return settled(figure)
 
@@ -378,15 +391,15 @@ def loss_surfaces(
     surfaces = _surfaces(comparison, quantity, example)
     scale = _scale(comparison, quantity, surfaces)
     a, b = np.meshgrid(comparison.coordinates, comparison.coordinates)
-    num_columns, num_rows = _layout(len(surfaces), 2)
+    num_columns, num_rows = _layout(len(surfaces), 1 if theme.is_narrow else 2)
     with house_style(theme):
         # Constrained layout does not see the labels of a perspective: the room for them is fixed.
-        side, title = (WIDTH - 0.4) / max(num_columns, 1.5), 0.5
+        side, title = (theme.width - 0.4) / max(num_columns, 1.5), 0.5
         height = num_rows * (side + title)
-        figure = Figure(figsize=(WIDTH, height))
+        figure = Figure(figsize=(theme.width, height))
         figure.subplots_adjust(
             left=0.0,
-            right=1 - 0.35 / WIDTH,
+            right=1 - 0.35 / theme.width,
             bottom=0.2 / height,
             top=1 - title / height,
             wspace=0.2,
@@ -411,7 +424,9 @@ def loss_surfaces(
             # The background would hide the label of the panel on the left.
             axes.patch.set_visible(False)
             axes.set_zlim(scale.vmin, scale.vmax)
-            axes.set_title(literal(name, 72 // num_columns), fontsize=SMALL_FONT_SIZE)
+            axes.set_title(
+                literal(name, int(14 * theme.width) // num_columns), fontsize=SMALL_FONT_SIZE
+            )
             axes.set_xlabel("adversarial (ε)", labelpad=-4)
             axes.set_ylabel("random (ε)", labelpad=-4)
             axes.set_zlabel(_QUANTITIES[quantity], labelpad=-4)
@@ -514,13 +529,13 @@ def _set_ticks(bar, scale, reference, name):
         powers = 10.0 ** np.arange(-4, 5)
         powers = powers[(powers > 2 * scale.linear_width) & (powers <= highest)]
         signed = [*-powers[::-1], 0.0, *powers]
-        bar.set_ticks(signed, labels=[f"{tick:g}" for tick in signed])
+        bar.set_ticks(signed, labels=[number(tick) for tick in signed])
         bar.minorticks_off()
         return
     ticks = np.asarray(MaxNLocator(5).tick_values(lowest, highest))
     is_far = np.abs(ticks - reference) > 0.06 * (highest - lowest)
     ticks = ticks[is_far & (ticks >= lowest) & (ticks <= highest)]
-    bar.set_ticks([*ticks, reference], labels=[*(f"{tick:g}" for tick in ticks), name])
+    bar.set_ticks([*ticks, reference], labels=[*map(number, ticks), name])
     bar.ax.axhline(reference, color="white", linewidth=1.0, linestyle="--", path_effects=_OUTLINE)
 
 

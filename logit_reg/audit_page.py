@@ -14,48 +14,17 @@ from logit_reg.files import write_text
 from logit_reg.landscape import Comparison, Landscape
 from logit_reg.threat import ThreatModel
 
-_STYLE = """
-.verdict { border-left: .5rem solid var(--tone); padding: .2rem 0 .2rem 1.1rem; margin: 1.5rem 0; }
-.verdict p { margin: .3rem 0; }
-.verdict .word { color: var(--tone); font: 700 2rem/1.15 system-ui, sans-serif; margin: 0; }
-.undecided { border: 1px solid var(--rule); background: var(--tint); padding: .7rem 1rem;
-  margin: 1.5rem 0 0; font-size: .95rem; }
-.undecided ul { margin: .3rem 0 0; padding-left: 1.2rem; }
-:root { --good: #00734f; --bad: #b3261e; --doubt: #8a5a00; --plain: #5a5f68; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --good: #4cc38a; --bad: #ff8a80; --doubt: #e5b04b; --plain: #a3a8b0; }
-}
-.good { --tone: var(--good); } .bad { --tone: var(--bad); }
-.doubt { --tone: var(--doubt); } .plain { --tone: var(--plain); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
-  gap: .6rem 1rem; margin: 1.5rem 0 0; max-width: none; font-family: system-ui, sans-serif; }
-.facts dt { font-size: .8rem; font-weight: 400; color: var(--soft); }
-.facts dd { margin: 0; font-variant-numeric: tabular-nums; }
-.tests th, .tests td { text-align: left; white-space: normal; vertical-align: top; }
-@media print, (min-width: 48.01rem) {
-  .tests { table-layout: fixed; }
-  .tests thead th { width: 32%; }
-  .tests thead th:nth-child(1) { width: 20%; }
-  .tests thead th:nth-child(2) { width: 9.5%; }
-  .tests thead th:nth-child(5) { width: 6.5%; }
-}
-.tests .status { color: var(--tone); font-weight: 600; }
-.tests .cost, .tests thead th:last-child { text-align: right; white-space: nowrap; }
-.tests .note { display: block; color: var(--soft); font-weight: 400; font-size: .92em; }
-.tests .group th { border-top: 1.5px solid var(--ink); background: var(--tint);
-  padding: .35rem 0; font-weight: 600; }
-figure { margin-bottom: 1.5rem; }
-@media screen and (max-width: 48rem) {
-  .tests td { display: grid; grid-template-columns: 6rem 1fr; gap: .6rem; padding: .1rem 0; }
-  .tests .cost { text-align: left; }
-  .tests .group th { border-top: 0; }
-}
-@media print { .verdict, .undecided { break-inside: avoid; } }
-"""
+_STYLE = Path(__file__).with_name("audit_page.css").read_text()
 
 _TONES = {"HOLDS": "good", "NOT REFUTED": "plain", "SUSPECT": "doubt", "REFUTED": "bad"}
-_STATUS_TONES = {"pass": "good", "fail": "bad", "report": "plain", "skipped": "doubt"}
-_STATUS_NAMES = {"not_applicable": "not applicable"}
+_STATUS_TONES = {
+    "pass": "good",
+    "fail": "bad",
+    "not_decided": "doubt",
+    "report": "plain",
+    "skipped": "doubt",
+    "not_applicable": "plain",
+}
 _ORIGINS = {
     "src": "published threshold",
     "ctl": "threshold relative to a control model",
@@ -64,11 +33,12 @@ _ORIGINS = {
 _LOSS_SURFACE = 31
 
 _RULE = (
-    "REFUTED: the claim lies more than 10 points above the worst case, or the worst case is below "
-    "half the claim and their 95 % intervals do not overlap. SUSPECT: not refuted, but a decisive "
-    "test fails. HOLDS: every decisive test ran and passed. NOT REFUTED: anything else. Decisive "
-    f"are the tests {', '.join(map(str, DECISIVE))}. The worst case is an upper bound: a stronger "
-    "attack can lower it, none can raise it."
+    "REFUTED: the claim lies more than 10 points above the worst case and above its 95 % "
+    "interval, or the worst case is below half the claim and their 95 % intervals do not overlap. "
+    "SUSPECT: not refuted, but a decisive test fails. HOLDS: every decisive test ran and passed, "
+    "and the claim lies at most 10 points above the worst case. NOT REFUTED: anything else. "
+    f"Decisive are the tests {', '.join(map(str, DECISIVE))}. The worst case is an upper bound: a "
+    "stronger attack can lower it, none can raise it."
 )
 
 
@@ -107,7 +77,7 @@ def _page(audit):
 
 
 def _undecided(audit):
-    """The decisive tests that did not run: they stand above the verdict."""
+    """The decisive tests without a decision: they stand above the verdict."""
     missing = [test for test in audit.tests if test.number in audit.undecided]
     if not missing:
         return ""
@@ -130,6 +100,14 @@ def _verdict(audit):
         f"{_percent(worst.accuracy)} [{100 * low:.1f}, {100 * high:.1f}] withstand every attack "
         "of this audit."
     )
+    gap = audit.claimed_gap
+    if gap is not None:
+        ends = ", ".join(f"{100 * end:.1f}" for end in gap.interval).replace("-", "−")
+        numbers += (
+            f" On the same images the claim's own attacks leave "
+            f"{_percent(gap.correct_a / gap.num_examples)}: {100 * gap.value:.1f} points [{ends}] "
+            "more."
+        )
     if strongest:
         numbers += (
             f" The attack that broke most is {strongest}, which alone leaves "
@@ -154,9 +132,11 @@ def _verdict(audit):
 
 def _facts(audit):
     threat, cost = audit.settings.get("threat"), audit.cost
+    gap = audit.claimed_gap
     facts = {
         "clean accuracy": _percent(audit.clean_accuracy),
         "claimed": _percent(audit.claim),
+        "claim on these images": "–" if gap is None else _percent(gap.correct_a / gap.num_examples),
         "worst case": _percent(audit.worst_case.accuracy),
         "images": str(audit.num_examples),
         "budget": audit.budget,
@@ -183,17 +163,20 @@ def _tests_table(audit):
                 f'<tr class="group"><th colspan="{len(columns)}">{group.capitalize()}</th></tr>'
             )
             bodies.append("\n".join(["<tbody>", heading, *rows, "</tbody>"]))
-    counts = {name: sum(test.status == name for test in audit.tests) for name in _STATUS_TONES}
-    counts["not_applicable"] = len(audit.tests) - sum(counts.values())
-    found = ", ".join(f"{n} {_status(name)}" for name, n in counts.items() if n)
+    counts = {
+        name: [test.status_in_words for test in audit.tests if test.status == name]
+        for name in _STATUS_TONES
+    }
+    found = ", ".join(f"{len(words)} {words[0]}" for words in counts.values() if words)
     caption = (
-        f"{len(audit.tests)} tests: {found}. A test fails only if the lower end of the paired 95 % "
-        "interval exceeds its threshold. “Report” has no threshold."
+        f"{len(audit.tests)} tests: {found}. Brackets are 95 % intervals: Wilson's of a share, "
+        "Tango's of a difference on the same images. A test passes if its whole interval keeps to "
+        "the threshold, fails if none of it does, and is not decided otherwise. “Report” has no "
+        "threshold."
     )
     return (
-        f'<table class="tests">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
-        + "\n".join(bodies)
-        + "\n</table>"
+        f'<div class="table"><table class="tests">\n<caption>{caption}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n" + "\n".join(bodies) + "\n</table></div>"
     )
 
 
@@ -204,7 +187,7 @@ def _row(test: TestRecord):
     seconds = in_words(test.cost.seconds) if test.cost.seconds else "–"
     return (
         f'<tr><th scope="row">{test.number} {_text(test.name)}{decisive}</th>'
-        f'<td class="status {tone}" data-label="status">{_status(test.status)}</td>'
+        f'<td class="status {tone}" data-label="status">{test.status_in_words}</td>'
         f'<td data-label="found"><span>{_text(test.reason)}</span></td>'
         f'<td data-label="passes when"><span>{_text(test.criterion)}'
         f'<span class="note">{origin}</span></span></td>'
@@ -314,10 +297,6 @@ def _provenance(audit):
 def _text(value):
     """Plain text as HTML, a number and its per cent sign on one line."""
     return html.escape(value).replace(" %", "&nbsp;%")
-
-
-def _status(name):
-    return _STATUS_NAMES.get(name, name)
 
 
 def _percent(fraction):

@@ -35,6 +35,7 @@ from logit_reg.attacks.frozen import frozen_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.standing import check_examples, clean_logits
 from logit_reg.evaluation_state import EvaluationState
+from logit_reg.statistics import wilson_interval as wilson_interval
 from logit_reg.threat import ThreatModel
 
 # Relative slack of an attack's own output: float32 cannot keep a ball to the last bit.
@@ -274,30 +275,6 @@ def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -
             f"{name} left its threat model: image {indices[worst]} is at distance "
             f"{measured[worst]:.6g}, allowed {threat.epsilon:g} in {threat.norm}."
         )
-
-
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion.
-
-    Args:
-        successes: number of successes.
-        total: number of trials, at least 1.
-        level: confidence level, .95 or .99.
-
-    Returns:
-        Lower and upper end, fractions.
-
-    Source:
-        Wilson 1927; the interval that Brown, Cai and DasGupta 2001 recommend.
-    """
-    z = {0.95: 1.959963984540054, 0.99: 2.5758293035489004}[level]
-    share = successes / total
-    center = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total / 2) ** 2)
-    # At the ends exactly, where rounding leaves 1e-19.
-    low = center - half if successes else 0.0
-    high = center + half if successes < total else 1.0
-    return max(0.0, low), min(1.0, high)
 
 
 def content_hash(*arrays: np.ndarray) -> str:

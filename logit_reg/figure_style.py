@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import io
+import math
 import textwrap
 
 import matplotlib
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import LogLocator, NullLocator
 
-# Width in inches at which 8-point text stays readable on a phone that shows the whole figure.
+# Width in inches of a figure beside its caption.
 WIDTH = 5.2
+# What a telephone shows at full size.
+NARROW_WIDTH = 3.7
 FONT_SIZE = 8.0
 SMALL_FONT_SIZE = 7.0
 
@@ -20,7 +24,7 @@ LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """The neutral colours of a figure."""
+    """The neutral colours of a figure, and its width."""
 
     ink: str
     """Text."""
@@ -28,10 +32,22 @@ class Theme:
     """Grid and axes."""
     paper: str
     """Background."""
+    width: float = WIDTH
+    """Of the figure, in inches."""
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether panels and legends have room for one column only."""
+        return self.width < WIDTH
 
 
 LIGHT = Theme(ink="#1b1d21", rule="#c9ccd1", paper="#ffffff")
 DARK = Theme(ink="#e6e6e3", rule="#4a4e55", paper="#15171a")
+
+
+def narrow(theme: Theme) -> Theme:
+    """The same colours for a telephone: letters keep their size, panels stand below each other."""
+    return dataclasses.replace(theme, width=NARROW_WIDTH)
 
 
 def to_svg(figure) -> bytes:
@@ -54,6 +70,24 @@ def literal(text: str, width: int) -> str:
     """Text that matplotlib takes as it is, in at most three lines of `width` characters."""
     lines = textwrap.wrap(text, width, max_lines=3, placeholder=" …") or ["?"]
     return "\n".join(lines).replace("$", r"\$")
+
+
+def number(value: float) -> str:
+    """A number as text, with a minus sign and not a hyphen."""
+    return f"{value:g}".replace("-", "−")
+
+
+def log_ticks(axis) -> None:
+    """Ticks of a logarithmic axis, at least three: at 1, 2 and 5 where few powers of 10 are in it.
+
+    Args:
+        axis: whose limits are set.
+    """
+    low, high = sorted(axis.get_view_interval())
+    steps = [1, 2, 5] if math.log10(high / low) < 2 else [1, 3] if high < 1e3 * low else [1]
+    axis.set_major_locator(LogLocator(subs=steps, numticks=15))
+    axis.set_major_formatter(lambda value, place: number(value))
+    axis.set_minor_locator(NullLocator())
 
 
 def settled(figure):

@@ -1,5 +1,6 @@
 """The figures of a report, each as a matplotlib figure and the caption that belongs to it."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -9,15 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from logit_reg.attack_names import attack_title, in_order
 from logit_reg.figure_style import (
     COLORS,
     LIGHT,
     LINE_STYLES,
     SMALL_FONT_SIZE,
-    WIDTH,
     Theme,
     house_style,
     literal,
+    log_ticks,
     mix,
     settled,
 )
@@ -26,6 +28,7 @@ from logit_reg.report import (
     accuracy_under,
     accuracy_under_pgd,
     comparable,
+    pgd_attacks,
     pgd_lengths,
     shown_evaluations,
     strong_accuracy,
@@ -56,7 +59,10 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
     measures = _measures(kept)
     colored = [(color, run) for color, _, run in _styled(runs) if not run.is_contaminated]
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.62 * len(kept)), layout="constrained")
+        figure = Figure(
+            figsize=(theme.width, 1.0 + 0.62 * len(kept) + (0.3 if theme.is_narrow else 0)),
+            layout="constrained",
+        )
         axes = figure.subplots()
         height = 0.8 / len(measures)
         for group, (color, run) in enumerate(colored):
@@ -78,7 +84,7 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
                 for tint, (name, _) in zip(_TINTS, measures, strict=True)
             ],
             loc="outside upper center",
-            ncols=2,
+            ncols=1 if theme.is_narrow else 2,
             frameon=False,
         )
         return settled(figure)
@@ -86,12 +92,21 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
 
 def accuracy_bars_caption(runs: Sequence[Run]) -> str:
     """What `accuracy_bars` shows, with n, and what a healthy model would show."""
-    names = "; ".join(f"{name}" for name, _ in _measures(comparable(runs)))
+    kept = comparable(runs)
+    measures = _measures(kept)
+    names = "; ".join(name for name, _ in measures)
+    sizes = {found.num_examples for run in kept for _, m in measures if (found := m(run))}
+    differ = (
+        "Bars of another n are of other images: a difference of a few points may be that of the "
+        "images. "
+        if len(sizes) > 1
+        else ""
+    )
     return (
         f"Accuracy clean and under attack, worst case over the losses of each attack ({names}). "
-        "Whiskers are 95 % Wilson intervals. A healthy model loses a few points from PGD to the "
-        "strong attack; bars that stand under FGSM and PGD and are gone under the strong attack "
-        "show masked gradients."
+        f"Whiskers are 95 % Wilson intervals. {differ}A healthy model loses a few points "
+        "from PGD to the strong attack; bars that stand under FGSM and PGD and are gone under the "
+        "strong attack show masked gradients."
     )
 
 
@@ -108,8 +123,9 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
     """
     logged = [(color, style, run) for color, style, run in _styled(runs) if run.log]
     with house_style(theme):
-        height = 4.4 + 0.17 * math.ceil(len(logged) / 2)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        num_columns = 1 if theme.is_narrow else 2
+        height = 4.4 + 0.17 * math.ceil(len(logged) / num_columns)
+        figure = Figure(figsize=(theme.width, height), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         ceiling = math.log(num_classes)
         for color, style, run in logged:
@@ -132,8 +148,7 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         upper.set_ylim(0, 1.15 * max([ceiling, *late_losses]))
         upper.set_ylabel("cross-entropy (nats)")
         lower.set_yscale("log")
-        lower.yaxis.set_major_formatter("{x:g}")
-        lower.yaxis.set_minor_formatter("")
+        log_ticks(lower.yaxis)
         lower.set_ylabel("mean l2 norm of the logits")
         lower.set_xlabel("training step")
         lower.set_xlim(left=0)
@@ -146,7 +161,7 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
                     for color, style, run in logged
                 ],
                 loc="outside upper center",
-                ncols=2,
+                ncols=num_columns,
                 frameon=False,
             )
         return settled(figure)
@@ -190,7 +205,10 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
     rows = _grid_rows(runs, num_images)
     num_columns = max(len(labels) for _, _, labels in rows)
     with house_style(theme):
-        figure = Figure(figsize=(WIDTH, 0.85 * len(rows)), layout="constrained")
+        figure = Figure(
+            figsize=(theme.width, 0.85 * len(rows) * (0.8 if theme.is_narrow else 1)),
+            layout="constrained",
+        )
         grid = figure.subplots(len(rows), num_columns, squeeze=False)
         for axes_row, (name, images, labels) in zip(grid, rows, strict=True):
             for axes, image, label in itertools.zip_longest(axes_row, images, labels):
@@ -210,7 +228,7 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
 def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
     """What `adversarial_grid` shows, with n, and what a healthy model would show."""
     shown = [evaluation for _, evaluation, _ in with_examples(runs)]
-    attacks = "; ".join(sorted({evaluation.attack_name for evaluation in shown}))
+    attacks = "; ".join(in_order(attack_title(list(e.ledger.correct)) for e in shown))
     num_shown = max(min(num_images, len(e.examples.labels)) for e in shown if e.examples)
     return (
         f"n = {num_shown} images of the evaluation and the worst that the attack ({attacks}) made "
@@ -242,14 +260,15 @@ def with_examples(runs: Sequence[Run]) -> list[tuple[Run, StoredEvaluation, Exam
 def _measures(runs):
     """Up to four measures, weakest attack first: a name with n, and a function of a run."""
     num_steps = pgd_lengths(runs)[-1]
-    strong = {e.attack_name for run in runs if (e := strongest(run))}
+    strong = {attack_title(list(e.ledger.correct)) for run in runs if (e := strongest(run))}
     strong_name = strong.pop() if len(strong) == 1 else "strong attack"
-    measures = (
-        ("clean", lambda run: accuracy_under(run, ())),
-        ("FGSM", lambda run: accuracy_under(run, FGSM_ATTACKS)),
-        (f"PGD-{num_steps}", lambda run: accuracy_under_pgd(run, num_steps)),
-        (strong_name, strong_accuracy),
-    )
+    measures = [
+        (attack_title(attacks), functools.partial(accuracy_under, attacks=attacks))
+        for attacks in ((), FGSM_ATTACKS)
+    ]
+    under_pgd = functools.partial(accuracy_under_pgd, num_steps=num_steps)
+    measures.append((attack_title(pgd_attacks(num_steps)), under_pgd))
+    measures.append((strong_name, strong_accuracy))
     named = []
     for name, measure in measures:
         sizes = sorted({found.num_examples for run in runs if (found := measure(run))})

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from logit_reg.attacks.attack import Attack
-from logit_reg.evaluation import Evaluation, wilson_interval
+from logit_reg.evaluation import Evaluation
 from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
 from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.statistics import wilson_interval
 
 SCHEMA = 1
 FLAGS_PROTOCOL = "flags"

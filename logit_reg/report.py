@@ -5,16 +5,16 @@ import functools
 import html
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from logit_reg.evaluation import wilson_interval
 from logit_reg.ledger import FLAGS_PROTOCOL
 from logit_reg.published import Published, published_for
 from logit_reg.runs import Run as Run
 from logit_reg.runs import StoredEvaluation
 from logit_reg.runs import load_run as load_run
+from logit_reg.statistics import wilson_interval
 from logit_reg.text_columns import aligned
 
 FGSM_ATTACKS = ("fgsm-xent", "fgsm-cw")
@@ -53,6 +53,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
+    notes: tuple[str, ...] = ()
+    """Lines that stand below the caption: what may mislead about single numbers."""
 
     def to_text(self) -> str:
         """Aligned for a terminal, the caption below, wrapped to the table's width."""
@@ -63,7 +65,8 @@ class Table:
         drawn = aligned([*zip(*lines, strict=True), *self.rows])
         rule = "-" * max(map(len, drawn))
         header, body = drawn[:depth], drawn[depth:]
-        return "\n".join([*header, rule, *body, rule, textwrap.fill(self.caption, len(rule))])
+        below = [textwrap.fill(text, len(rule)) for text in (self.caption, *self.notes)]
+        return "\n".join([*header, rule, *body, rule, *below])
 
     def to_markdown(self) -> str:
         """A GitHub table, the caption in the paragraph below."""
@@ -73,29 +76,82 @@ class Table:
             return "| " + " | ".join(cell.replace("\n", "<br>") for cell in escaped) + " |"
 
         marks = "|---|" + "---:|" * (len(self.columns) - 1)
-        caption = html.escape(self.caption, quote=False)
-        return "\n".join([line(self.columns), marks, *map(line, self.rows), "", caption])
+        below = [html.escape(self.caption, quote=False)]
+        if self.notes:
+            below += ["", *(f"- {html.escape(note, quote=False)}" for note in self.notes)]
+        return "\n".join([line(self.columns), marks, *map(line, self.rows), "", *below])
 
     def to_html(self) -> str:
-        """A `<table>`; each cell carries its column's name for narrow screens."""
-        names = [html.escape(column.replace("\n", " ")) for column in self.columns]
+        """A `<table>` that fits a screen; each cell carries its column's name for narrow ones.
+
+        Where the columns need more than a page has, rows and columns change places; where that
+        does not help, each row becomes a list.
+        """
+        table, kind = self, "table"
+        if self._html_width() > _PAGE_WIDTH:
+            table = self._transposed()
+            if table._html_width() > _PAGE_WIDTH:
+                table, kind = self, "table long"
+        names = [html.escape(column.replace("\n", " ")) for column in table.columns]
         head = "".join(
-            f'<th scope="col">{html.escape(column).replace(chr(10), "<br>")}</th>'
-            for column in self.columns
+            f'<th scope="col">{_text_html(column).replace(chr(10), "<br>")}</th>'
+            for column in table.columns
         )
         body = "\n".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>'
+            f'<tr><th scope="row">{_text_html(row[0])}</th>'
             + "".join(
-                f'<td data-label="{name}">{html.escape(cell)}</td>'
+                f'<td data-label="{name}">{_cell_html(cell)}</td>'
                 for name, cell in zip(names[1:], row[1:], strict=True)
             )
             + "</tr>"
-            for row in self.rows
+            for row in table.rows
         )
+        below = "<br>\n".join(html.escape(text) for text in (self.caption, *self.notes))
         return (
-            f"<table>\n<caption>{html.escape(self.caption)}</caption>\n"
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+            f'<div class="{kind}"><table>\n<caption>{below}</caption>\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
         )
+
+    def _transposed(self):
+        first, *others = self.columns
+        return Table(
+            columns=(first, *(row[0] for row in self.rows)),
+            rows=tuple(
+                (column.replace("\n", " "), *(row[i] for row in self.rows))
+                for i, column in enumerate(others, start=1)
+            ),
+            caption=self.caption,
+            notes=self.notes,
+        )
+
+    def _html_width(self):
+        """About the least width in pixels: cells break before a bracket, names between words."""
+        width = 0.0
+        for i, column in enumerate(self.columns):
+            cells = [column.replace("\n", " ").replace(" = ", "="), *(row[i] for row in self.rows)]
+            pieces = [piece for cell in cells for piece in _pieces(cell, is_name=i == 0)]
+            width += 16 + 8 * max(map(len, pieces), default=0)
+        return width
+
+
+# Of a page that is 64rem wide, its margins taken off.
+_PAGE_WIDTH = 980
+
+
+def _pieces(cell, *, is_name):
+    """The parts of a cell that stay on one line: words of a name, a bracket as a whole."""
+    return re.findall(r"\[[^\]]*\]|[^\s\[]+", cell) if not is_name else [*cell.split(), "x" * 20]
+
+
+def _text_html(text):
+    """Plain text as HTML, "n = 5" on one line."""
+    return html.escape(text).replace(" = ", "&nbsp;=&nbsp;")
+
+
+def _cell_html(cell):
+    """A cell's text; a bracket is kept on one line."""
+    text, count = re.subn(r"\[[^\]]*\]", r'<span class="part">\g<0></span>', _text_html(cell))
+    return f"<span>{text}</span>" if count else text
 
 
 def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
@@ -221,6 +277,7 @@ def results_table(runs: Sequence[Run]) -> Table:
         columns=tuple(column.header for column in columns),
         rows=tuple(tuple(column.cell(run) for column in columns) for run in kept),
         caption=_caption(kept, [run for run in runs if run.is_contaminated]),
+        notes=notices(kept),
     )
 
 
@@ -237,6 +294,28 @@ def split_by_dataset(runs: Sequence[Run]) -> list[list[Run]]:
             found = {k: e for k, e in run.evaluations.items() if e.dataset == name}
             groups.setdefault(name, []).append(dataclasses.replace(run, evaluations=found))
     return list(groups.values())
+
+
+def notices(runs: Sequence[Run]) -> tuple[str, ...]:
+    """What the evaluations of some runs say of their own numbers, a line each."""
+    labels = _labels(runs)
+    return tuple(
+        f"{labels[id(run)]}, {folder}: {notice}"
+        for run in runs
+        for folder, evaluation in shown_evaluations(run).items()
+        for notice in notices_of(evaluation.result)
+    )
+
+
+def notices_of(result: Mapping) -> list[str]:
+    """The notices of a `result.json`, one line each; older ones have none."""
+    found = result.get("notices")
+    entries = found if isinstance(found, list) else []
+    return [
+        " ".join(str(entry["message"]).split())
+        for entry in entries
+        if isinstance(entry, dict) and "message" in entry
+    ]
 
 
 def replace_marked_section(text: str, name: str, content: str) -> str:

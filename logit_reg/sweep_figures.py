@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from logit_reg.attack_names import CLEAN, attack_title, in_order, line_styles
 from logit_reg.figure_style import (
-    COLORS,
     LIGHT,
-    LINE_STYLES,
     SMALL_FONT_SIZE,
     WIDTH,
     Theme,
@@ -21,6 +21,7 @@ from logit_reg.figure_style import (
 )
 from logit_reg.objectives import REGULARIZERS, collapse_threshold
 from logit_reg.report import (
+    FGSM_ATTACKS,
     Accuracy,
     Table,
     accuracy_under,
@@ -52,12 +53,17 @@ class Point:
 
     panel: str
     """What the runs of a panel share; "" where all share everything."""
-    curve: str
-    """The measure, with its n."""
+    measure: str
+    """"clean", or what it was attacked with; see `attack_title`."""
     x: float
     accuracy: Accuracy
     seed: int | None
     """Of the training."""
+
+    @property
+    def curve(self) -> str:
+        """The measure, with its n."""
+        return f"{self.measure}, n = {self.accuracy.num_examples}"
 
 
 def sweep_points(runs: Sequence[Run], against: str) -> list[Point]:
@@ -106,15 +112,16 @@ def sweep_figure(runs: Sequence[Run], against: str, theme: Theme = LIGHT) -> Fig
     """
     points = sweep_points(runs, against)
     panels = list(dict.fromkeys(point.panel for point in points))
-    curves = list(dict.fromkeys(point.curve for point in points))
+    curves = _curves(points)
+    styles = line_styles(measure for measure, _ in curves)
     with house_style(theme):
         height = 0.7 + 2.1 * len(panels)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, panel in zip(grid, panels, strict=True):
-            for i, curve in enumerate(curves):
+            for measure, curve in curves:
                 mine = [p for p in points if (p.panel, p.curve) == (panel, curve)]
-                _draw(axes, mine, curve, COLORS[i % len(COLORS)], LINE_STYLES[i % len(LINE_STYLES)])
+                _draw(axes, mine, *styles[measure])
             if panel:
                 axes.set_title(literal(panel, 60), fontsize=SMALL_FONT_SIZE, loc="left")
             axes.set_ylim(-3, 103)
@@ -130,9 +137,16 @@ def sweep_figure(runs: Sequence[Run], against: str, theme: Theme = LIGHT) -> Fig
                 axes.minorticks_off()
         if against == "beta":
             _draw_thresholds(grid, panels, comparable(runs), theme)
-        handles, labels = grid[0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="outside upper center", ncols=2, frameon=False, handlelength=2.6
+            handles=[
+                Line2D([], [], color=color, linestyle=style, label=literal(curve, 40))
+                for measure, curve in curves
+                for color, style in (styles[measure],)
+            ],
+            loc="outside upper center",
+            ncols=2,
+            frameon=False,
+            handlelength=2.6,
         )
         return settled(figure)
 
@@ -143,15 +157,16 @@ def sweep_caption(runs: Sequence[Run], against: str) -> str:
     datasets = {evaluation.dataset for run in runs for evaluation in run.evaluations.values()}
     seeds = sorted({point.seed for point in points if point.seed is not None})
     parts = [
-        f"Accuracy on {' and '.join(sorted(datasets))}, counted from the per-example ledgers. "
-        "Whiskers are 95 % Wilson intervals over the images of one network",
+        f"Accuracy on {' and '.join(sorted(datasets))}, counted from the per-example ledgers, "
+        "under the worst of the losses of each attack where it has several. Whiskers "
+        "are 95 % Wilson intervals over the images of one network",
         f"; a mark for each of {len(seeds)} training seeds, the line joins their means."
         if len(seeds) > 1
         else "; one training seed.",
     ]
     if against == "beta":
         parts.append(
-            " Dashed: beta from which all-zero logits minimise the objective over free logits."
+            " Dotted: beta from which all-zero logits minimise the objective over free logits."
         )
         if len({run.settings.get("reg") for run in runs}) > 1:
             batch = {run.settings.get("training_batch_size") for run in runs}
@@ -167,7 +182,7 @@ def sweep_table(runs: Sequence[Run], against: str) -> Table:
     """The points of the figure as a table: the mean over seeds, and n of each network."""
     points = sweep_points(runs, against)
     panels = list(dict.fromkeys(point.panel for point in points))
-    curves = list(dict.fromkeys(point.curve for point in points))
+    curves = [curve for _, curve in _curves(points)]
     rows = []
     for panel in panels:
         for x in sorted({point.x for point in points if point.panel == panel}):
@@ -199,14 +214,14 @@ def _setting_points(run, runs, against):
     if isinstance(x, bool) or not isinstance(x, int | float):
         return
     panel = _panel(run, runs, against)
-    lengths = pgd_lengths([run])
-    measures = {"clean": accuracy_under(run, ())}
-    measures |= {f"PGD-{n}, worst of xent and CW": accuracy_under_pgd(run, n) for n in lengths[-1:]}
+    measures = {attack_title(names): accuracy_under(run, names) for names in ((), FGSM_ATTACKS)}
+    for num_steps in pgd_lengths([run])[-1:]:
+        measures[attack_title(pgd_attacks(num_steps))] = accuracy_under_pgd(run, num_steps)
     if strong := strongest(run):
-        measures[_attack_name(strong)] = _accuracy(strong.ledger.robust)
-    for curve, accuracy in measures.items():
+        measures[_title(strong)] = _accuracy(strong.ledger.robust)
+    for measure, accuracy in measures.items():
         if accuracy is not None:
-            yield _point(panel, curve, x, accuracy, run.seed)
+            yield Point(panel, measure, float(x), accuracy, run.seed)
 
 
 def _checkpoint_points(run, panel):
@@ -222,9 +237,9 @@ def _checkpoint_points(run, panel):
         if len(evaluation.ledger.label) > len(largest.ledger.label):
             clean[step] = evaluation
         found = _accuracy(evaluation.ledger.robust)
-        yield _point(panel, _attack_name(evaluation), step, found, run.seed)
+        yield Point(panel, _title(evaluation), float(step), found, run.seed)
     for step, evaluation in clean.items():
-        yield _point(panel, "clean", step, _accuracy(evaluation.ledger.clean), run.seed)
+        yield Point(panel, CLEAN, float(step), _accuracy(evaluation.ledger.clean), run.seed)
 
 
 def _attack_points(run, panel):
@@ -232,9 +247,10 @@ def _attack_points(run, panel):
         if "@" not in name:
             continue
         for attack, x in _pgd_steps(evaluation).items():
-            loss = attack.rpartition("-")[2]
+            # The axis has the number of steps.
+            title = re.sub(r"-\d+", "", attack_title([attack]))
             accuracy = _accuracy(evaluation.ledger.clean & evaluation.ledger.correct[attack])
-            yield _point(panel, f"PGD, {loss}", x, accuracy, run.seed)
+            yield Point(panel, title, float(x), accuracy, run.seed)
 
 
 def _pgd_steps(evaluation: StoredEvaluation) -> dict[str, int]:
@@ -242,15 +258,15 @@ def _pgd_steps(evaluation: StoredEvaluation) -> dict[str, int]:
     return {name: int(match[1]) for name, match in matches.items() if match}
 
 
-def _point(panel, curve, x, accuracy, seed):
-    return Point(panel, f"{curve}, n = {accuracy.num_examples}", float(x), accuracy, seed)
+def _title(evaluation):
+    return attack_title(list(evaluation.ledger.correct))
 
 
-def _attack_name(evaluation):
-    for num_steps in set(_pgd_steps(evaluation).values()):
-        if set(evaluation.ledger.correct) == set(pgd_attacks(num_steps)):
-            return f"PGD-{num_steps}, worst of xent and CW"
-    return evaluation.attack_name.replace("autoattack", "AutoAttack")
+def _curves(points):
+    """Measure and name of each curve, weakest attack first."""
+    order = in_order(point.measure for point in points)
+    pairs = {(point.measure, point.curve): point.accuracy.num_examples for point in points}
+    return sorted(pairs, key=lambda pair: (order.index(pair[0]), -pairs[pair]))
 
 
 def _accuracy(correct):
@@ -271,7 +287,7 @@ def _panels_of_networks(runs):
     return names if 1 < num_pairs == len(set(names)) == len(set(settings)) else settings
 
 
-def _draw(axes, points, curve, color, style):
+def _draw(axes, points, color, style):
     if not points:
         return
     for point in points:
@@ -292,11 +308,11 @@ def _draw(axes, points, curve, color, style):
         )
     xs = sorted({point.x for point in points})
     means = [np.mean([p.accuracy.percent for p in points if p.x == x]) for x in xs]
-    axes.plot(xs, means, color=color, linestyle=style, linewidth=1.2, label=literal(curve, 40))
+    axes.plot(xs, means, color=color, linestyle=style, linewidth=1.2)
 
 
 def _draw_thresholds(grid, panels, runs, theme):
-    """A dashed line at the collapse threshold of each panel."""
+    """A dotted line, with its value, at the collapse threshold of each panel."""
     for axes, panel in zip(grid, panels, strict=True):
         for run in runs:
             reg, batch = run.settings.get("reg"), run.settings.get("training_batch_size")
@@ -311,4 +327,15 @@ def _draw_thresholds(grid, panels, runs, theme):
             )
             if math.isfinite(threshold):
                 axes.axvline(threshold, color=theme.ink, linewidth=0.8, linestyle=(0, (2, 2)))
+                axes.annotate(
+                    f"all-zero logits from {threshold:.4g}",
+                    (threshold, 0.5),
+                    (3, 0),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    rotation=90,
+                    ha="left",
+                    va="center",
+                    fontsize=SMALL_FONT_SIZE,
+                )
             break

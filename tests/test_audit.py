@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -16,9 +17,10 @@ from linear import SHAPE, Linear
 import logit_reg.audit
 from logit_reg.attacks import FGSM, PGD
 from logit_reg.audit import Control, audit
-from logit_reg.audit.intervals import paired_gap
+from logit_reg.audit.decisions import decide
 from logit_reg.audit.records import DECISIVE, Cost, WorstCase, verdict
 from logit_reg.audit.run import DIAGNOSTICS, prepare, run_test
+from logit_reg.statistics import Mean, PairedDifference, Proportion
 from logit_reg.threat import ThreatModel
 from logit_reg_scripts import controls
 from logit_reg_scripts.runs import read_run, resolve_settings
@@ -28,12 +30,12 @@ from madry_compat import data
 THREAT = ThreatModel("linf", 0.022, 0.0, 1.0)
 
 
-def linear_case():
+def linear_case(count=40):
     """A linear classifier that is undecided on grey, and images that it classifies right."""
     model = Linear(num_classes=5)
     model.weights *= 3
     model.bias = -0.5 * model.weights.sum(axis=0)
-    images = np.random.default_rng(1).uniform(0.2, 0.8, (40, *SHAPE)).astype(np.float32)
+    images = np.random.default_rng(1).uniform(0.2, 0.8, (count, *SHAPE)).astype(np.float32)
     return model, images, model(images).numpy().argmax(axis=1)
 
 
@@ -137,8 +139,9 @@ def test_small_logits_say_nothing(scale):
 
 @pytest.mark.parametrize("number", [1, 2, 3, 6, 12, 14, 33])
 def test_a_healthy_model_with_logits_times_thirty_passes(number):
-    model = linear_case()[0]
-    assert outcome(number, lambda x: 30.0 * model(x)).status == "pass"
+    model, images, labels = linear_case(1000)
+    found = outcome(number, lambda x: 30.0 * model(x), images=images, labels=labels)
+    assert found.status == "pass", found.reason
 
 
 def test_a_saturated_softmax_hides_gradients_from_float32_and_not_from_the_audit():
@@ -182,7 +185,7 @@ def test_a_claimed_attack_with_a_wrong_sign_is_seen(number, loss):
     found = outcome(number, model, attacks=wrong)
     assert found.status == "fail" and "theirs" in found.reason
     right = {"theirs": PGD(THREAT, loss, 40, 0.01)}
-    assert outcome(number, model, attacks=right).status == "pass"
+    assert outcome(number, model, attacks=right).status in ("pass", "not_decided")
 
 
 def test_a_single_step_need_not_reach_every_image():
@@ -245,7 +248,8 @@ def test_float32_that_is_not_enough_is_seen():
     """A constant that is added and taken away again costs float32 all digits below 64."""
     network, case = small_network(offset=1e9)
     assert outcome(7, network, **case).status == "fail"
-    assert outcome(7, small_network()[0], **case).status == "pass"
+    found = outcome(7, small_network()[0], **case)
+    assert found.status == "not_decided" and "about 770 images would decide" in found.reason
     assert outcome(7, linear_case()[0]).status == "skipped"
 
 
@@ -326,7 +330,7 @@ HEALTHY = {
 def test_no_false_alarm_on_healthy_logits_of_other_scales(name, number, dense):
     network, case = dense
     found = outcome(number, lambda x: HEALTHY[name](network(x, training=False)), **case)
-    assert found.status == "pass", found.reason
+    assert found.status in ("pass", "not_decided"), found.reason
 
 
 @pytest.mark.parametrize("epsilon", [0.3 / 255, 76.0])
@@ -355,8 +359,9 @@ def test_a_control_that_falls_itself_excuses_nothing():
     case |= {"threat": ThreatModel("linf", 0.01, 0.0, 1.0), "budget": "standard"}
     stands = Control("stands", "adversarial", first_pixels)
     falls = Control("falls", "adversarial", lambda x: -first_pixels(x))
-    assert outcome(9, first_pixels, controls=[stands], **case).status == "pass"
-    assert outcome(9, first_pixels, controls=[falls, stands], **case).status == "pass"
+    for known in ([stands], [falls, stands]):
+        found = outcome(9, first_pixels, controls=known, **case)
+        assert found.status == "not_decided" and "at most 0.5 allowed" in found.reason
     found = outcome(9, first_pixels, controls=[falls], **case)
     assert found.status == "report" and "one that keeps 50 %" in found.reason
 
@@ -463,6 +468,10 @@ def standing(share, total=1000):
         (0.93, 0.90, decisive(test20="skipped"), "NOT REFUTED"),
         (0.93, 0.90, decisive(test19="report"), "NOT REFUTED"),
         (0.93, 0.90, decisive(test13="not_applicable"), "HOLDS"),
+        (0.93, 0.90, decisive(test13="not_decided"), "NOT REFUTED"),
+        (0.93, 0.90, decisive(test12="fail", test13="not_decided"), "SUSPECT"),
+        (0.93, 0.90, decisive(test14="not_decided"), "HOLDS"),
+        (0.50, 0.00, decisive("not_decided"), "REFUTED"),
         (0.93, 0.95, decisive("report"), "NOT REFUTED"),
     ],
 )
@@ -474,24 +483,83 @@ def test_half_the_claim_refutes_only_where_the_intervals_are_apart():
     assert verdict(0.09, standing(0.04, total=100), decisive()) == "HOLDS"
 
 
-def test_the_paired_interval_against_its_source():
-    """The example of Newcombe 1998, 50 pairs: 36, 12, 2 and 0."""
-    first = np.repeat([True, True, False, False], [36, 12, 2, 0])
-    second = np.repeat([True, False, True, False], [36, 12, 2, 0])
-    gap = paired_gap(first, second)
-    assert gap.value == pytest.approx(0.2)
-    assert (gap.low, gap.high) == pytest.approx((0.0569, 0.3404), abs=5e-4)
-    other = paired_gap(second, first)
-    assert (other.low, other.high) == pytest.approx((-gap.high, -gap.low))
+def test_a_gap_that_chance_may_have_made_neither_refutes_nor_holds():
+    assert verdict(0.5, standing(0.375, total=40), decisive()) == "NOT REFUTED"
+    assert verdict(0.5, standing(0.375, total=400), decisive()) == "REFUTED"
 
 
-def test_a_gap_needs_more_than_one_example_to_count():
-    before = np.ones(100, bool)
-    after = before.copy()
-    after[:2] = False
-    assert not paired_gap(before, after).exceeds(0.01)
-    after[:10] = False
-    assert paired_gap(before, after).exceeds(0.01)
+def first(count, total):
+    return np.arange(total) < count
+
+
+@pytest.mark.parametrize(
+    ("found", "limits", "status"),
+    [
+        # 40.0 and 32.5 % of 40 images, where 3 points are allowed.
+        (PairedDifference.of(first(16, 40), first(13, 40)), {"most": 0.03}, "not_decided"),
+        (PairedDifference.of(first(160, 400), first(130, 400)), {"most": 0.03}, "fail"),
+        (PairedDifference.of(first(400, 1000), first(400, 1000)), {"most": 0.01}, "pass"),
+        (PairedDifference.of(first(40, 100), first(40, 100)), {"most": 0.01}, "not_decided"),
+        (
+            PairedDifference.of(first(10, 1000), first(60, 1000)),
+            {"least": -0.01, "most": 0.01},
+            "fail",
+        ),
+        (Proportion(0, 40), {"most": 0.01}, "not_decided"),
+        (Proportion(0, 1000), {"most": 0.01}, "pass"),
+        (Proportion(40, 1000), {"most": 0.01}, "fail"),
+        (Proportion(930, 1000), {"least": 0.925, "most": 0.935}, "not_decided"),
+        (Proportion(980, 1000), {"least": 0.93}, "pass"),
+        (Mean.of(np.full(9, 1.0)), {"least": 0.99}, "pass"),
+        (Mean.of(np.array([0.985, 0.999, 0.999])), {"least": 0.99}, "not_decided"),
+        (Mean.of(np.array([0.5])), {"least": 0.99}, "not_decided"),
+    ],
+)
+def test_a_proportion_is_judged_by_its_whole_interval(found, limits, status):
+    assert decide(found, **limits).status == status
+
+
+@pytest.mark.parametrize(
+    ("found", "limits"),
+    [
+        (PairedDifference.of(first(16, 40), first(13, 40)), {"most": 0.03}),
+        (PairedDifference.of(first(30, 30), first(30, 30)), {"most": 0.002}),
+        (Proportion(38, 40), {"least": 0.93}),
+        (Mean.of(np.array([0.985, 0.999, 0.999])), {"least": 0.99}),
+    ],
+)
+def test_the_number_of_images_that_would_decide_decides(found, limits):
+    decision = decide(found, **limits)
+    needed = decision.num_needed
+    assert needed > found.num_examples
+    assert decide(found.scaled(2 * needed), **limits).status != "not_decided"
+    assert decide(found.scaled(needed // 2), **limits).status == "not_decided"
+    assert str(decision).endswith(f"about {needed:,} images would decide")
+    assert decision.to_json()["images_to_decide"] == needed
+
+
+def test_what_lies_on_the_threshold_is_never_decided():
+    decision = decide(Proportion(10, 100), most=0.1)
+    assert decision.num_needed is None
+    assert str(decision) == (
+        "10.0 % [5.5, 17.4], at most 10 allowed; no number of images like these would decide"
+    )
+
+
+def test_the_cell_has_estimate_interval_and_threshold():
+    decision = decide(PairedDifference.of(first(16, 40), first(13, 40)), most=0.03)
+    assert str(decision).startswith("7.5 points [−1.9, 19.9], at most 3 allowed; about ")
+    decided = decide(PairedDifference.of(first(500, 1000), first(500, 1000)), most=0.01)
+    assert str(decided) == "0.0 points [−0.4, 0.4], at most 1 allowed"
+
+
+@pytest.mark.parametrize("number", [8, 9, 14, 15, 23])
+def test_no_test_passes_beside_an_interval_that_reaches_over_its_threshold(number):
+    """Forty images are too few for any threshold below 8 points, whatever is found."""
+    model = linear_case()[0]
+    found = outcome(number, model, budget="standard")
+    assert found.status == "not_decided", found.reason
+    assert re.search(r"\[.*\], at most [\d.]+ allowed; (about|no number)", found.reason)
 
 
 # --- whole audits
@@ -549,7 +617,8 @@ def test_the_worst_case_of_a_linear_classifier_is_exact(linear_audit):
 @pytest.mark.slow
 def test_a_quick_audit_never_says_holds_and_names_what_did_not_run(linear_audit):
     found = linear_audit[0]
-    assert found.undecided == (19, 20, 25)
+    # For 7, 12, 13 and 23 forty images are too few; the others need a larger budget.
+    assert found.undecided == (7, 12, 13, 19, 20, 23, 25)
     assert [test.number for test in found.tests] == list(range(1, 34))
     ran = {test.number for test in found.tests if test.status != "skipped"}
     assert ran == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 23, 24, 33}
@@ -586,7 +655,9 @@ def test_audit_json_follows_its_schema(linear_audit):
 def test_the_schema_names_what_an_audit_says(linear_audit):
     path = Path(logit_reg.audit.__file__).with_name("audit.schema.json")
     schema, value = json.loads(path.read_text()), linear_audit[0].to_json()
-    assert set(schema["properties"]) == set(schema["required"]) == set(value)
+    assert set(schema["required"]) == set(value)
+    # What older files do not have, and audits without a claimed attack.
+    assert set(schema["properties"]) - set(value) == {"claimed_attacks"}
     assert set(schema["$defs"]["test"]["properties"]) == set(value["tests"][0])
 
 
@@ -636,7 +707,7 @@ def test_a_natural_model_is_refuted_at_half_and_at_its_fgsm_accuracy():
 
 
 @pytest.mark.long
-def test_a_full_audit_uses_its_controls_and_may_say_holds():
+def test_a_full_audit_uses_its_controls_and_holds_only_with_enough_images():
     network, images, labels, robust = keras_linear()
     # Predicts one class, which is not that of the images.
     controls = [
@@ -648,8 +719,10 @@ def test_a_full_audit_uses_its_controls_and_may_say_holds():
         network, THREAT, images, labels, claim=robust.mean(), controls=controls, budget="full"
     )
     by_number = {test.number: test for test in found.tests}
-    assert found.verdict == "HOLDS", [(t.number, t.status, t.reason) for t in found.tests]
-    assert by_number[20].status == by_number[25].status == "pass"
+    assert found.failed == () and found.verdict == "NOT REFUTED"
+    for number in found.undecided:
+        assert "images would decide" in by_number[number].reason
+    assert {20, 25} <= set(found.undecided)
     assert by_number[22].status == "pass"
     assert by_number[32].status == "not_applicable"
 
@@ -712,3 +785,12 @@ def test_wrong_input_is_refused(changes, message):
     arguments = {"threat": THREAT, "claim": 0.5} | changes
     with pytest.raises(ValueError, match=message):
         audit(model, arguments.pop("threat"), images, labels, **arguments)
+
+
+def test_committed_audits_follow_the_schema():
+    root = Path(__file__).parents[1]
+    schema = json.loads(Path(logit_reg.audit.__file__).with_name("audit.schema.json").read_text())
+    paths = sorted((root / "results").rglob("audit.json"))
+    assert paths
+    for path in paths:
+        jsonschema.validate(json.loads(path.read_text()), schema)

@@ -14,7 +14,7 @@ from logit_reg.audit import records
 from logit_reg.audit.records import Audit, Cost, Curve, SqueezeDiagnostics, WorstCase
 from logit_reg.audit_page import write_audit_page
 from logit_reg.curves import RestartLosses, StepGrid
-from logit_reg.figure_style import DARK, to_svg
+from logit_reg.figure_style import DARK, LIGHT, narrow, to_svg
 from logit_reg.landscape import Comparison, Landscape
 from logit_reg.threat import ThreatModel
 
@@ -160,6 +160,32 @@ def test_the_table_has_every_test_with_status_reason_criterion_and_cost(tmp_path
     assert "4 tests: 1 pass, 1 fail, 1 report, 1 skipped." in text
 
 
+def test_what_is_not_decided_is_said_in_the_table_and_above_the_verdict(tmp_path):
+    reason = "7.5 points [−1.9, 19.9], at most 3 allowed; about 87 images would decide"
+    audit = audit_of(tests=(record(7), record(13, "not_decided", reason=reason), record(23)))
+
+    text = text_of(written(audit, tmp_path))
+
+    above, _, below = text.partition(" NOT REFUTED ")
+    assert f"13 Test number 13: {reason}" in above
+    assert f"decisive not decided {reason}" in below
+    assert "3 tests: 2 pass, 1 not decided." in below
+
+
+def test_the_claim_is_compared_on_the_images_of_the_audit_or_not_at_all(tmp_path):
+    audit = audit_of(claimed_robust=np.arange(100) < 48)
+
+    assert "On the same images" not in text_of(written(audit_of(), tmp_path))
+    assert "claim on these images –" in text_of(written(audit_of(), tmp_path))
+    # Tango's interval of 2 of 100.
+    assert (
+        "On the same images the claim's own attacks leave 48.0 %: 2.0 points [−1.8, 7.0] more."
+        in text_of(written(audit, tmp_path))
+    )
+    gap = audit.to_json()["claimed_attacks"]["gap"]
+    assert gap["value"] == 0.02 and gap["low"] < 0 < gap["high"]
+
+
 def test_the_scale_of_the_logits_stands_beside_its_limits(tmp_path):
     text = text_of(written(audit_of(), tmp_path))
 
@@ -193,9 +219,9 @@ def page(tmp_path_factory):
 def test_the_page_is_well_formed_and_needs_nothing_else(page):
     checker = check_html(page)
 
-    # Attacks, curves and two surfaces, each for light and for dark.
+    # Attacks, curves and two surfaces, each for light and for dark, wide and narrow.
     assert checker.tags.count("img") == 4
-    assert len(checker.references) == 8
+    assert len(checker.references) == 16
     assert all(r.startswith("data:image/svg+xml;base64,") for r in checker.references)
     assert "script" not in checker.tags and "link" not in checker.tags
     assert not re.search(r"https?:|@import|url\(", re.sub(r"data:[^\"]*", "", page.read_text()))
@@ -288,9 +314,10 @@ DRAWN = {
 }
 
 
+@pytest.mark.parametrize("theme", [LIGHT, narrow(LIGHT)], ids=["wide", "narrow"])
 @pytest.mark.parametrize("name", DRAWN)
-def test_every_axis_has_a_label_and_no_text_overlaps_or_is_cut_off(name):
-    figure = DRAWN[name]()
+def test_every_axis_has_a_label_and_no_text_overlaps_or_is_cut_off(name, theme):
+    figure = DRAWN[name](theme=theme)
 
     assert_readable(figure)
     assert labelled_axes(figure)

@@ -40,7 +40,10 @@ def test_a_release_has_no_optimiser_slots(name):
 def test_a_card_says_what_the_ledgers_beside_it_say(name):
     card = json.loads((RELEASES / name / "model_card.json").read_text())
     folders = [path.parent for path in (RELEASES / name).glob("*/ledger.csv")]
-    assert {folder.name for folder in folders} == {"evaluation", "strong"}
+    names = {folder.name for folder in folders}
+    assert names == {"evaluation", "pgd200", "restarts", "strong"}
+    protocols = {name for folder in folders for name in read_ledger(folder)[1]["protocols"]}
+    assert protocols == {entry["protocol"] for entry in card["evaluations"]}
     for folder in folders:
         ledger, result = read_ledger(folder)
         assert result["settings"]["network_sha256"] == card["network_sha256"]

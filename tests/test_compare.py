@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from test_report import ATTACKS, first, save_evaluation
 
-from logit_reg.compare import compare, comparison_table, mcnemar, paired_interval
+from logit_reg.compare import compare, comparison_table
 from logit_reg.files import read_json, write_json
 from logit_reg.ledger import read_ledger
+from logit_reg.statistics import mcnemar, paired_interval
 
 
 def evaluation(folder, counts=(7, 6, 5, 5), clean=9, num=10, **options):
@@ -83,13 +84,13 @@ def test_differences_are_counted_image_by_image(tmp_path):
     a = evaluation(tmp_path / "a", (7, 6, 5, 5), clean=9)
     b = evaluation(tmp_path / "b", (3, 6, 1, 2), clean=10)
 
-    found = {d.name: d for d in compare(a, b)}
+    found = compare(a, b).differences
 
     assert list(found) == ["clean", *ATTACKS, "worst case"]
     assert (found["clean"].only_a, found["clean"].only_b) == (0, 1)
-    assert (found["fgsm-xent"].only_a, found["fgsm-xent"].percent) == (4, 40.0)
-    assert found["fgsm-cw"].percent == 0
-    assert (found["worst case"].num_correct_a, found["worst case"].num_correct_b) == (5, 1)
+    assert (found["fgsm-xent"].only_a, found["fgsm-xent"].value) == (4, 0.4)
+    assert found["fgsm-cw"].value == 0
+    assert (found["worst case"].correct_a, found["worst case"].correct_b) == (5, 1)
     # 4 pairs, all in favour of A: 2 / 2^4.
     assert found["worst case"].p_value == 0.125
 
@@ -98,23 +99,50 @@ def test_the_table_says_what_was_compared(tmp_path):
     a = evaluation(tmp_path / "a")
     table = comparison_table(compare(a, a), "mnist_5k")
     assert table.rows[0][:3] == ("clean", "90.0", "90.0")
-    assert table.rows[0][3].startswith("+0.0 [-")
+    assert table.rows[0][3] == "+0.0 [−27.8, +27.8]"
     assert "same 10 images of mnist_5k" in table.caption
+    assert table.notes == ()
+
+
+def test_only_the_images_that_both_saw_are_compared(tmp_path):
+    """Of A the first 10 images, of B the images 6 to 15: four are shared."""
+    a = evaluation(tmp_path / "a", (7, 6, 5, 5), clean=9)
+    b = evaluation(tmp_path / "b", (3, 6, 1, 2), clean=10, indices=np.arange(6, 16))
+    b[0].label[:] = np.arange(6, 16) % 10
+
+    comparison = compare(a, b)
+
+    assert (comparison.num_examples, comparison.num_a, comparison.num_b) == (4, 10, 10)
+    # A has images 6, 7 and 8 right, B has 6 to 9; under FGSM A has 6 alone, B 6, 7 and 8.
+    found = comparison.differences["clean"]
+    assert (found.correct_a, found.correct_b, found.only_b) == (3, 4, 1)
+    found = comparison.differences["fgsm-xent"]
+    assert (found.correct_a, found.correct_b, found.only_b) == (1, 3, 2)
+    caption = comparison_table(comparison, "mnist_5k").caption
+    assert "the 4 images of mnist_5k that both saw, of the 10 of A and the 10 of B" in caption
+
+
+def test_notices_stand_below_the_comparison(tmp_path):
+    a, b = evaluation(tmp_path / "a"), evaluation(tmp_path / "b")
+    b[1]["notices"] = [{"name": "gradients", "message": "no gradient\nfor 3", "value": 3}, "x"]
+
+    text = comparison_table(compare(a, b), "mnist_5k").to_text()
+
+    assert text.endswith("\nB: no gradient for 3")
 
 
 def test_attacks_with_other_settings_or_a_shared_active_set_are_not_compared(tmp_path):
     a, b = evaluation(tmp_path / "a"), evaluation(tmp_path / "b")
     b[1]["protocols"]["paper-mnist"]["attacks"]["pgd40-cw"]["settings"]["step_size"] = 0.1
-    assert "pgd40-cw" not in {found.name for found in compare(a, b)}
+    assert "pgd40-cw" not in compare(a, b).differences
     b[1]["settings"]["worst_case_only"] = True
-    assert [found.name for found in compare(a, b)] == ["clean"]
+    assert list(compare(a, b).differences) == ["clean", "worst case, each of its own attacks"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num": 8, "clean": 7}, "A has 10 images and B 8, 8 of them in common"),
-        ({"indices": np.arange(10, 20)}, "0 of them in common"),
+        ({"indices": np.arange(10, 20)}, "A has 10 images and B 10, none of them in common"),
         ({"dataset": "mnist"}, "A was evaluated on mnist_5k, B on mnist"),
     ],
 )

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from commands import command
 
+from logit_reg.compare import right_under, shared_rows
 from logit_reg.ledger import read_ledger
+from logit_reg.statistics import PairedDifference
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -179,15 +181,15 @@ def test_what_the_text_says_of_the_loss_surfaces_is_in_the_arrays():
     at_epsilon = int(np.flatnonzero(np.isclose(along("fgsm")[0], 1))[0])
     said = {
         f"{along('fgsm')[1][1][0]:.2f}": "3.39 at the image",
-        f"{along('fgsm')[1][1][at_epsilon]:.2f}": "still .63 at epsilon",
-        f"{crossing('fgsm', 0):.2f}": "crosses 0 at .32 epsilon",
-        f"{crossing('pgd', 1):.2f}": "crosses 0 at .71 epsilon",
-        f"{along('pgd')[1][1][at_epsilon]:.2f}": "is -1.98 at epsilon",
+        f"{along('fgsm')[1][1][at_epsilon]:.2f}": "still 0.63 at epsilon",
+        f"{crossing('fgsm', 0):.2f}": "crosses 0 at 0.32 epsilon",
+        f"{crossing('pgd', 1):.2f}": "crosses 0 at 0.71 epsilon",
+        f"{along('pgd')[1][1][at_epsilon]:.2f}": "is −1.98 at epsilon",
         f"{crossing('pgd', 2):.2f}": "crosses at 1.41 epsilon",
     }
     text = " ".join(RESULTS.split())
     for number, words in said.items():
-        assert number.lstrip("0") in words and words in text, number
+        assert number.replace("-", "−") in words and words in text, number
 
 
 def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
@@ -202,6 +204,36 @@ def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
 
 def test_the_two_packages_do_not_import_each_other():
     for package, other in (("madry_compat", "logit_reg"), ("logit_reg", "madry_compat")):
-        for path in (ROOT / package).rglob("*.py"):
+        paths = list((ROOT / package).rglob("*.py"))
+        assert paths
+        for path in paths:
             pattern = rf"^\s*(from|import) {other}\b"
             assert not re.search(pattern, path.read_text(), re.MULTILINE), path
+
+
+def test_what_the_text_compares_was_measured_on_the_same_images():
+    runs = {
+        (run, folder): read_ledger(ROOT / "results" / "mnist-20000" / run / folder)
+        for run in ("squeeze", "smoothing", "adversarial", "free")
+        for folder in ("evaluation", "strong")
+    }
+    pgd = ("pgd40-xent", "pgd40-cw")
+
+    def on_shared(run):
+        rows, _ = shared_rows(runs[run, "evaluation"], runs[run, "strong"])
+        return right_under(runs[run, "evaluation"][0], pgd)[rows]
+
+    squeezed, smoothed = (100 * on_shared(run).mean() for run in ("squeeze", "smoothing"))
+    gap = PairedDifference.of(on_shared("free"), on_shared("adversarial"))
+    low, high = (100 * end for end in gap.interval)
+    for words in (
+        f"of the same images PGD-40 leaves {squeezed:.1f} % and {smoothed:.1f} %",
+        f"of the same 500 PGD-40 leaves {100 * on_shared('adversarial').mean():.1f} %",
+        f"on the same 500 images: PGD-40 +{100 * gap.value:.1f} points ({low:.1f} to {high:.1f})",
+        f"{sum(right_under(runs['squeeze', 'evaluation'][0], pgd[:1])[:1000])} of them, the margin",
+    ):
+        assert words in " ".join(RESULTS.split()), words
+
+
+def test_numbers_in_the_results_have_their_leading_zeros():
+    assert not re.search(r"(?<![\w.])\.\d", RESULTS)

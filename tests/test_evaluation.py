@@ -291,6 +291,9 @@ def test_wilson_interval_against_published_values():
     """Newcombe 1998, Table I: 81 of 263 and 0 of 20."""
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert all(
+        wilson_interval(0, n)[0] == 0.0 and wilson_interval(n, n)[1] == 1.0 for n in (1, 7, 999)
+    )
 
 
 def test_content_hash_sees_values_types_and_shapes():

@@ -11,8 +11,9 @@ import pytest
 from readable import assert_readable, check_html, visible_texts
 
 from logit_reg import figures
+from logit_reg.attack_names import attack_title, line_styles
 from logit_reg.evaluation import AttackRecord, Evaluation
-from logit_reg.figure_style import to_svg
+from logit_reg.figure_style import LIGHT, narrow, to_svg
 from logit_reg.files import read_json, write_json
 from logit_reg.leaderboard import leaderboard_tables, read_cards, write_leaderboard
 from logit_reg.ledger import build_result, write_ledger
@@ -456,7 +457,9 @@ def test_a_point_of_a_sweep_is_counted_from_its_ledger(tmp_path):
 
     found = {(p.x, p.curve): p.accuracy.percent for p in points}
     assert found[0.5, "clean, n = 500"] == 99.0
-    assert found[10.0, "PGD-40, worst of xent and CW, n = 500"] == pytest.approx(42.0)
+    # 400 and 390 under the two losses of FGSM.
+    assert found[0.5, "FGSM, n = 500"] == 78.0
+    assert found[10.0, "PGD-40, n = 500"] == pytest.approx(42.0)
     assert found[12.0, "AutoAttack, n = 100"] == 3.0
     assert [p.x for p in points] == sorted(p.x for p in points)
     assert {p.panel for p in points} == {""}
@@ -477,6 +480,7 @@ def test_the_figure_of_a_sweep_reads_like_a_papers(tmp_path):
         if len(set(line.get_xdata())) == 1 and list(line.get_ydata()) == [0, 1]
     ]
     assert threshold == pytest.approx(10.733, abs=1e-3)
+    assert "all-zero logits from 10.73" in [text.get_text() for text in axes.texts]
     assert "2 training seeds" in sweep_caption(runs, "beta")
     assert to_svg(sweep_figure(runs, "beta")) == to_svg(figure)
 
@@ -489,6 +493,8 @@ def test_two_regularisers_have_a_panel_each_and_the_scale_is_said(tmp_path):
     assert_readable(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["reg squeeze_example", "reg squeeze"]
+    labels = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert labels == ["all-zero logits from 0.9487", "all-zero logits from 10.73"]
     assert "square root of the batch (128) weaker" in sweep_caption(runs, "beta")
 
 
@@ -496,7 +502,8 @@ def test_the_table_of_a_sweep_has_the_mean_and_spread_of_its_seeds(tmp_path):
     table = sweep_table(beta_sweep(tmp_path, seeds=(0, 10)), "beta")
     assert table.columns[:2] == ("beta", "clean\nn = 500")
     # 290 of 500 under CW, 300 and 350 under xent: the first is the worst of both.
-    assert table.rows[0][2] == "58.0 [58.0, 58.0]"
+    assert table.columns[2:4] == ("FGSM\nn = 500", "PGD-40\nn = 500")
+    assert table.rows[0][3] == "58.0 [58.0, 58.0]"
     assert [row[0] for row in table.rows] == ["0.5", "2", "10", "12"]
 
 
@@ -518,9 +525,9 @@ def test_checkpoints_of_one_run_are_a_curve_over_training_steps(tmp_path):
 
     assert {(p.x, p.curve, p.accuracy.num_correct) for p in points} == {
         (1000, "clean, n = 10", 9),
-        (1000, "PGD-40, worst of xent and CW, n = 10", 8),
+        (1000, "PGD-40, n = 10", 8),
         (20000, "clean, n = 10", 9),
-        (20000, "PGD-40, worst of xent and CW, n = 10", 3),
+        (20000, "PGD-40, n = 10", 3),
     }
     assert_readable(sweep_figure([load_run(folder)], TRAINING_STEP))
 
@@ -567,6 +574,35 @@ def test_networks_attacked_for_several_lengths_have_a_panel_each_by_their_names(
     assert titles == [run.name for run in runs]
 
 
+@pytest.mark.parametrize(
+    ("attacks", "title"),
+    [
+        ((), "clean"),
+        (("fgsm-xent", "fgsm-cw"), "FGSM"),
+        (("pgd200-cw", "pgd200-xent"), "PGD-200"),
+        (("pgd20-cw",), "PGD-20, CW"),
+        (("pgd100-cw-x10",), "PGD-100, CW, 10 restarts"),
+        (("pgd20-xent", "pgd50-cw"), "PGD-20, xent + PGD-50, CW"),
+        (("autoattack",), "AutoAttack"),
+        (("their-own",), "their-own"),
+    ],
+)
+def test_attacks_have_one_name_everywhere(attacks, title):
+    assert attack_title(attacks) == title
+
+
+def test_series_keep_their_colour_and_order_whatever_else_is_drawn():
+    everything = ["AutoAttack", "PGD-40, CW", "clean", "PGD-40", "PGD-40, xent", "FGSM"]
+    styles = line_styles(everything)
+
+    assert list(styles) == ["clean", "FGSM", "PGD-40", "PGD-40, xent", "PGD-40, CW", "AutoAttack"]
+    assert len({color for color, _ in styles.values()}) == 6
+    for some in (everything[:2], everything[3:], ["FGSM"]):
+        assert line_styles(some).items() <= styles.items()
+    assert line_styles(["PGD-20"])["PGD-20"] == styles["PGD-40"]
+    assert len(set(line_styles(["PGD-20", "PGD-50", "PGD-200"]).values())) == 3
+
+
 def test_a_sweep_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no two values of 'sigma' to draw"):
         sweep_figure(beta_sweep(tmp_path), "sigma")
@@ -603,10 +639,87 @@ def test_the_leaderboard_ranks_by_autoattack_and_not_by_the_claim(tmp_path):
 
     assert title == "mnist, Linf 0.3 on [0, 1]"
     assert table.rows == (
-        ("adversarial", "97.0", "60.0 (paper-mnist)", "55.0", "5.0", "200", "no"),
-        ("squeezed", "98.0", "70.0 (paper-mnist)", "2.5", "67.5", "200", "no"),
-        ("unmeasured", "99.0", "90.0 (paper-mnist)", "–", "–", "1000", "no"),
+        ("adversarial", "97.0", "60.0 (paper-mnist, n = 1000)", "55.0 (n = 200)", "–", "no"),
+        ("squeezed", "98.0", "70.0 (paper-mnist, n = 1000)", "2.5 (n = 200)", "–", "no"),
+        ("unmeasured", "99.0", "90.0 (paper-mnist, n = 1000)", "–", "–", "no"),
     )
+
+
+def save_claim_and_autoattack(folder, *, first_image=0, notices=()):
+    """PGD leaves 8 of 10 images; AutoAttack, on 5 from some image on, leaves 2 of these."""
+    protocols = {"paper-mnist": protocol_attacks("paper-mnist", "mnist")}
+    correct = dict.fromkeys(ATTACKS[2:], first(8, 10))
+    save_evaluation(folder / "main", first(10, 10), correct, protocols=protocols, dataset="mnist")
+    strong = {"autoattack": protocol_attacks("autoattack", "mnist")}
+    indices = np.arange(first_image, first_image + 5)
+    save_evaluation(
+        folder / "aa",
+        first(5, 5),
+        {"autoattack": first(2, 5)},
+        protocols=strong,
+        dataset="mnist",
+        indices=indices,
+    )
+    for name, said in (("main", ()), ("aa", notices)):
+        path = folder / name / "result.json"
+        result = read_json(path) | {"settings": {"network_sha256": "0a"}, "notices": list(said)}
+        write_json(path, result)
+
+
+CLAIM_AND_AUTOATTACK = {
+    "network_sha256": "0a",
+    "evaluations": [
+        {
+            "protocol": "paper-mnist",
+            "attacks": list(ATTACKS[2:]),
+            "accuracy": 80.0,
+            "num_examples": 10,
+        },
+        {"protocol": "autoattack", "attacks": ["autoattack"], "accuracy": 40.0, "num_examples": 5},
+    ],
+}
+
+
+def test_the_gap_of_the_leaderboard_is_that_on_the_shared_images(tmp_path):
+    save_claim_and_autoattack(tmp_path / "a")
+    save_card(tmp_path, "a", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    # All five shared images are right under PGD: 60 points, where 80 - 40 would say 40.
+    (row,) = table.rows
+    assert row[2:4] == ("80.0 (paper-mnist, n = 10)", "40.0 (n = 5)")
+    assert row[4].startswith("60.0 [") and row[4].endswith("] (n = 5)")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network_sha256": "1b"},
+        {"reported": 90.0, "evaluations": [{"protocol": "paper-mnist", "num_examples": 10}]},
+        {"reported_protocol": "paper-fgsm"},
+    ],
+)
+def test_without_ledgers_of_both_on_the_same_images_there_is_no_gap(tmp_path, changes):
+    save_claim_and_autoattack(tmp_path / "a")
+    save_card(tmp_path, "a", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK | changes)
+    save_claim_and_autoattack(tmp_path / "b", first_image=20)
+    save_card(tmp_path, "b", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    assert [row[4] for row in table.rows] == ["–", "–"]
+
+
+def test_numbers_with_a_notice_are_marked_in_the_leaderboard(tmp_path):
+    notices = [{"name": "gradients", "message": "no gradient for 3 of 5 images", "value": 3}]
+    save_claim_and_autoattack(tmp_path / "a", notices=notices)
+    save_card(tmp_path, "a", 100.0, 80.0, 40.0, **CLAIM_AND_AUTOATTACK)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    assert table.rows[0][3] == "40.0* (n = 5)"
+    assert table.notes == ("* a, autoattack: no gradient for 3 of 5 images",)
 
 
 def test_the_leaderboard_is_a_sound_page(tmp_path):
@@ -630,6 +743,41 @@ def test_what_is_no_card_is_named(tmp_path, changes):
 def test_a_folder_without_cards_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no"):
         read_cards(tmp_path)
+
+
+# Notices
+
+
+def test_notices_stand_below_the_table_with_the_name_of_their_run(tmp_path):
+    folder = save_run(tmp_path / "a", "squeeze")
+    path = folder / "strong" / "result.json"
+    message = "no gradient for 3 of 100 images <b>"
+    write_json(
+        path,
+        read_json(path) | {"notices": [{"name": "zero", "message": message, "value": 3}]},
+    )
+    runs = [load_run(save_run(tmp_path / "b", "natural")), load_run(folder)]
+
+    table = results_table(runs)
+
+    line = f"squeeze, strong: {message}"
+    assert table.notes == (line,)
+    assert table.to_text().endswith("\n" + line)
+    assert table.to_markdown().endswith(
+        "\n\n- squeeze, strong: no gradient for 3 of 100 images &lt;b&gt;"
+    )
+    write_page(tmp_path / "report.html", "Notices", runs)
+    check_html(tmp_path / "report.html")
+    assert "<br>\nsqueeze, strong: no gradient" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("notices", [None, "text", [3, {"name": "no message"}], {"message": "x"}])
+def test_notices_of_another_form_are_none(tmp_path, notices):
+    folder = save_run(tmp_path / "a", "a")
+    path = folder / "strong" / "result.json"
+    write_json(path, read_json(path) | {"notices": notices})
+
+    assert results_table([load_run(folder)]).notes == ()
 
 
 # Its three forms
@@ -671,11 +819,11 @@ def test_html_is_escaped():
 # Figures
 
 
-def draw_all(runs):
+def draw_all(runs, theme=LIGHT):
     return {
-        "bars": figures.accuracy_bars(runs),
-        "curves": figures.training_curves(runs),
-        "grid": figures.adversarial_grid(runs),
+        "bars": figures.accuracy_bars(runs, theme),
+        "curves": figures.training_curves(runs, theme=theme),
+        "grid": figures.adversarial_grid(runs, theme=theme),
     }
 
 
@@ -687,6 +835,16 @@ def drawn(demo):
 @pytest.mark.parametrize("name", ["bars", "curves", "grid"])
 def test_no_text_overlaps_or_is_cut_off(drawn, name):
     assert_readable(drawn[name])
+
+
+@pytest.mark.parametrize("name", ["bars", "curves", "grid"])
+def test_a_narrow_figure_is_readable_at_the_width_of_a_telephone(demo, name):
+    figure = draw_all(demo, narrow(LIGHT))[name]
+
+    assert_readable(figure)
+    # 390 pixels, less the margins of a page; at 96 pixels an inch nothing is scaled down.
+    assert 96 * figure.get_size_inches()[0] <= 390 - 32
+    assert all(text.get_fontsize() >= 7 for text in visible_texts(figure))
 
 
 def test_hostile_names_are_drawn_as_they_are(tmp_path):
@@ -721,6 +879,14 @@ def test_bars_and_whiskers_are_those_of_the_ledgers(tmp_path):
     assert whisker[:, 0] == pytest.approx([2.15, 11.18], abs=0.01)
 
 
+def test_bars_of_different_images_are_said_to_be(tmp_path, demo):
+    folder = save_training(tmp_path / "a", "a")
+    save_evaluation(folder / "evaluation", first(9, 10), dict.fromkeys(ATTACKS, first(5, 10)))
+
+    assert "Bars of another n are of other images" in figures.accuracy_bars_caption(demo)
+    assert "other images" not in figures.accuracy_bars_caption([load_run(folder)])
+
+
 def test_curves_are_those_of_the_log_and_the_reference_is_ln_k(demo):
     upper, lower = figures.training_curves(demo, num_classes=100).axes
 
@@ -728,6 +894,21 @@ def test_curves_are_those_of_the_log_and_the_reference_is_ln_k(demo):
         np.testing.assert_array_equal(line.get_xydata()[:, 1], run.log["xent"])
     assert upper.lines[-1].get_ydata() == pytest.approx([4.60517, 4.60517])
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), demo[0].log["mean_logit_norm"])
+
+
+@pytest.mark.parametrize("norms", [(20.0, 21.0), (4.0, 40.0), (0.01, 30.0)])
+def test_the_logarithmic_axis_of_the_logit_norm_has_ticks_to_read(tmp_path, norms):
+    runs = [
+        load_run(save_training(tmp_path / str(i), str(i), norm=norm))
+        for i, norm in enumerate(norms)
+    ]
+    figure = figures.training_curves(runs)
+
+    axis = figure.axes[1].yaxis
+    low, high = axis.get_view_interval()
+    shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+    assert 2 <= len(shown) <= 8
+    assert_readable(figure)
 
 
 def test_a_run_keeps_its_colour_in_every_figure(demo, drawn):
@@ -813,6 +994,26 @@ def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
 
     # The training curves.
     assert check_html(tmp_path / "report.html").tags.count("img") == 1
+
+
+def many_columns(num_columns, num_rows):
+    columns = ("run", *(f"attack {i}\n[95 %]\nn = 10000" for i in range(num_columns)))
+    row = tuple(f"{i}.9 [10.0, 20.5]" for i in range(num_columns))
+    return Table(columns, tuple((f"run {i}", *row) for i in range(num_rows)), "Caption.")
+
+
+def test_a_table_that_is_too_wide_for_a_page_changes_rows_and_columns():
+    small, wide = many_columns(4, 5).to_html(), many_columns(14, 5).to_html()
+
+    assert '<th scope="row">run 4</th>' in small
+    assert wide.count("<tr>") == 15
+    assert (
+        '<th scope="row">attack 13 [95 %] n&nbsp;=&nbsp;10000</th><td data-label="run 0">' in wide
+    )
+    assert '<span>13.9 <span class="part">[10.0, 20.5]</span></span>' in wide
+    assert 'class="table long"' not in small + wide
+    both = many_columns(14, 20).to_html()
+    assert 'class="table long"' in both and both.count("<tr>") == 21
 
 
 # The README's section

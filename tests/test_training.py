@@ -333,7 +333,9 @@ def test_settings_of_older_runs_keep_their_names_and_are_still_read():
     other = dataclasses.replace(settings, train_dtype="float64")
     assert other.name != settings.name
     results = Path(__file__).parents[1] / "results"
-    for path in results.glob("*/*/run.json"):
+    paths = list(results.glob("*/*/run.json"))
+    assert paths
+    for path in paths:
         assert read_run(path.parent).train_dtype == "float32"
 
 

@@ -234,6 +234,16 @@ class Bench:
                     self.violations.append(str(error))
         return found
 
+    def claimed_robust(self) -> np.ndarray | None:
+        """(N,) bool: right under all of the claimant's attacks; None unless all of them ran."""
+        claimed = self.plan.claimed.values()
+        if not claimed or any(
+            attack not in self._done or not is_within(attack.threat, self.plan.threat)
+            for attack in claimed
+        ):
+            return None
+        return np.all([self._done[attack] for attack in claimed], axis=0)
+
     def credit(self, name: str, threat: ThreatModel, correct: np.ndarray) -> None:
         """Let an attack count for the worst case if its threat model is within the audited one."""
         if is_within(threat, self.plan.threat):

@@ -7,8 +7,9 @@ import numpy as np
 from logit_reg.attacks import PGD, Attack, AutoAttack, HopSkipJump, Square
 from logit_reg.attacks.random_noise import RandomNoise
 from logit_reg.audit.bench import NUM_LEFT, Bench, Diagnostic, Outcome, Plan
-from logit_reg.audit.intervals import paired_gap
+from logit_reg.audit.decisions import decide, in_points
 from logit_reg.audit.strength import NO_CONTROL, is_trained, margin_attacks, strong_attacks
+from logit_reg.statistics import PairedDifference
 
 _BLACK_BOX_GAP = 0.002
 _BLACK_BOX_GAP_OVER_CONTROL = 0.02
@@ -41,9 +42,9 @@ def _black_box(bench: Bench) -> Outcome:
     plan, before = bench.plan, bench.robust.copy()
     attacks = _square_attacks(plan)
     after = before & np.all(list(bench.run(attacks).values()), axis=0)
-    gap = paired_gap(before, after)
-    figure: dict[str, Any] = {"white_box": float(before.mean()), "gap": gap.to_json()}
-    reason = f"Square takes {100 * gap.value:.1f} points that the white-box attacks left"
+    gap = PairedDifference.of(before, after)
+    figure: dict[str, Any] = {"white_box": float(before.mean())}
+    reason = "of what the white-box attacks left, Square takes"
     allowed = _BLACK_BOX_GAP
     if plan.is_mnist:
         known = []
@@ -54,11 +55,13 @@ def _black_box(bench: Bench) -> Outcome:
                 black = bench.run_on_control(control, attacks)
                 known.append(float(np.mean(left & ~np.all(list(black.values()), axis=0))))
         if not known:
-            return Outcome("report", f"{reason}; {NO_CONTROL}", figure)
+            figure["gap"] = decide(gap).to_json()
+            return Outcome("report", f"{reason} {in_points(gap)}; {NO_CONTROL}", figure)
         allowed = max(known) + _BLACK_BOX_GAP_OVER_CONTROL
         figure["control_gap"] = max(known)
-    status = "fail" if gap.exceeds(allowed) else "pass"
-    return Outcome(status, f"{reason}; {100 * allowed:.1f} are allowed", figure)
+    decision = decide(gap, most=allowed)
+    figure["gap"] = decision.to_json()
+    return Outcome(decision.status, f"{reason} {decision}", figure)
 
 
 def _transfer_attacks(plan: Plan) -> dict[str, Attack]:
@@ -92,20 +95,11 @@ def _transfer(bench: Bench) -> Outcome:
         found = list(bench.run_transferred(control, _transfer_attacks(bench.plan)).values())
         after &= np.all(found, axis=0)
         accuracy[control.name] = float(np.mean(np.all(found, axis=0)))
-    new = paired_gap(before, after)
+    new = decide(PairedDifference.of(before, after), most=_TRANSFER_GAP)
     figure = {"accuracy": accuracy, "white_box": float(before.mean()), "new": new.to_json()}
-    if new.exceeds(_TRANSFER_GAP):
-        return Outcome(
-            "fail",
-            f"transferred images break {100 * new.value:.1f} points that no white-box attack did",
-            figure,
-        )
-    return Outcome(
-        "pass",
-        f"transfer from {len(controls)} models breaks {100 * new.value:.1f} points that the "
-        f"white-box attacks left",
-        figure,
-    )
+    sources = "1 model" if len(controls) == 1 else f"{len(controls)} models"
+    reason = f"of what the white-box attacks left, transfer from {sources} breaks {new}"
+    return Outcome(new.status, reason, figure)
 
 
 def _noise_attacks(plan: Plan) -> dict[str, Attack]:

@@ -23,9 +23,9 @@ from logit_reg.audit.bench import (
     is_within,
     median_margin,
 )
-from logit_reg.audit.intervals import paired_gap
+from logit_reg.audit.decisions import decide, overall
 from logit_reg.audit.records import SqueezeDiagnostics
-from logit_reg.evaluation import wilson_interval
+from logit_reg.statistics import Mean, PairedDifference, Proportion
 
 _NUM_PASSES = 5
 # Images that the tests look at which need no statistics.
@@ -175,15 +175,12 @@ def _threat_model(bench: Bench) -> Outcome:
 
 
 def _clean_accuracy(bench: Bench) -> Outcome:
-    num_examples = len(bench.clean)
-    low, high = wilson_interval(int(bench.clean.sum()), num_examples)
-    accuracy = float(bench.clean.mean())
-    figure = {"accuracy": accuracy, "low": low, "high": high, "examples": num_examples}
-    if bench.claim > high:
-        return Outcome(
-            "fail", f"the claim exceeds the clean accuracy of {100 * accuracy:.1f} %", figure
-        )
-    return Outcome("pass", f"{100 * accuracy:.1f} % of {num_examples} images", figure)
+    found = Proportion.of(bench.clean)
+    low, high = found.interval
+    num_examples = found.num_examples
+    figure = {"accuracy": found.value, "low": low, "high": high, "examples": num_examples}
+    decision = decide(found, least=bench.claim)
+    return Outcome(decision.status, f"on {num_examples} images {decision}", figure)
 
 
 def _squeeze(bench: Bench) -> Outcome:
@@ -233,7 +230,7 @@ def _precision(bench: Bench) -> Outcome:
             "skipped",
             "only a Keras network that ends in logits can be rebuilt in float64",
         )
-    rows = np.flatnonzero(bench.clean)[:_SAMPLE]
+    rows = np.flatnonzero(bench.clean)
     if not len(rows):
         return _nothing_stands()
     threat = bench.plan.threat
@@ -246,32 +243,32 @@ def _precision(bench: Bench) -> Outcome:
         for precision, function in (("float32", bench.logits_fn), ("float64", wide))
     }
     narrow, broad = correct["float32"].robust, correct["float64"].robust
-    gap = paired_gap(narrow, broad)
+    gap = decide(PairedDifference.of(narrow, broad), least=-_PRECISION_GAP, most=_PRECISION_GAP)
     points = random_start(bench, rows)
     signs_32 = np.sign(bench.gradient("cw", points, rows, bench.logits_fn))
     signs_64 = np.sign(bench.gradient("cw", points, rows, wide))
-    either = (signs_32 != 0) | (signs_64 != 0)
-    agreement = float(np.mean(signs_32[either] == signs_64[either])) if either.any() else 1.0
+    agreement = decide(_agreement(signs_32, signs_64), least=_SIGN_AGREEMENT)
     accuracies = {"float32": float(narrow.mean()), "float64": float(broad.mean())}
     figure = {
         "accuracy": accuracies,
         "gap": gap.to_json(),
-        "sign_agreement": agreement,
+        "sign_agreement": agreement.found.value,
     }
-    if gap.exceeds(_PRECISION_GAP) or -gap.high > _PRECISION_GAP:
-        return Outcome(
-            "fail",
-            f"PGD leaves {100 * accuracies['float32']:.1f} % in float32 and "
-            f"{100 * accuracies['float64']:.1f} % in float64",
-            figure,
-        )
-    if agreement < _SIGN_AGREEMENT:
-        return Outcome(
-            "fail", f"only {100 * agreement:.1f} % of the gradients' signs agree", figure
-        )
-    return Outcome(
-        "pass", f"{100 * agreement:.2f} % of the gradients' signs agree in float64", figure
+    reason = (
+        f"PGD leaves {100 * accuracies['float32']:.1f} % in float32 and "
+        f"{100 * accuracies['float64']:.1f} % in float64: {gap}; the gradients' signs "
+        f"agree in {agreement}"
     )
+    return Outcome(overall((gap, agreement)), reason, figure)
+
+
+def _agreement(first: np.ndarray, second: np.ndarray) -> Mean:
+    """Share of the signs that agree, of each of N gradients; two zeros do not count."""
+    count = len(first)
+    either = ((first != 0) | (second != 0)).reshape(count, -1)
+    same = (first == second).reshape(count, -1) & either
+    shares = same.sum(axis=1) / np.maximum(either.sum(axis=1), 1)
+    return Mean.of(np.where(either.any(axis=1), shares, 1.0))
 
 
 def _batch_independence(bench: Bench) -> Outcome:
@@ -346,7 +343,7 @@ def _passes_of_gradients(plan: Plan) -> float:
 
 def _passes_of_precision(plan: Plan) -> float:
     # Twenty steps twice, where a pass in float64 takes as long as several in float32.
-    return min(plan.num_examples, _SAMPLE) * 3 * _PRECISION_STEPS * 5
+    return plan.num_examples * 3 * _PRECISION_STEPS * 5
 
 
 PRECONDITIONS = (

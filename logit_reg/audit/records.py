@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logit_reg.evaluation import wilson_interval
+from logit_reg.statistics import PairedDifference, Proportion, wilson_interval
 
 SCHEMA = 1
 
 GROUPS = ("preconditions", "attack strength", "sanity", "geometry")
-STATUSES = ("pass", "fail", "report", "skipped", "not_applicable")
+STATUSES = ("pass", "fail", "not_decided", "report", "skipped", "not_applicable")
 ORIGINS = ("src", "ctl", "prop")
 VERDICTS = ("HOLDS", "NOT REFUTED", "SUSPECT", "REFUTED")
 
@@ -55,13 +55,19 @@ class TestRecord:
     threshold_origin: str
     """"src" published, "ctl" relative to a control model, "prop" proposed by this project."""
     status: str
-    """"pass", "fail", "report" (no threshold applies), "skipped" or "not_applicable"."""
+    """"pass", "fail", "not_decided" (the interval reaches over the threshold), "report" (no
+    threshold applies), "skipped" or "not_applicable"."""
     reason: str
     """What the status rests on, in one sentence."""
     decisive: bool
     """Whether the verdict hangs on it."""
     cost: Cost = Cost()
     """What it took; an attack shared by several tests counts for the first."""
+
+    @property
+    def status_in_words(self) -> str:
+        """The status as people read it."""
+        return self.status.replace("_", " ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +119,7 @@ class WorstCase:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy."""
-        return wilson_interval(int(self.robust.sum()), len(self.robust))
+        return Proportion.of(self.robust).interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +150,16 @@ class Audit:
     """Source of all random numbers."""
     settings: Mapping[str, Any]
     """Provenance: threat model, data, network, versions; JSON values."""
+    claimed_robust: np.ndarray | None = None
+    """(N,) bool: right under all of the claimant's own attacks, on the images of this audit; None
+    where they are not known."""
+
+    @property
+    def claimed_gap(self) -> PairedDifference | None:
+        """What the audit takes of what the claimant's own attacks leave, on the same images."""
+        if self.claimed_robust is None:
+            return None
+        return PairedDifference.of(self.claimed_robust, self.worst_case.robust)
 
     @property
     def verdict(self) -> str:
@@ -183,7 +199,7 @@ class Audit:
     def to_json(self) -> dict:
         """The content of `audit.json`; see `audit.schema.json`. Accuracies are fractions."""
         low, high = self.worst_case.interval
-        value = {
+        value: dict[str, Any] = {
             "schema": SCHEMA,
             "verdict": self.verdict,
             "claim": self.claim,
@@ -208,6 +224,12 @@ class Audit:
             "settings": dict(self.settings),
             "cost": dataclasses.asdict(self.cost),
         }
+        if (gap := self.claimed_gap) is not None:
+            low, high = gap.interval
+            value["claimed_attacks"] = {
+                "accuracy": gap.correct_a / gap.num_examples,
+                "gap": {"value": gap.value, "low": low, "high": high},
+            }
         # Tuples become lists, and what JSON cannot say is refused here rather than in a browser.
         return json.loads(json.dumps(value, allow_nan=False))
 
@@ -221,22 +243,24 @@ def verdict(claim: float, worst_case: WorstCase, tests: tuple[TestRecord, ...]) 
         tests: records of all tests.
 
     Returns:
-        "REFUTED" if the claim lies more than 10 points above the worst case, or the worst case
-        is below half the claim and their 95 % intervals do not overlap (the claim's is that of
-        as many examples). Else "SUSPECT" if a decisive test fails; "HOLDS" if every decisive
-        test passed or does not apply to this model; "NOT REFUTED" otherwise.
+        "REFUTED" if the claim lies more than 10 points above the worst case and above its 95 %
+        interval, or the worst case is below half the claim and their 95 % intervals do not
+        overlap (the claim's is that of as many examples). Else "SUSPECT" if a decisive test
+        fails; "HOLDS" if every decisive test passed or does not apply to this model, and the
+        claim lies at most 10 points above the worst case; "NOT REFUTED" otherwise.
     """
     accuracy = worst_case.accuracy
     num_examples = len(worst_case.robust)
     claim_low, _ = wilson_interval(round(claim * num_examples), num_examples)
     separated = worst_case.interval[1] < claim_low
     # A gap of exactly 10 points is none above 10, whatever the rounding says.
-    if claim - accuracy > _REFUTING_GAP + 1e-9 or (accuracy < claim / 2 and separated):
+    is_far = claim - accuracy > _REFUTING_GAP + 1e-9
+    if (is_far and claim > worst_case.interval[1]) or (accuracy < claim / 2 and separated):
         return "REFUTED"
     decisive = [test for test in tests if test.decisive]
     if any(test.status == "fail" for test in decisive):
         return "SUSPECT"
-    if decisive and all(_is_decided(test) for test in decisive):
+    if decisive and all(_is_decided(test) for test in decisive) and not is_far:
         return "HOLDS"
     return "NOT REFUTED"
 

@@ -46,7 +46,7 @@ _ORDER = (
     *(1, 5, 6, 27, 2, 33, 3, 8, 14, 24, 12, 11, 9, 23, 7, 13),
     *(16, 17, 15, 29, 30, 31, 28, 32, 25, 26, 10, 20, 22, 21, 19, 18, 4),
 )
-# Fractions of epsilon of the challenges' own steps: .01 of .3 on MNIST, 2 of 8 on CIFAR.
+# Fractions of epsilon of the challenges' own steps: 0.01 of 0.3 on MNIST, 2 of 8 on CIFAR.
 _MNIST_STEP_SHARE = 1 / 30
 _STEP_SHARE = 1 / 4
 
@@ -138,7 +138,7 @@ def audit(
             records[diagnostic.number] = record
             curves += drawn
             say(
-                f"test {record.number:2} {record.name}: {record.status}, {record.reason} "
+                f"test {record.number:2} {record.name}: {record.status_in_words}, {record.reason} "
                 f"({record.cost.seconds:.0f} s)"
             )
     for number in DIAGNOSTICS.keys() - records.keys():
@@ -159,6 +159,7 @@ def audit(
         budget=budget,
         seed=seed,
         settings=_settings(bench, logits_fn, expected, settings or {}),
+        claimed_robust=bench.claimed_robust(),
     )
 
 

@@ -18,9 +18,12 @@ from logit_reg.attacks import (
     ScaledPGD,
 )
 from logit_reg.audit.bench import Bench, Diagnostic, Outcome, Plan
-from logit_reg.audit.intervals import Gap, paired_gap
+from logit_reg.audit.decisions import decide, in_points, overall
 from logit_reg.audit.records import Curve
+from logit_reg.statistics import PairedDifference
 
+# What an attack may leave more than a weaker one, a fraction: random starts differ by as much.
+RISE = 0.01
 # Fractions of accuracy that a rung may take.
 _ITERATION_GAP = 0.005
 _RESTART_GAP = 0.01
@@ -33,7 +36,7 @@ _TARGETED_GAP = 0.01
 _START_GAP = 0.01
 _STAGE_GAP = 0.01
 
-# Step sizes of the sweep, in epsilon. Jagged surfaces are climbed with .4 to .65.
+# Step sizes of the sweep, in epsilon. Jagged surfaces are climbed with 0.4 to 0.65.
 _STEP_SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2, 0.65, 1.0, 2.0)
 _QUICK_STEP_SHARES = (1 / 10, 1 / 4, 0.65, 2.0)
 # Logit scales, in units of the clean images' median margin.
@@ -85,22 +88,29 @@ def _iterative_beats_single_step(bench: Bench) -> Outcome:
     attacks = _iterative_attacks(bench.plan)
     correct = bench.run({name: attacks[name] for name in ("fgsm", "pgd20")})
     correct |= bench.run_claimed(bench.plan.claimed)
-    weak = {}
-    for name in correct.keys() - {"fgsm"}:
-        gap = paired_gap(correct[name], correct["fgsm"])
-        if gap.exceeds(0.0):
-            weak[name] = gap
-    figure = {"accuracy": _accuracies(correct)}
-    if weak:
-        names = ", ".join(sorted(weak))
+    single = correct["fgsm"]
+    rises = {
+        name: decide(PairedDifference.of(found, single), most=RISE)
+        for name, found in correct.items()
+        if name != "fgsm"
+    }
+    figure = {
+        "accuracy": _accuracies(correct),
+        "rise": {name: rise.to_json() for name, rise in rises.items()},
+    }
+    status = overall(rises.values())
+    if status == "fail":
+        weak = {name: rise for name, rise in rises.items() if rise.status == "fail"}
+        listed = "; ".join(f"{name}: {rise}" for name, rise in weak.items())
         return Outcome(
-            "fail", f"{names} leaves more standing than one step of FGSM: a faulty attack", figure
+            status,
+            f"more is left standing than by one step of FGSM, a faulty attack: {listed}",
+            figure,
         )
-    return Outcome(
-        "pass",
-        f"PGD-20 leaves {_percent(correct['pgd20'])}, FGSM {_percent(correct['fgsm'])}",
-        figure,
-    )
+    # The one that comes nearest to the limit.
+    name = max(rises, key=lambda name: rises[name].found.interval[1])
+    reason = f"{name} leaves {_percent(correct[name])}, FGSM {_percent(single)}"
+    return Outcome(status, f"{reason}: {rises[name]}", figure)
 
 
 def _iteration_attacks(plan: Plan) -> dict[str, PGD]:
@@ -121,7 +131,7 @@ def _iteration_convergence(bench: Bench) -> Outcome:
     outcome = _against_control(
         bench,
         {half: attacks[half], double: attacks[double]},
-        paired_gap(correct[half], correct[double]),
+        PairedDifference.of(correct[half], correct[double]),
         _ITERATION_GAP,
         f"doubling {attacks[half].num_steps} steps",
     )
@@ -137,7 +147,11 @@ def _restart_convergence(bench: Bench) -> Outcome:
     attacks = _restart_attacks(bench.plan)
     few, many = bench.run(attacks).values()
     return _against_control(
-        bench, attacks, paired_gap(few, many), _RESTART_GAP, "going from 10 to 100 restarts"
+        bench,
+        attacks,
+        PairedDifference.of(few, many),
+        _RESTART_GAP,
+        "going from 10 to 100 restarts",
     )
 
 
@@ -164,7 +178,7 @@ def _step_size_sweep(bench: Bench) -> Outcome:
         _shares(correct),
         reported=bench.plan.step_size,
     )
-    gap = paired_gap(correct["pgd40-xent"], correct[best])
+    gap = PairedDifference.of(correct["pgd40-xent"], correct[best])
     outcome = _against_control(
         bench,
         {"pgd40-xent": attacks["pgd40-xent"], best: attacks[best]},
@@ -193,7 +207,7 @@ def _logit_scale(bench: Bench) -> Outcome:
         return Outcome("fail", "half of the clean images have no margin to scale by")
     scaled = {name: found for name, found in correct.items() if name != "pgd40-xent"}
     best = min(scaled, key=lambda name: scaled[name].mean())
-    gap = paired_gap(correct["pgd40-xent"], scaled[best])
+    gap = decide(PairedDifference.of(correct["pgd40-xent"], scaled[best]), most=_SCALE_GAP)
     curve = Curve(
         "logit_scale",
         "median clean margin after scaling the logits",
@@ -205,9 +219,9 @@ def _logit_scale(bench: Bench) -> Outcome:
     scale = best.rpartition("-")[2]
     reason = (
         f"logits scaled to a median margin of {scale} leave {_percent(scaled[best])}, the "
-        f"model's own scale {_percent(correct['pgd40-xent'])}"
+        f"model's own scale {_percent(correct['pgd40-xent'])}: {gap}"
     )
-    return Outcome("fail" if gap.exceeds(_SCALE_GAP) else "pass", reason, figure, (curve,))
+    return Outcome(gap.status, reason, figure, (curve,))
 
 
 def _loss_gap(bench: Bench) -> Outcome:
@@ -271,7 +285,7 @@ def _stages(bench: Bench) -> Outcome:
 def _against_control(
     bench: Bench,
     attacks: Mapping[str, Attack],
-    gap: Gap,
+    gap: PairedDifference,
     threshold: float,
     what: str,
     without_control: float | None = None,
@@ -286,12 +300,11 @@ def _against_control(
         what: the stronger attack in words.
         without_control: what it may take on MNIST where there is no control; a report if None.
     """
-    figure: dict[str, Any] = {"gap": gap.to_json()}
-    reason = f"{what} takes {100 * gap.value:.1f} points"
+    figure: dict[str, Any] = {}
     allowed = threshold
     if bench.plan.is_mnist:
         known = [
-            paired_gap(weaker, stronger).value
+            PairedDifference.of(weaker, stronger).value
             for weaker, stronger in (
                 bench.run_on_control(control, attacks).values()
                 for control in bench.plan.controls_of("adversarial")
@@ -302,31 +315,35 @@ def _against_control(
             figure["control_gap"] = max(known)
             allowed = threshold + max(0.0, *known)
         elif without_control is None:
-            return Outcome("report", f"{reason}; {NO_CONTROL}", figure)
+            figure["gap"] = decide(gap).to_json()
+            return Outcome("report", f"{what} takes {in_points(gap)}; {NO_CONTROL}", figure)
         else:
             allowed = without_control
-    status = "fail" if gap.exceeds(allowed) else "pass"
-    return Outcome(status, f"{reason}; {100 * allowed:.1f} are allowed", figure)
+    decision = decide(gap, most=allowed)
+    figure["gap"] = decision.to_json()
+    return Outcome(decision.status, f"{what} takes {decision}", figure)
 
 
 def _gap(correct, weaker, stronger, threshold) -> Outcome:
     """Judge the difference of the accuracies under two attacks."""
-    gap = paired_gap(correct[weaker], correct[stronger])
+    gap = decide(PairedDifference.of(correct[weaker], correct[stronger]), most=threshold)
     reason = (
-        f"{weaker} leaves {_percent(correct[weaker])}, {stronger} {_percent(correct[stronger])}"
+        f"{weaker} leaves {_percent(correct[weaker])}, {stronger} "
+        f"{_percent(correct[stronger])}: {gap}"
     )
     figure = {"accuracy": _accuracies(correct), "gap": gap.to_json()}
-    return Outcome("fail" if gap.exceeds(threshold) else "pass", reason, figure)
+    return Outcome(gap.status, reason, figure)
 
 
 def _added(correct, before, added, threshold) -> Outcome:
     """Judge what some attacks take, image by image, of what others left."""
     left = np.all([correct[name] for name in before], axis=0)
     after = left & np.all([correct[name] for name in added], axis=0)
-    gap = paired_gap(left, after)
+    gap = decide(PairedDifference.of(left, after), most=threshold)
     figure = {"accuracy": _accuracies(correct), "added": gap.to_json()}
-    reason = f"{', '.join(added)} takes {100 * gap.value:.1f} points that {', '.join(before)} left"
-    return Outcome("fail" if gap.exceeds(threshold) else "pass", reason, figure)
+    takes = "takes" if len(added) == 1 else "take"
+    reason = f"of what {', '.join(before)} left, {', '.join(added)} {takes} {gap}"
+    return Outcome(gap.status, reason, figure)
 
 
 def _too_few_classes(why) -> Outcome:
@@ -354,8 +371,9 @@ STRENGTH = (
         8,
         "Iterative beats single step",
         "attack strength",
-        "PGD with 20 steps, and the claimant's own attacks, leave no more standing than FGSM.",
-        "src",
+        f"PGD with 20 steps, and the claimant's own attacks, leave at most {_points(RISE)} more "
+        f"standing than FGSM.",
+        "prop",
         "quick",
         _iterative_beats_single_step,
         _iterative_attacks,
