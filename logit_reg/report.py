@@ -500,6 +500,12 @@ def _strong_groups(groups):
     return sorted(strong, key=lambda group: max(map(_rank, group.members.values())))
 
 
+def _name_of_strong(evaluation):
+    """The attacks, and the threat model where it is not the protocol's own."""
+    name = evaluation.attack_name
+    return evaluation.label if evaluation.label.startswith(name) else name
+
+
 def _evaluation_columns(runs):
     """Worst cases of several attacks, then single attacks, then strong ones, the strongest last."""
     groups = _groups(runs)
@@ -520,7 +526,7 @@ def _evaluation_columns(runs):
                 strong[-1].count,
                 with_interval=True,
                 describe=lambda run, found: (
-                    f"{members[id(run)].attack_name}\nn = {found.num_examples}"
+                    f"{_name_of_strong(members[id(run)])}\nn = {found.num_examples}"
                 ),
             )
         )
