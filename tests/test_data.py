@@ -1,5 +1,6 @@
 """The data sets: what is read, in which order, what proves it, and what is refused."""
 
+import dataclasses
 import gzip
 import hashlib
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logit_reg_scripts.runs import resolve_settings
 from madry_compat import data
-from madry_compat.challenges import IMAGE_SETS
+from madry_compat.challenges import IMAGE_SETS, MNIST
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -175,6 +177,18 @@ def test_idx_files_are_canonical_only_with_the_published_checksums(tmp_path, mon
     proved = data.load("fashion_mnist", "test", tmp_path)
     assert proved.canonical
     assert proved.note == ""
+
+
+def test_a_record_is_all_that_a_new_data_set_takes(tmp_path, monkeypatch):
+    digests = write_idx(tmp_path / "kmnist", "test", *digits(30))
+    mnist = IMAGE_SETS["mnist"]
+    files = {**mnist.files, "test": digests}
+    record = dataclasses.replace(mnist, name="kmnist", folder="kmnist", files=files)
+    monkeypatch.setitem(IMAGE_SETS, "kmnist", record)
+    loaded = data.load("kmnist", "test", tmp_path)
+    assert loaded.canonical and loaded.name == "kmnist"
+    assert data.to_pixels(loaded.images, "kmnist").max() <= 1.0
+    assert resolve_settings({"dataset": "kmnist"}).challenge is MNIST
 
 
 def test_files_of_another_set_are_refused(tmp_path, monkeypatch):
