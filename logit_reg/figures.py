@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,6 +25,7 @@ from logit_reg.figure_style import (
 )
 from logit_reg.report import (
     FGSM_ATTACKS,
+    Accuracy,
     accuracy_under,
     accuracy_under_pgd,
     comparable,
@@ -262,7 +263,7 @@ def _measures(runs):
     num_steps = pgd_lengths(runs)[-1]
     strong = {attack_title(list(e.ledger.correct)) for run in runs if (e := strongest(run))}
     strong_name = strong.pop() if len(strong) == 1 else "strong attack"
-    measures = [
+    measures: list[tuple[str, Callable[[Run], Accuracy | None]]] = [
         (attack_title(attacks), functools.partial(accuracy_under, attacks=attacks))
         for attacks in ((), FGSM_ATTACKS)
     ]

@@ -14,7 +14,6 @@ import numpy as np
 from logit_reg.attacks.attack import Attack
 from logit_reg.evaluation import Evaluation
 from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
-from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
 from logit_reg.statistics import wilson_interval
 
 SCHEMA = 1
@@ -154,7 +153,7 @@ def evaluation_identity(result: Mapping) -> dict:
 
 
 def evaluation_label(result: Mapping) -> str:
-    """The protocols of an evaluation, with the threat model where it is not the protocol's own.
+    """The protocols of an evaluation, on data of the user's own with the threat model.
 
     An attack of the flags is told by its settings, as "pgd40-xent-step0.01-linf0.1".
 
@@ -162,6 +161,7 @@ def evaluation_label(result: Mapping) -> str:
         result: content of `result.json`, or what `planned_result` gives.
     """
     words = []
+    is_own_data = "data" in _mapping(result.get("settings"))
     for protocol, content in _mapping(result.get("protocols")).items():
         attacks = _mapping(_mapping(content).get("attacks"))
         for name, attack in list(attacks.items())[:1]:
@@ -169,10 +169,10 @@ def evaluation_label(result: Mapping) -> str:
             threat = _threat(settings)
             if protocol == FLAGS_PROTOCOL:
                 words += [name, *_step_words(settings), _threat_word(threat)]
-            elif _is_own_threat(protocol, threat):
-                words.append(protocol)
-            else:
+            elif is_own_data:
                 words += [protocol, _threat_word(threat)]
+            else:
+                words.append(protocol)
     return "-".join(filter(None, words))
 
 
@@ -221,19 +221,6 @@ def _threat(settings) -> Mapping:
 def _threat_word(threat):
     epsilon = threat.get("epsilon")
     return f"{threat.get('norm')}{epsilon:g}" if isinstance(epsilon, int | float) else ""
-
-
-def _is_own_threat(protocol, threat):
-    if protocol not in PROTOCOLS:
-        return False
-    for family in FAMILIES:
-        try:
-            attacks = protocol_attacks(protocol, family).values()
-        except ValueError:
-            continue
-        if any(dataclasses.asdict(attack.threat) == threat for attack in attacks):
-            return True
-    return False
 
 
 def _step_words(settings):

@@ -73,7 +73,7 @@ class StoredEvaluation:
 
     @property
     def label(self) -> str:
-        """Protocols, with the threat model where it is not theirs; see `evaluation_label`."""
+        """Protocols, on own data with the threat model; see `evaluation_label`."""
         return evaluation_label(self.result)
 
     @property

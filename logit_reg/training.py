@@ -267,13 +267,13 @@ class RegularizedModel(keras.Model):
         """Make the function that takes steps; its assertions raise one line."""
         if self.train_function is None or force:
             super().make_train_function(force)
-            self.train_function = _in_one_line(self.train_function)
+            self.train_function: Any = _in_one_line(self.train_function)
 
     def make_test_function(self, force=False):
         """Make the function that evaluates batches; its assertions raise one line."""
         if self.test_function is None or force:
             super().make_test_function(force)
-            self.test_function = _in_one_line(self.test_function)
+            self.test_function: Any = _in_one_line(self.test_function)
 
     def save(self, filepath, *args, **kwargs):
         """Save the network alone, as `model.network.save` does; `ModelCheckpoint` calls this.

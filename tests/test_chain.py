@@ -21,6 +21,7 @@ from logit_reg.threat import ThreatModel
 from logit_reg_scripts import command_line, evaluations
 from logit_reg_scripts.command_line import UsageError
 from logit_reg_scripts.evaluations import TestImages, claim_file, evaluate_protocols, note_file
+from madry_compat.challenges import CIFAR10, MNIST
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SMALL = ThreatModel("linf", 0.1, 0.0, 1.0)
@@ -38,9 +39,12 @@ def plan(protocols, seed=0, count=100, **settings):
 @pytest.mark.parametrize(
     ("planned", "name"),
     [
-        (plan({"autoattack": protocol_attacks("autoattack", "mnist")}), "autoattack-n100"),
-        (plan({"paper-20": protocol_attacks("paper-20", "cifar")}, 1), "paper-20-n100-seed1"),
-        (plan({"autoattack": {"a": AutoAttack(SMALL)}}), "autoattack-linf0.1-n100"),
+        (plan({"autoattack": protocol_attacks("autoattack", MNIST)}), "autoattack-n100"),
+        (plan({"paper-20": protocol_attacks("paper-20", CIFAR10)}, 1), "paper-20-n100-seed1"),
+        (
+            plan({"autoattack": {"a": AutoAttack(SMALL)}}, data="a.npz"),
+            "autoattack-linf0.1-n100",
+        ),
         (
             plan({"flags": {"pgd40-xent": PGD(SMALL)}}, count=9),
             "pgd40-xent-step0.01-linf0.1-n9",
@@ -51,7 +55,7 @@ def plan(protocols, seed=0, count=100, **settings):
         ),
         (
             plan(
-                {p: protocol_attacks(p, "mnist") for p in ("paper-fgsm", "paper-mnist")},
+                {p: protocol_attacks(p, MNIST) for p in ("paper-fgsm", "paper-mnist")},
                 worst_case_only=True,
                 attack_dtype="bfloat16",
                 training={"steps_done": 4, "steps_planned": 9},
@@ -179,7 +183,7 @@ def test_an_export_goes_to_a_folder_of_its_own(tmp_path):
 
 def save_named(run, protocol, num_correct, count=50, **changes):
     """An evaluation where `eval_challenge.py` puts it."""
-    attacks = protocol_attacks(protocol, "mnist")
+    attacks = protocol_attacks(protocol, MNIST)
     folder = run / "evaluations" / "new"
     correct = dict.fromkeys(attacks, first(num_correct, count))
     save_evaluation(folder, np.ones(count, bool), correct, protocols={protocol: attacks})

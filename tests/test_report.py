@@ -98,7 +98,7 @@ def save_strong(directory, num_correct, num_examples, *, clean=None, name="autoa
 
 
 def save_l2(directory, num_correct, num_examples):
-    protocols = {"paper-l2": protocol_attacks("paper-l2", "mnist")}
+    protocols = {"paper-l2": protocol_attacks("paper-l2", MNIST)}
     correct = {"l2-pgd100-cw-x10": first(num_correct, num_examples)}
     save_evaluation(directory, np.ones(num_examples, bool), correct, protocols=protocols)
 
@@ -647,10 +647,10 @@ def test_the_leaderboard_ranks_by_autoattack_and_not_by_the_claim(tmp_path):
 
 def save_claim_and_autoattack(folder, *, first_image=0, notices=()):
     """PGD leaves 8 of 10 images; AutoAttack, on 5 from some image on, leaves 2 of these."""
-    protocols = {"paper-mnist": protocol_attacks("paper-mnist", "mnist")}
+    protocols = {"paper-mnist": protocol_attacks("paper-mnist", MNIST)}
     correct = dict.fromkeys(ATTACKS[2:], first(8, 10))
     save_evaluation(folder / "main", first(10, 10), correct, protocols=protocols, dataset="mnist")
-    strong = {"autoattack": protocol_attacks("autoattack", "mnist")}
+    strong = {"autoattack": protocol_attacks("autoattack", MNIST)}
     indices = np.arange(first_image, first_image + 5)
     save_evaluation(
         folder / "aa",
