@@ -69,7 +69,7 @@ def in_float32(contender: Callable) -> Callable[[Problem], Callable[[], Outcome]
     """One of ours without bfloat16, where "auto" has it."""
 
     def ready(problem):
-        from logit_reg.attacks.precision import NO_BFLOAT16, has_bfloat16
+        from logit_reg.attacks.engine.low_precision import NO_BFLOAT16, has_bfloat16
 
         if not has_bfloat16():
             raise ImportError(f"{NO_BFLOAT16}: ours is float32")
@@ -271,8 +271,8 @@ def _ours(problem, make_attack, attack_dtype, *, last=False):
     """An attack of ours in `evaluate`, checks and confirmation included."""
     import keras
 
-    from logit_reg.attacks.precision import lower_precision
-    from logit_reg.evaluation import evaluate
+    from logit_reg.attacks.engine.low_precision import lower_precision
+    from logit_reg.evaluation.run import evaluate
     from logit_reg.threat import ThreatModel
 
     network = keras.saving.load_model(problem.folder / "network.keras", compile=False)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from logit_reg.figure_style import COLORS, LIGHT, SMALL_FONT_SIZE, WIDTH, house_style, settled
+from logit_reg.report.style import COLORS, LIGHT, SMALL_FONT_SIZE, WIDTH, house_style, settled
 
 
 def times(results: Sequence[Mapping]) -> Figure:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from logit_reg_scripts.keras_files import read_keras
+from logit_reg.experiments.keras_files import read_keras
 from madry_compat.networks import mnist_cnn, wide_resnet
 
 # Flags of scripts/train.py: short trainings on the embedded digits, as in the demo.

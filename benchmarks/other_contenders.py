@@ -25,7 +25,7 @@ def adversarial_training_ours(problem: Problem) -> Callable[[], Outcome]:
     """The same with `PGDAdversary`."""
     from logit_reg.attacks import PGD
     from logit_reg.threat import ThreatModel
-    from logit_reg.training import PGDAdversary
+    from logit_reg.training.model import PGDAdversary
 
     case = problem.case
     threat = ThreatModel("linf", case.epsilon, 0.0, case.upper)
@@ -143,9 +143,9 @@ def matrix_flops() -> int:
 def _steps_of_ours(problem, adversary):
     import keras
 
-    from logit_reg.loop import BatchOrder, repeatable_steps, traced_train_step
     from logit_reg.objectives import Objective
-    from logit_reg.training import RegularizedModel
+    from logit_reg.training.loop import BatchOrder, repeatable_steps, traced_train_step
+    from logit_reg.training.model import RegularizedModel
     from madry_compat.optimizers import TF1Adam
 
     case = problem.case

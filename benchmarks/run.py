@@ -29,8 +29,8 @@ from benchmarks.summary import (
     share_of_peak,
 )
 from benchmarks.table import case_table
-from logit_reg.figure_style import to_svg
 from logit_reg.files import atomic_path, write_json
+from logit_reg.report.style import to_svg
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from logit_reg.files import read_json, write_text
-from logit_reg.report import replace_marked_section
+from logit_reg.report.tables import replace_marked_section
 from logit_reg.text_columns import aligned
 
 _COLUMNS = (

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
-from logit_reg import supervisor
+from logit_reg.training import supervisor
 
 KINDS = ("squeeze", "pairing", "batch floor", "pgd", "free", "decay", "batch norm")
 BATCH_SIZE = 8
@@ -26,7 +26,7 @@ def tiny_model(kind, dtype="float64"):
     from logit_reg.attacks import PGD
     from logit_reg.objectives import Objective
     from logit_reg.threat import ThreatModel
-    from logit_reg.training import FreeAdversary, PGDAdversary, RegularizedModel
+    from logit_reg.training.model import FreeAdversary, PGDAdversary, RegularizedModel
 
     keras.utils.set_random_seed(0)
     keras.config.set_floatx(dtype)
@@ -70,7 +70,7 @@ def tiny_data():
 
 def train_kinds(folder, steps, kinds, strategy, dtype="float64"):
     """Train each kind in a folder of its own."""
-    from logit_reg.loop import LoopSettings, train
+    from logit_reg.training.loop import LoopSettings, train
 
     for kind in kinds:
         with strategy.scope():
@@ -96,7 +96,7 @@ def main(arguments):
     folder, steps, kinds = Path(arguments[0]), int(arguments[1]), arguments[2:]
     import tensorflow as tf
 
-    from logit_reg.distribution import WorkerLost, make_strategy
+    from logit_reg.training.distribution import WorkerLost, make_strategy
 
     try:
         if "REPLICAS" in os.environ:

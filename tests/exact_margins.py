@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.evaluation import check_threat
+from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 
 SHAPE = (6, 6, 1)

@@ -7,8 +7,8 @@ from linear import SHAPE, Linear
 
 from logit_reg.attacks import PGD
 from logit_reg.attacks.adaptive import Adaptive, NoisyStart
-from logit_reg.evaluation import evaluate
-from logit_reg.protocols import protocol_attacks
+from logit_reg.evaluation.protocols import protocol_attacks
+from logit_reg.evaluation.run import evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat.challenges import CIFAR10
 

@@ -13,7 +13,7 @@ from exact_margins import (
 )
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted, _rank_loss, periods
-from logit_reg.evaluation import check_threat
+from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.05)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from logit_reg.attacks import APGD, AutoAttack, Restarts, Square
 from logit_reg.attacks.apgd import APGDTargeted
 from logit_reg.attacks.fab import FAB, FABTargeted
-from logit_reg.evaluation import distances, evaluate
+from logit_reg.evaluation.run import distances, evaluate
 from logit_reg.threat import ThreatModel
 
-pytestmark = pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 
 LINF = ThreatModel("linf", 0.03)
 L2 = ThreatModel("l2", 0.12)

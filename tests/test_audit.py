@@ -20,10 +20,10 @@ from logit_reg.audit import Control, audit
 from logit_reg.audit.decisions import decide
 from logit_reg.audit.records import DECISIVE, Cost, WorstCase, verdict
 from logit_reg.audit.run import DIAGNOSTICS, prepare, run_test
-from logit_reg.statistics import Mean, PairedDifference, Proportion
+from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
+from logit_reg.experiments import controls
+from logit_reg.experiments.runs import read_run, resolve_settings
 from logit_reg.threat import ThreatModel
-from logit_reg_scripts import controls
-from logit_reg_scripts.runs import read_run, resolve_settings
 from madry_compat import data
 
 # Of the images below it leaves the linear classifier 16 of 40.

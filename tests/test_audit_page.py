@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from readable import assert_readable, check_html, labelled_axes, visible_texts
 
-from logit_reg import audit_figures as figures
+from logit_reg.analysis.curves import RestartLosses, StepGrid
+from logit_reg.analysis.landscape import Comparison, Landscape
 from logit_reg.audit import records
 from logit_reg.audit.records import Audit, Cost, Curve, SqueezeDiagnostics, WorstCase
-from logit_reg.audit_page import write_audit_page
-from logit_reg.curves import RestartLosses, StepGrid
-from logit_reg.figure_style import DARK, LIGHT, narrow, to_svg
-from logit_reg.landscape import Comparison, Landscape
+from logit_reg.report import audit_figures as figures
+from logit_reg.report.audit_page import write_audit_page
+from logit_reg.report.style import DARK, LIGHT, narrow, to_svg
 from logit_reg.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.3, 0.0, 1.0)

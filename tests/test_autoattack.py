@@ -16,10 +16,10 @@ from golden import GOLDEN500_BROKEN, GOLDEN500_CLEAN, GOLDEN500_STANDING, trades
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.autoattack import AutoAttack
-from logit_reg.attacks.checks import AttackWarning
+from logit_reg.attacks.engine.checks import AttackWarning
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.square import Square
-from logit_reg.evaluation import check_threat, evaluate
+from logit_reg.evaluation.run import check_threat, evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat import data
 
@@ -56,7 +56,7 @@ def test_versions_are_the_published_cascades():
         AutoAttack(LINF, "x")
 
 
-@pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
 @pytest.mark.parametrize("box_is_active", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -70,7 +70,7 @@ def test_finds_what_lies_just_within_the_budget(norm, box_is_active, num_classes
     )
 
 
-@pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 @pytest.mark.parametrize("threat", [LINF, ThreatModel("l2", 0.1), ThreatModel("linf", 8, 0, 255)])
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
 def test_each_stage_leaves_fewer_standing(version, threat):
@@ -98,7 +98,7 @@ def test_each_stage_leaves_fewer_standing(version, threat):
     assert result.backwards <= 30 * backwards
 
 
-@pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 def test_worst_case_is_that_of_its_attacks_in_an_evaluation():
     images, labels = curved_examples(20)
     attack = AutoAttack(LINF, **LIGHT)
@@ -109,7 +109,7 @@ def test_worst_case_is_that_of_its_attacks_in_an_evaluation():
     np.testing.assert_array_equal(stages["apgd-ce"], first.robust)
 
 
-@pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 def test_networks_are_traced_once():
     check_is_traced_once(AutoAttack(ThreatModel("linf", 1e-6), num_steps=3, num_queries=12))
 
@@ -212,7 +212,7 @@ class ScaledAndShifted:
 
 # As they are the logits are about 4; squeezed, about 0.04, where the float32 numbers around 100
 # are 8e-6 apart.
-@pytest.mark.filterwarnings("ignore::logit_reg.attacks.checks.AttackWarning")
+@pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 @pytest.mark.parametrize("squeezed_by", [1, 100])
 @pytest.mark.parametrize(
     "attack",

@@ -34,8 +34,8 @@ from benchmarks.table import case_table
 from benchmarks.table import main as table_main
 from benchmarks.worker import answers
 from logit_reg import attacks
-from logit_reg.attacks import precision
-from logit_reg.figure_style import to_svg
+from logit_reg.attacks.engine import low_precision as precision
+from logit_reg.report.style import to_svg
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn, wide_resnet
 

@@ -16,8 +16,8 @@ from exact_margins import (
 )
 
 from logit_reg.attacks import PGD, AutoAttack, RandomNoise, Replay, Restarts, Square, Transfer
-from logit_reg.evaluation import check_threat, evaluate
-from logit_reg.ledger import attack_settings
+from logit_reg.evaluation.ledger import attack_settings
+from logit_reg.evaluation.run import check_threat, evaluate
 from logit_reg.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.05)

@@ -10,13 +10,13 @@ import pytest
 import tensorflow as tf
 
 from logit_reg import attacks
+from logit_reg.analysis.curves import CurveSettings, losses_over_restarts
 from logit_reg.attacks import AttackWarning
-from logit_reg.attacks.attack import Attack, Classifier, is_fooled, margin
-from logit_reg.attacks.standing import clean_margin
-from logit_reg.curves import CurveSettings, losses_over_restarts
-from logit_reg.evaluation import evaluate, predict
-from logit_reg.ledger import build_result
-from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.attacks.engine.active_set import clean_margin
+from logit_reg.attacks.engine.attack import Attack, Classifier, is_fooled, margin
+from logit_reg.evaluation.ledger import build_result
+from logit_reg.evaluation.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.evaluation.run import evaluate, predict
 from logit_reg.threat import ThreatModel
 
 SHAPE, NUM_CLASSES = (8, 8, 1), 4

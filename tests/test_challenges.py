@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logit_reg.published import published_accuracies
+from logit_reg.report.published import published_accuracies
 from madry_compat import challenges, submissions
 from madry_compat.challenges import CIFAR10, CIFAR100, MNIST
 from madry_compat.files import write_atomically

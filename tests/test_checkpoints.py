@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logit_reg.evaluation import evaluate
-from logit_reg.leaderboard import write_leaderboard
-from logit_reg.ledger import read_ledger
-from logit_reg.protocols import protocol_attacks
-from logit_reg_scripts.sources import load_model
+from logit_reg.evaluation.ledger import read_ledger
+from logit_reg.evaluation.protocols import protocol_attacks
+from logit_reg.evaluation.run import evaluate
+from logit_reg.experiments.sources import load_model
+from logit_reg.report.leaderboard import write_leaderboard
 from madry_compat.bundle_index import find_prefix
 from madry_compat.challenges import MNIST
 from madry_compat.data import load, to_pixels

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_report import ATTACKS, first, save_evaluation
 
-from logit_reg.compare import compare, comparison_table
+from logit_reg.evaluation.ledger import read_ledger
+from logit_reg.evaluation.statistics import mcnemar, paired_interval
 from logit_reg.files import read_json, write_json
-from logit_reg.ledger import read_ledger
-from logit_reg.statistics import mcnemar, paired_interval
+from logit_reg.report.compare import compare, comparison_table
 
 
 def evaluation(folder, counts=(7, 6, 5, 5), clean=9, num=10, **options):

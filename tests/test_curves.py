@@ -7,10 +7,7 @@ import pytest
 import tensorflow as tf
 from linear import Linear
 
-from logit_reg.attacks import PGD
-from logit_reg.attacks.attack import AttackResult
-from logit_reg.attacks.minimum_norm import MinimumNorm
-from logit_reg.curves import (
+from logit_reg.analysis.curves import (
     CurveSettings,
     accuracy_against_epsilon,
     accuracy_against_steps_and_size,
@@ -18,7 +15,10 @@ from logit_reg.curves import (
     losses_over_restarts,
     save_curves,
 )
-from logit_reg.evaluation import GateError
+from logit_reg.attacks import PGD
+from logit_reg.attacks.engine.attack import AttackResult
+from logit_reg.attacks.minimum_norm import MinimumNorm
+from logit_reg.evaluation.run import GateError
 from logit_reg.files import read_json, write_json
 from logit_reg.threat import ThreatModel
 

@@ -16,10 +16,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from logit_reg.distribution import Workers, check_cluster, make_strategy, own_slice, whole_batch
-from logit_reg.loop import LOG_COLUMNS, traced_train_step
-from logit_reg.state import saved_steps, state_path
-from logit_reg.supervisor import INTERRUPTED, supervise
+from logit_reg.training.distribution import (
+    Workers,
+    check_cluster,
+    make_strategy,
+    own_slice,
+    whole_batch,
+)
+from logit_reg.training.loop import LOG_COLUMNS, traced_train_step
+from logit_reg.training.state import saved_steps, state_path
+from logit_reg.training.supervisor import INTERRUPTED, supervise
 from madry_compat.data import load, to_pixels
 
 WORKER = Path(distributed_worker.__file__)
@@ -119,7 +125,7 @@ def test_a_worker_that_is_killed_starts_again_and_the_run_ends_with_the_same_wei
 def train_by_command(folder, flags, *, num_workers=1):
     """`train.py`, in one process or as two workers under their supervisors."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
-    command = [sys.executable, "-m", "logit_reg_scripts.train", "--noprogress"]
+    command = [sys.executable, "-m", "logit_reg.commands.train", "--noprogress"]
     command += [f"--model_dir={folder}", "--num_output_steps=1", *flags]
     if num_workers > 1:
         command.append("--strategy=multi_worker")
@@ -285,7 +291,7 @@ def test_a_worker_that_always_dies_is_given_up(tmp_path, at_once):
 
 _SUPERVISED = """
 import os, signal, sys, time
-from logit_reg import supervisor
+from logit_reg.training import supervisor
 if not supervisor.is_supervised():
     sys.exit(supervisor.supervise([sys.executable, "-c", sys.argv[1], *sys.argv[1:]]))
 supervisor.follow_supervisor()

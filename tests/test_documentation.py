@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from commands import command
 
-from logit_reg.compare import right_under, shared_rows
-from logit_reg.ledger import read_ledger
-from logit_reg.statistics import PairedDifference
+from logit_reg.evaluation.ledger import read_ledger
+from logit_reg.evaluation.statistics import PairedDifference
+from logit_reg.report.compare import right_under, shared_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,7 @@ COMMANDS += re.findall(r"`python (scripts/\w+\.py[^`]*)`", README)
 _PARSE = """
 import importlib, shlex, sys
 from absl import flags
-importlib.import_module("logit_reg_scripts." + sys.argv[1])
+importlib.import_module("logit_reg.commands." + sys.argv[1])
 for line in sys.argv[2:]:
     flags.FLAGS.unparse_flags()
     rest = flags.FLAGS(["command", *shlex.split(line)])
@@ -48,7 +48,7 @@ def test_every_command_of_the_readme_parses(script):
 
 
 def test_every_protocol_of_the_readme_exists_and_the_other_way_round():
-    from logit_reg.protocols import PROTOCOLS
+    from logit_reg.evaluation.protocols import PROTOCOLS
 
     section = README.split("## Protocols")[1].split("##")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
@@ -85,8 +85,8 @@ def test_the_python_example_of_the_readme_runs():
     ],
 )
 def test_the_results_tables_are_what_the_committed_ledgers_give(page, section, folder):
-    from logit_reg.report import replace_marked_section, results_table
-    from logit_reg.runs import load_run
+    from logit_reg.report.runs import load_run
+    from logit_reg.report.tables import replace_marked_section, results_table
 
     folder = ROOT / "results" / folder
     runs = [load_run(folder / name) for name in (folder / "order.txt").read_text().split()]
@@ -113,7 +113,7 @@ def test_attacks_in_bfloat16_agree_as_the_text_says(name, row, tmp_path):
 def test_the_table_of_speeds_is_what_the_committed_measurements_give():
     from benchmarks.table import markdown_table
     from logit_reg.files import read_json
-    from logit_reg.report import replace_marked_section
+    from logit_reg.report.tables import replace_marked_section
 
     paths = sorted((ROOT / "results" / "speed").glob("*.json"))
     assert paths

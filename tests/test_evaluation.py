@@ -14,7 +14,9 @@ import tensorflow as tf
 from linear import SHAPE, Linear
 
 from logit_reg.attacks import PGD, AttackResult, Restarts
-from logit_reg.evaluation import (
+from logit_reg.evaluation.ledger import build_result, read_ledger, write_ledger
+from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
+from logit_reg.evaluation.run import (
     GateError,
     check_threat,
     content_hash,
@@ -22,10 +24,8 @@ from logit_reg.evaluation import (
     evaluate,
     wilson_interval,
 )
-from logit_reg.evaluation_state import EvaluationState
+from logit_reg.evaluation.state import EvaluationState
 from logit_reg.files import write_json
-from logit_reg.ledger import build_result, read_ledger, write_ledger
-from logit_reg.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
 from madry_compat.challenges import CIFAR10, MNIST
 
@@ -229,7 +229,7 @@ def test_workers_that_share_a_folder_compute_each_batch_once_and_agree(tmp_path)
 
 def test_the_claim_of_a_process_that_was_killed_ends(tmp_path):
     code = (
-        "import sys, time\nfrom logit_reg.evaluation_state import EvaluationState\n"
+        "import sys, time\nfrom logit_reg.evaluation.state import EvaluationState\n"
         "with EvaluationState(sys.argv[1], 'key').claim('batch', wait=False) as is_mine:\n"
         "    print(is_mine, flush=True)\n    time.sleep(60)"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from logit_reg.protocols import PROTOCOLS, protocol_attacks
-from logit_reg.sweep import expand_grid
+from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
+from logit_reg.experiments.sweep import expand_grid
 from madry_compat.challenges import CIFAR10, MNIST
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +25,9 @@ SWEEPS = [words for words in COMMANDS if words[1] == "scripts/sweep.py"]
 # the settings of every run.
 _PARSE = """
 import importlib, json, sys
-from logit_reg_scripts.command_line import FLAGS
+from logit_reg.commands.command_line import FLAGS
 script, *lines = json.loads(sys.argv[1])
-module = importlib.import_module("logit_reg_scripts." + script)
+module = importlib.import_module("logit_reg.commands." + script)
 for words in lines:
     FLAGS.unparse_flags()
     for name in FLAGS:
@@ -43,9 +43,9 @@ for words in lines:
 
 _RESOLVE = """
 import dataclasses, json, sys
-from logit_reg_scripts import train
-from logit_reg_scripts.command_line import FLAGS
-from logit_reg_scripts.runs import RunSettings, resolve_settings
+from logit_reg.commands import train
+from logit_reg.commands.command_line import FLAGS
+from logit_reg.experiments.runs import RunSettings, resolve_settings
 from madry_compat.challenges import CIFAR10, MNIST
 names = {field.name for field in dataclasses.fields(RunSettings)}
 for words in json.loads(sys.argv[1]):

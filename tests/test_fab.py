@@ -15,7 +15,7 @@ from exact_margins import (
 )
 
 from logit_reg.attacks.fab import FAB, FABTargeted, project_on_hyperplane
-from logit_reg.evaluation import check_threat, distances
+from logit_reg.evaluation.run import check_threat, distances
 from logit_reg.threat import ThreatModel
 
 

@@ -11,10 +11,10 @@ import tensorflow as tf
 from test_training import THREAT, small_model, small_network, some_data
 
 from logit_reg.attacks import PGD
-from logit_reg.loop import LOG_COLUMNS, LoopSettings, train
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
-from logit_reg.training import FreeAdversary, PGDAdversary, RegularizedModel
+from logit_reg.training.loop import LOG_COLUMNS, LoopSettings, train
+from logit_reg.training.model import FreeAdversary, PGDAdversary, RegularizedModel
 
 IMAGES, LABELS = some_data(32)
 FLAT = [keras.Input((6, 6, 1)), keras.layers.Flatten()]

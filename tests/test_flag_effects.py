@@ -11,10 +11,10 @@ from commands import assert_flags_exist, flags_of
 _JUDGE = """
 import importlib, json, sys
 from absl import flags
-from logit_reg_scripts import command_line
-from logit_reg_scripts.command_line import FLAGS
+from logit_reg.commands import command_line
+from logit_reg.commands.command_line import FLAGS
 script, lines = json.loads(sys.argv[1])
-module = importlib.import_module("logit_reg_scripts." + script)
+module = importlib.import_module("logit_reg.commands." + script)
 for words in lines:
     for name in FLAGS:
         FLAGS[name].unparse()
@@ -213,7 +213,7 @@ def test_values_that_a_flag_cannot_have_are_refused_before_any_work(script, tmp_
 
 
 def test_every_table_is_of_flags_that_its_command_has():
-    from logit_reg_scripts import flag_effects
+    from logit_reg.experiments import flag_effects
 
     tables = {
         "train": flag_effects.TRAINING,

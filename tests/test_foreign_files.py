@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from commands import assert_one_line_error, command
 
+from logit_reg.experiments.keras_files import read_keras
+from logit_reg.experiments.sources import load_keras, load_model, load_own_images
 from logit_reg.files import read_json
-from logit_reg_scripts.keras_files import read_keras
-from logit_reg_scripts.sources import load_keras, load_model, load_own_images
 from madry_compat.networks import mnist_cnn
 from madry_compat.tf1_checkpoints import load_network, read_step, save_network
 

@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import layers
 
 from logit_reg.attacks import PGD
-from logit_reg.attacks.frozen import FoldedNormalization, following_copy, frozen_copy
-from logit_reg.evaluation import evaluate
+from logit_reg.attacks.engine.inference_copy import FoldedNormalization, following_copy, frozen_copy
+from logit_reg.evaluation.run import evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn, wide_resnet
 
@@ -176,7 +176,7 @@ def test_only_a_few_images_are_compared(monkeypatch):
         seen.append(len(images))
         return network(images, training=False)
 
-    monkeypatch.setattr("logit_reg.attacks.frozen.call_logits", noted)
+    monkeypatch.setattr("logit_reg.attacks.engine.inference_copy.call_logits", noted)
     frozen_copy(small_network(), batch(count=500))
     assert seen == [4, 4]
 
@@ -264,7 +264,7 @@ def test_an_evaluation_attacks_the_copy_and_the_network_decides(monkeypatch):
 
         return wrong
 
-    monkeypatch.setattr("logit_reg.evaluation.frozen_copy", wrong_copy)
+    monkeypatch.setattr("logit_reg.evaluation.run.frozen_copy", wrong_copy)
     found = evaluate(network, {"attack": attack}, images, labels)
     assert seen
     assert found.records["attack"].correct.all()

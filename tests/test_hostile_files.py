@@ -22,6 +22,10 @@ import pytest
 from fuzz.mutations import read_table, write_table
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
+from logit_reg.experiments.keras_files import read_keras
+from logit_reg.experiments.runs import read_run, resolve_settings
+from logit_reg.experiments.sources import load_own_images
+from logit_reg.experiments.submissions import prepare_output
 from logit_reg.files import (
     atomic_path,
     read_arrays,
@@ -30,11 +34,7 @@ from logit_reg.files import (
     write_arrays,
     write_json,
 )
-from logit_reg.runs import load_run
-from logit_reg_scripts.keras_files import read_keras
-from logit_reg_scripts.runs import read_run, resolve_settings
-from logit_reg_scripts.sources import load_own_images
-from logit_reg_scripts.submissions import prepare_output
+from logit_reg.report.runs import load_run
 from madry_compat import data
 from madry_compat.archives import FetchError, unpack
 from madry_compat.challenges import challenge_for
@@ -564,7 +564,7 @@ def test_a_folder_that_vanishes_while_a_file_is_written_is_named(tmp_path):
 @pytest.mark.slow
 def test_a_command_that_cannot_write_says_so_before_it_works(saved, tmp_path):
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "logit_reg_scripts.attack", f"--model_dir={saved}"]
+    command = [sys.executable, "-m", "logit_reg.commands.attack", f"--model_dir={saved}"]
     command.append(f"--store_adv_path={tmp_path / 'file' / 'attack.npy'}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1

@@ -11,11 +11,11 @@ from commands import assert_one_line_error, command
 from linear import Linear
 from readable import check_html
 
+from logit_reg.analysis.curves import CurveSettings
+from logit_reg.analysis.landscape import Landscape, compare, load_comparison, save_comparison
 from logit_reg.attacks import FGSM, PGD
-from logit_reg.curves import CurveSettings
 from logit_reg.files import read_json, write_json
-from logit_reg.landscape import Landscape, compare, load_comparison, save_comparison
-from logit_reg.landscape_page import write_landscape_page
+from logit_reg.report.landscape_page import write_landscape_page
 from logit_reg.threat import ThreatModel
 
 EPSILON = 0.02

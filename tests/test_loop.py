@@ -15,11 +15,11 @@ import keras
 import numpy as np
 import pytest
 
-from logit_reg.loop import BatchOrder, LoopSettings, TrainingError, run_folder, train
 from logit_reg.objectives import Objective
-from logit_reg.state import restore_newest_state, save_state, saved_steps, state_path
 from logit_reg.threat import ThreatModel
-from logit_reg.training import FreeAdversary, RegularizedModel
+from logit_reg.training.loop import BatchOrder, LoopSettings, TrainingError, run_folder, train
+from logit_reg.training.model import FreeAdversary, RegularizedModel
+from logit_reg.training.state import restore_newest_state, save_state, saved_steps, state_path
 
 SETTINGS = LoopSettings(
     max_num_training_steps=12,
@@ -389,7 +389,7 @@ _REAL = """
 import sys
 import numpy as np
 from pathlib import Path
-from logit_reg_scripts.runs import resolve_settings, train_run
+from logit_reg.experiments.runs import resolve_settings, train_run
 given = {"max_num_training_steps": int(sys.argv[3]), "num_checkpoint_steps": 5,
          "num_output_steps": 1, "num_summary_steps": 10, "training_batch_size": 8}
 kinds = {
@@ -450,7 +450,7 @@ def test_random_kills_leave_the_real_networks_bit_identical(tmp_path, kind, step
 _TMPFS = """
 set -e
 mount -t tmpfs -o size=100m none "$1"
-run() { "$2" -m logit_reg_scripts.train --dataset=mnist_5k --reg=squeeze --beta=0.5 \
+run() { "$2" -m logit_reg.commands.train --dataset=mnist_5k --reg=squeeze --beta=0.5 \
   --training_batch_size=4 --num_checkpoint_steps=2 --model_dir="$1/run" --noprogress \
   --max_num_training_steps="$3" $4; }
 run "$1" "$2" 6 || echo "status $?"

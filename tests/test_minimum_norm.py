@@ -14,7 +14,7 @@ from exact_margins import (
 from golden import GOLDEN500_BROKEN, trades_network
 
 from logit_reg.attacks import FABTargeted, MinimumNorm, Restarts, accuracy_curve
-from logit_reg.evaluation import check_threat, distances, evaluate
+from logit_reg.evaluation.run import check_threat, distances, evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat import data
 

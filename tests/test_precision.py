@@ -21,8 +21,8 @@ from logit_reg.attacks import (
     Restarts,
     Square,
 )
-from logit_reg.attacks.attack import is_fooled
-from logit_reg.attacks.precision import (
+from logit_reg.attacks.engine.attack import is_fooled
+from logit_reg.attacks.engine.low_precision import (
     NO_BFLOAT16,
     LowPrecision,
     PrecisionError,
@@ -30,8 +30,8 @@ from logit_reg.attacks.precision import (
     has_bfloat16,
     lower_precision,
 )
-from logit_reg.evaluation import evaluate
-from logit_reg.evaluation_state import EvaluationState
+from logit_reg.evaluation.run import evaluate
+from logit_reg.evaluation.state import EvaluationState
 from logit_reg.threat import ThreatModel
 from madry_compat.data import load, to_pixels
 from madry_compat.networks import mnist_cnn, wide_resnet

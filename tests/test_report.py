@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 from readable import assert_readable, check_html, visible_texts
 
-from logit_reg import figures
-from logit_reg.attack_names import attack_title, line_styles
-from logit_reg.evaluation import AttackRecord, Evaluation
-from logit_reg.figure_style import LIGHT, narrow, to_svg
+from logit_reg.evaluation.ledger import build_result, write_ledger
+from logit_reg.evaluation.protocols import protocol_attacks
+from logit_reg.evaluation.run import AttackRecord, Evaluation
 from logit_reg.files import read_json, write_json
-from logit_reg.leaderboard import leaderboard_tables, read_cards, write_leaderboard
-from logit_reg.ledger import build_result, write_ledger
-from logit_reg.page import write_page
-from logit_reg.protocols import protocol_attacks
-from logit_reg.published import PUBLISHED
-from logit_reg.report import Table, load_run, replace_marked_section, results_table
-from logit_reg.sweep_figures import (
+from logit_reg.report import figures
+from logit_reg.report.attack_names import attack_title, line_styles
+from logit_reg.report.leaderboard import leaderboard_tables, read_cards, write_leaderboard
+from logit_reg.report.published import PUBLISHED
+from logit_reg.report.run_page import write_page
+from logit_reg.report.style import LIGHT, narrow, to_svg
+from logit_reg.report.sweep_figures import (
     ATTACK_STEPS,
     TRAINING_STEP,
     sweep_caption,
@@ -29,6 +28,7 @@ from logit_reg.sweep_figures import (
     sweep_points,
     sweep_table,
 )
+from logit_reg.report.tables import Table, load_run, replace_marked_section, results_table
 from madry_compat.challenges import CIFAR10, MNIST
 
 PROTOCOLS = ("paper-fgsm", "paper-mnist")

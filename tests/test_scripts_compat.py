@@ -19,15 +19,15 @@ from test_tf1_checkpoints import assert_same_values, keep_away_from_kinks, read_
 from tf1_challenge_graphs import mnist_graph
 
 from logit_reg.attacks import FGSM, PGD, Restarts
-from logit_reg.loop import BatchOrder
-from logit_reg.protocols import threat_of
-from logit_reg_scripts import evaluations
-from logit_reg_scripts.command_line import UsageError
-from logit_reg_scripts.evaluations import evaluate_protocols, print_result, published_beside
-from logit_reg_scripts.exports import export_model
-from logit_reg_scripts.runs import resolve_settings, train_run
-from logit_reg_scripts.sources import load_model
-from logit_reg_scripts.submissions import score_files
+from logit_reg.commands.command_line import UsageError
+from logit_reg.evaluation.protocols import threat_of
+from logit_reg.experiments import evaluations
+from logit_reg.experiments.evaluations import evaluate_protocols, print_result, published_beside
+from logit_reg.experiments.exports import export_model
+from logit_reg.experiments.runs import resolve_settings, train_run
+from logit_reg.experiments.sources import load_model
+from logit_reg.experiments.submissions import score_files
+from logit_reg.training.loop import BatchOrder
 from madry_compat.archives import unpack
 from madry_compat.challenges import CIFAR10, IMAGE_SETS, MNIST
 from madry_compat.config import load_config
@@ -387,7 +387,7 @@ def test_published_numbers_do_not_stand_beside_another_test_set(digits_5k, capsy
 def fetch_without_tensorflow(*arguments, cwd):
     code = (
         "import sys; sys.modules['tensorflow'] = None; "
-        "from logit_reg_scripts.fetch_model import run; run()"
+        "from logit_reg.commands.fetch_model import run; run()"
     )
     environment = os.environ | {"LOGIT_REG_CACHE": str(cwd / "cache")}
     return subprocess.run(

@@ -15,9 +15,9 @@ from exact_margins import (
 from golden import trades_network
 
 from logit_reg.attacks import PGD, SPSA, RandomNoise, margin
-from logit_reg.attacks.ascent import logits_and_gradient
-from logit_reg.evaluation import check_threat
-from logit_reg.protocols import protocol_attacks
+from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.evaluation.protocols import protocol_attacks
+from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 from madry_compat import data
 from madry_compat.challenges import CIFAR10, MNIST

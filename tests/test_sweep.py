@@ -12,7 +12,7 @@ import time
 import pytest
 from commands import ROOT, command
 
-from logit_reg.sweep import (
+from logit_reg.experiments.sweep import (
     BAD_INPUT,
     Job,
     Step,
@@ -145,7 +145,7 @@ def test_a_command_stops_when_its_sweep_is_killed(tmp_path):
         "(here / 'started').write_text('')\ntime.sleep(60)\n"
     )
     parent = (
-        "import pathlib, sys\nfrom logit_reg.sweep import *\n"
+        "import pathlib, sys\nfrom logit_reg.experiments.sweep import *\n"
         f"here = pathlib.Path(sys.argv[1])\nstep = Step('a', ('-c', {child!r}, str(here)), 'a')\n"
         "run_job(Job('a', here, here, (step,)))\n"
     )

@@ -9,21 +9,21 @@ import pytest
 import tensorflow as tf
 
 from logit_reg.attacks import PGD
-from logit_reg.loop import traced_train_step
-from logit_reg.objectives import Objective
-from logit_reg.threat import ThreatModel
-from logit_reg.training import (
-    FreeAdversary,
-    PGDAdversary,
-    RegularizedModel,
-    random_crop_and_flip,
-)
-from logit_reg_scripts.runs import (
+from logit_reg.experiments.runs import (
     build_model,
     build_network,
     read_run,
     resolve_settings,
     train_run,
+)
+from logit_reg.objectives import Objective
+from logit_reg.threat import ThreatModel
+from logit_reg.training.loop import traced_train_step
+from logit_reg.training.model import (
+    FreeAdversary,
+    PGDAdversary,
+    RegularizedModel,
+    random_crop_and_flip,
 )
 from madry_compat.tf1_checkpoints import load_network
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from logit_reg import units
 from logit_reg.attacks import PGD, AutoAttack, Restarts
-from logit_reg.protocols import PROTOCOLS, protocol_attacks
+from logit_reg.evaluation import units
+from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.threat import ThreatModel
 
 SHAPES = {"mnist": (28, 28, 1), "cifar": (32, 32, 3)}

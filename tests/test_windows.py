@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import layers
 
 from logit_reg.attacks import Square
-from logit_reg.attacks.frozen import frozen_copy
-from logit_reg.attacks.windows import WholeImages, WindowedImages, windowed
+from logit_reg.attacks.engine.incremental_forward import WholeImages, WindowedImages, windowed
+from logit_reg.attacks.engine.inference_copy import frozen_copy
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn
 

@@ -3,12 +3,12 @@
 from logit_reg.attacks.adaptive import Adaptive as Adaptive
 from logit_reg.attacks.apgd import APGD as APGD
 from logit_reg.attacks.apgd import APGDTargeted as APGDTargeted
-from logit_reg.attacks.attack import Attack as Attack
-from logit_reg.attacks.attack import AttackResult as AttackResult
-from logit_reg.attacks.attack import ImageAttack as ImageAttack
-from logit_reg.attacks.attack import margin as margin
 from logit_reg.attacks.autoattack import AutoAttack as AutoAttack
-from logit_reg.attacks.checks import AttackWarning as AttackWarning
+from logit_reg.attacks.engine.attack import Attack as Attack
+from logit_reg.attacks.engine.attack import AttackResult as AttackResult
+from logit_reg.attacks.engine.attack import ImageAttack as ImageAttack
+from logit_reg.attacks.engine.attack import margin as margin
+from logit_reg.attacks.engine.checks import AttackWarning as AttackWarning
 from logit_reg.attacks.fab import FAB as FAB
 from logit_reg.attacks.fab import FABTargeted as FABTargeted
 from logit_reg.attacks.fgsm import FGSM as FGSM

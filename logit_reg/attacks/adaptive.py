@@ -4,17 +4,18 @@ import dataclasses
 import math
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.ascent import Ascent
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.autoattack import AutoAttack
+from logit_reg.attacks.engine.active_set import Standing, check_examples
+from logit_reg.attacks.engine.attack import (
     Attack,
     AttackResult,
     ImageAttack,
     attack_inputs,
     random_stream,
 )
-from logit_reg.attacks.autoattack import AutoAttack
-from logit_reg.attacks.cascade import cost_of_stages, run_stages, stages_for
-from logit_reg.attacks.checks import Finding
+from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
+from logit_reg.attacks.engine.checks import Finding
+from logit_reg.attacks.engine.gradient_loop import Ascent
 from logit_reg.attacks.fab import FABTargeted
 from logit_reg.attacks.logit_scaling import ScaledPGD
 from logit_reg.attacks.md import MD
@@ -23,7 +24,6 @@ from logit_reg.attacks.odi import ODI
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing, check_examples
 from logit_reg.threat import ThreatModel
 
 # Step sizes, in epsilon. The jagged surfaces of squeezed models are climbed with .4 to .65, far

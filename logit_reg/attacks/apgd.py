@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import logits_and_gradient
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -20,8 +20,8 @@ from logit_reg.attacks.attack import (
     random_direction,
     random_stream,
 )
-from logit_reg.attacks.precision import is_screened, judged_logits, num_looks
-from logit_reg.attacks.standing import Standing, ranked_targets, take
+from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_looks
 from logit_reg.threat import ThreatModel
 
 LOSSES = ("xent", "dlr")

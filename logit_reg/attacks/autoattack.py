@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.attack import Attack, AttackResult, ImageAttack, attack_inputs
-from logit_reg.attacks.cascade import cost_of_stages, run_stages, stages_for
-from logit_reg.attacks.checks import (
+from logit_reg.attacks.engine.active_set import Standing, clean_logits
+from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, attack_inputs
+from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
+from logit_reg.attacks.engine.checks import (
     Finding,
     check_finite,
     check_network,
@@ -19,7 +20,6 @@ from logit_reg.attacks.checks import (
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing, clean_logits
 from logit_reg.threat import ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")

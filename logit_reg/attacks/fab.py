@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import logits_and_gradient, usable_gradient
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -17,8 +17,8 @@ from logit_reg.attacks.attack import (
     random_direction,
     random_stream,
 )
-from logit_reg.attacks.precision import exact_gradient_fn
-from logit_reg.attacks.standing import Standing, ranked_targets, take
+from logit_reg.attacks.engine.gradient_loop import logits_and_gradient, usable_gradient
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.threat import ThreatModel
 
 # How many steps pass between two looks at which images still stand.

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from logit_reg.attacks.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
 from logit_reg.attacks.pgd import PGD
 from logit_reg.threat import ThreatModel
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -17,7 +18,6 @@ from logit_reg.attacks.attack import (
     is_fooled,
     random_stream,
 )
-from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
 
 # How often the way back to the boundary is halved, and a jump that does not fool.

@@ -5,15 +5,15 @@ import math
 
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import Ascent, check_steps
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
     attack_loss,
     random_stream,
 )
-from logit_reg.attacks.standing import Standing
+from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
 from logit_reg.threat import ThreatModel
 
 # Of the spread of an image's logits: smallest difference of the top two to divide by.

@@ -5,15 +5,15 @@ import math
 
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import Ascent, check_steps
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
     margin_terms,
     random_stream,
 )
-from logit_reg.attacks.standing import Standing
+from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
 from logit_reg.threat import ThreatModel
 
 TERMS = ("label", "other")

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import climb, logits_and_gradient
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -18,8 +18,8 @@ from logit_reg.attacks.attack import (
     random_stream,
     uniform_in_ball,
 )
-from logit_reg.attacks.precision import judged_logits, num_looks
-from logit_reg.attacks.standing import Standing, ranked_targets, take
+from logit_reg.attacks.engine.gradient_loop import climb, logits_and_gradient
+from logit_reg.attacks.engine.low_precision import judged_logits, num_looks
 from logit_reg.threat import ThreatModel
 
 # How far the steps in a ball go in all, in radii.

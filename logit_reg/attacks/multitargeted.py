@@ -4,9 +4,9 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import Ascent, check_steps
-from logit_reg.attacks.attack import AttackResult, ImageAttack, attack_inputs, random_stream
-from logit_reg.attacks.standing import Standing, ranked_targets
+from logit_reg.attacks.engine.active_set import Standing, ranked_targets
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack, attack_inputs, random_stream
+from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
 from logit_reg.threat import ThreatModel
 
 

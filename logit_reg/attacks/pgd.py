@@ -4,8 +4,8 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.ascent import Ascent, check_steps, climb, logits_and_gradient
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import check_examples
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -13,7 +13,7 @@ from logit_reg.attacks.attack import (
     check_loss,
     random_stream,
 )
-from logit_reg.attacks.standing import check_examples
+from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps, climb, logits_and_gradient
 from logit_reg.threat import ThreatModel
 
 

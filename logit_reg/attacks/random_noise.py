@@ -4,7 +4,8 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -16,7 +17,6 @@ from logit_reg.attacks.attack import (
     random_stream,
     uniform_in_ball,
 )
-from logit_reg.attacks.standing import Standing, take
 from logit_reg.threat import ThreatModel
 
 DISTRIBUTIONS = ("uniform", "sign")

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -19,8 +20,7 @@ from logit_reg.attacks.attack import (
     random_stream,
     uniform_in_ball,
 )
-from logit_reg.attacks.precision import query_fn
-from logit_reg.attacks.standing import Standing, take
+from logit_reg.attacks.engine.low_precision import query_fn
 from logit_reg.threat import ThreatModel
 
 # Adam's own, as in the paper.

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing, take
+from logit_reg.attacks.engine.attack import (
     AttackResult,
     ImageAttack,
     attack_inputs,
@@ -18,9 +19,8 @@ from logit_reg.attacks.attack import (
     margin,
     random_stream,
 )
-from logit_reg.attacks.precision import judged_logits, query_fn
-from logit_reg.attacks.standing import Standing, take
-from logit_reg.attacks.windows import WholeImages, windowed
+from logit_reg.attacks.engine.incremental_forward import WholeImages, windowed
+from logit_reg.attacks.engine.low_precision import judged_logits, query_fn
 from logit_reg.threat import ThreatModel
 
 # The fraction of pixels in a square is halved from each of these queries on.

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import Standing
+from logit_reg.attacks.engine.attack import (
     Attack,
     AttackResult,
     Cascade,
@@ -19,7 +20,6 @@ from logit_reg.attacks.attack import (
     attack_inputs,
 )
 from logit_reg.attacks.restarts import Restarts
-from logit_reg.attacks.standing import Standing
 from logit_reg.files import one_line, read_arrays
 from logit_reg.threat import ThreatModel
 
@@ -49,7 +49,7 @@ class Transfer(ImageAttack):
     """The source network: images (N, H, W, C) in pixel units -> logits. Not among the settings;
     `source_hash` stands for it."""
     source_hash: str
-    """Identifies the source by its content, as `logit_reg.evaluation.network_hash` does. Two
+    """Identifies the source by its content, as `logit_reg.evaluation.run.network_hash` does. Two
     transfers are equal if attack and hash are."""
     every_iterate: bool = False
     """Take directions from the source and judge every iterate on the attacked network, which is

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks import Transfer
-from logit_reg.attacks.ascent import logits_and_gradient
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import clean_logits, clean_margin
+from logit_reg.attacks.engine.attack import (
     Attack,
     LogitsFn,
     attack_loss,
@@ -21,16 +21,16 @@ from logit_reg.attacks.attack import (
     check_classes,
     compiled,
 )
-from logit_reg.attacks.checks import Probabilities, probabilities
-from logit_reg.attacks.standing import clean_logits, clean_margin
+from logit_reg.attacks.engine.checks import Probabilities, probabilities
+from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
 from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
-from logit_reg.evaluation import (
+from logit_reg.evaluation.run import (
     Evaluation,
     GateError,
     evaluate,
     network_hash,
 )
-from logit_reg.evaluation_state import EvaluationState
+from logit_reg.evaluation.state import EvaluationState
 from logit_reg.threat import ThreatModel
 
 # Most images that attacks without gradients are tried on, of those that stand.

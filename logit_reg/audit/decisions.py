@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from logit_reg.statistics import Mean, PairedDifference, Proportion
+from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 
 Found = Proportion | PairedDifference | Mean
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 
+from logit_reg.analysis.landscape import Landscape
 from logit_reg.attacks import FGSM, PGD, Attack
-from logit_reg.attacks.standing import clean_margin
+from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.audit.bench import Bench, Diagnostic, LossGradient, Outcome, Plan
 from logit_reg.audit.preconditions import random_start
 from logit_reg.audit.strength import base_attack
-from logit_reg.landscape import Landscape
 
 _SAMPLE = 100
 _GRID_IMAGES = 20

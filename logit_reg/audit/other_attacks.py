@@ -9,7 +9,7 @@ from logit_reg.attacks.random_noise import RandomNoise
 from logit_reg.audit.bench import NUM_LEFT, Bench, Diagnostic, Outcome, Plan
 from logit_reg.audit.decisions import decide, in_points
 from logit_reg.audit.strength import NO_CONTROL, is_trained, margin_attacks, strong_attacks
-from logit_reg.statistics import PairedDifference
+from logit_reg.evaluation.statistics import PairedDifference
 
 _BLACK_BOX_GAP = 0.002
 _BLACK_BOX_GAP_OVER_CONTROL = 0.02

@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks import PGD
-from logit_reg.attacks.attack import (
+from logit_reg.attacks.engine.active_set import clean_margin
+from logit_reg.attacks.engine.attack import (
     call_logits,
     uniform_in_ball,
 )
-from logit_reg.attacks.checks import SAME_LOGITS
-from logit_reg.attacks.standing import clean_margin
+from logit_reg.attacks.engine.checks import SAME_LOGITS
 from logit_reg.audit.bench import (
     Bench,
     Diagnostic,
@@ -25,7 +25,7 @@ from logit_reg.audit.bench import (
 )
 from logit_reg.audit.decisions import decide, overall
 from logit_reg.audit.records import SqueezeDiagnostics
-from logit_reg.statistics import Mean, PairedDifference, Proportion
+from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 
 _NUM_PASSES = 5
 # Images that the tests look at which need no statistics.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logit_reg.statistics import PairedDifference, Proportion, wilson_interval
+from logit_reg.evaluation.statistics import PairedDifference, Proportion, wilson_interval
 
 SCHEMA = 1
 

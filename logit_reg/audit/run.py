@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
-from logit_reg.attacks.attack import attack_inputs
+from logit_reg.attacks.engine.attack import attack_inputs
 from logit_reg.audit.bench import (
     BUDGETS,
     Bench,
@@ -29,8 +29,8 @@ from logit_reg.audit.records import DECISIVE, Audit, Cost, Curve, TestRecord, Wo
 from logit_reg.audit.sanity import SANITY
 from logit_reg.audit.strength import STRENGTH
 from logit_reg.durations import in_words
-from logit_reg.evaluation import GateError, content_hash, network_hash
-from logit_reg.ledger import attack_settings
+from logit_reg.evaluation.ledger import attack_settings
+from logit_reg.evaluation.run import GateError, content_hash, network_hash
 from logit_reg.threat import ThreatModel
 from logit_reg.version import __version__
 

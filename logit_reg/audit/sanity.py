@@ -12,7 +12,7 @@ from logit_reg.audit.bench import Bench, Diagnostic, Outcome, Plan
 from logit_reg.audit.decisions import decide, overall
 from logit_reg.audit.records import Curve
 from logit_reg.audit.strength import RISE, base_attack, strong_attacks
-from logit_reg.statistics import PairedDifference, Proportion
+from logit_reg.evaluation.statistics import PairedDifference, Proportion
 from logit_reg.threat import ThreatModel
 
 _CURVE_STEPS = 40

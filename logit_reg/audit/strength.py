@@ -20,7 +20,7 @@ from logit_reg.attacks import (
 from logit_reg.audit.bench import Bench, Diagnostic, Outcome, Plan
 from logit_reg.audit.decisions import decide, in_points, overall
 from logit_reg.audit.records import Curve
-from logit_reg.statistics import PairedDifference
+from logit_reg.evaluation.statistics import PairedDifference
 
 # What an attack may leave more than a weaker one, a fraction: random starts differ by as much.
 RISE = 0.01

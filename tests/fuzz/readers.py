@@ -173,8 +173,8 @@ def _read_zip(folder, outside):
 
 
 def _seed_run(folder):
-    from logit_reg.loop import TIMING_COLUMNS
-    from logit_reg_scripts.runs import resolve_settings
+    from logit_reg.experiments.runs import resolve_settings
+    from logit_reg.training.loop import TIMING_COLUMNS
 
     settings = resolve_settings({"dataset": "mnist_5k", "reg": "squeeze", "beta": 2.0})
     record = {"schema": 1, "name": "squeeze", "settings": dataclasses.asdict(settings), "seed": 0}
@@ -194,9 +194,9 @@ def _seed_run(folder):
 
 
 def _read_run(folder, outside):
-    from logit_reg.report import results_table
-    from logit_reg.runs import export_run, load_run
-    from logit_reg_scripts.runs import read_run
+    from logit_reg.experiments.runs import read_run
+    from logit_reg.report.runs import export_run, load_run
+    from logit_reg.report.tables import results_table
 
     refused = None
     try:
@@ -225,8 +225,8 @@ def _seed_ledger(folder):
 
 
 def _read_ledger(folder, outside):
-    from logit_reg.ledger import read_ledger
-    from logit_reg_scripts.model_cards import _protocols
+    from logit_reg.evaluation.ledger import read_ledger
+    from logit_reg.experiments.model_cards import _protocols
     from madry_compat.challenges import challenge_for
 
     _, result = read_ledger(folder)
@@ -246,7 +246,7 @@ def _seed_keras(folder):
 
 
 def _read_keras(folder, outside):
-    from logit_reg_scripts.sources import load_keras
+    from logit_reg.experiments.sources import load_keras
 
     load_keras(folder / "model.keras")
 
@@ -258,13 +258,13 @@ def _variables():
 
 
 def _seed_state(folder):
-    from logit_reg.state import save_state
+    from logit_reg.training.state import save_state
 
     save_state(folder, 100, _variables(), {"seconds": 1.0})
 
 
 def _read_state(folder, outside):
-    from logit_reg.state import restore_newest_state
+    from logit_reg.training.state import restore_newest_state
 
     restore_newest_state(folder, _variables())
 
@@ -275,7 +275,7 @@ def _seed_images(folder):
 
 
 def _read_images(folder, outside):
-    from logit_reg_scripts.sources import load_own_images
+    from logit_reg.experiments.sources import load_own_images
 
     load_own_images(folder / "images.npz", (0.0, 1.0))
 

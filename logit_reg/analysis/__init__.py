@@ -1,0 +1,1 @@
+"""Pictures of a network: accuracy against epsilon, and the loss around an image."""

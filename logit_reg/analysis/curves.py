@@ -1,0 +1,441 @@
+"""Accuracy against the knobs of an attack, and its final losses over restarts."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.array_files import read_record, write_record
+from logit_reg.attacks.engine.active_set import check_examples
+from logit_reg.attacks.engine.attack import (
+    Attack,
+    attack_inputs,
+    attack_loss,
+    batch_spec,
+    call_logits,
+    compiled,
+    is_fooled,
+)
+from logit_reg.attacks.minimum_norm import MinimumNorm
+from logit_reg.attacks.pgd import PGD
+from logit_reg.evaluation.run import check_threat, evaluate
+from logit_reg.progress import Progress
+from logit_reg.threat import ThreatModel
+
+_EPSILON_LABEL = "epsilon (pixel units)"
+
+# Arrays of `Curves` in a file and their numbers of axes.
+_RANKS = {
+    "epsilons": 1,
+    "epsilon_correct": 2,
+    "step_sizes": 1,
+    "num_steps": 1,
+    "grid_correct": 3,
+    "restart_correct": 2,
+    "survivors": 1,
+    "cross_entropy": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Which of N examples stand at each of P values of one knob."""
+
+    name: str
+    """"epsilon", "steps", "restarts" or "step_size"."""
+    label: str
+    """Text for the horizontal axis, unit included."""
+    x: np.ndarray
+    """(P,) values of the knob, increasing."""
+    correct: np.ndarray
+    """(P, N) bool: classified right clean and under the attack."""
+    reported: float | None = None
+    """The value of the threat model or of the attack that a claim rests on, if there is one."""
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """(P,) fraction that stands."""
+        return self.correct.mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepGrid:
+    """Which of N examples stand under PGD of A step sizes and B numbers of steps."""
+
+    step_sizes: np.ndarray
+    """(A,) increasing, pixel units."""
+    num_steps: np.ndarray
+    """(B,) int64, increasing."""
+    correct: np.ndarray
+    """(A, B, N) bool: classified right clean and at every iterate."""
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """(A, B) fraction that stands."""
+        return self.correct.mean(axis=2)
+
+    def against_step_size(self) -> Curve:
+        """Accuracy against the step size, at the largest number of steps."""
+        label = f"step size of PGD-{self.num_steps[-1]} (pixel units)"
+        return Curve("step_size", label, self.step_sizes, self.correct[:, -1])
+
+    def against_steps(self, step_size: float) -> Curve:
+        """Accuracy against the number of steps, at the step size closest to this one."""
+        row = int(np.argmin(np.abs(self.step_sizes - step_size)))
+        label = f"steps of PGD, each of {self.step_sizes[row]:.3g}"
+        return Curve("steps", label, self.num_steps, self.correct[row])
+
+
+@dataclasses.dataclass(frozen=True)
+class RestartLosses:
+    """What R restarts of an attack did to N examples, all restarts on those that survive."""
+
+    correct: np.ndarray
+    """(R, N) bool: right clean and under this and all earlier restarts."""
+    survivors: np.ndarray
+    """(S,) int64 places of the examples that survive all restarts."""
+    cross_entropy: np.ndarray
+    """(R, S) float32 nats: loss of each survivor at the image that each restart returned."""
+
+    def against_restarts(self) -> Curve:
+        """Accuracy against the number of restarts."""
+        return Curve("restarts", "restarts", np.arange(1, len(self.correct) + 1), self.correct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """All curves of one model."""
+
+    epsilon: Curve
+    grid: StepGrid
+    restarts: RestartLosses
+    settings: dict
+    """Provenance: "curves", "seed", "num_examples", "num_classes" and whatever else is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveSettings:
+    """Which values of each knob are tried; all but epsilon itself at the threat model's epsilon."""
+
+    threat: ThreatModel
+    """Norm, budget and pixel range."""
+    loss: str = "xent"
+    """Of PGD: "xent" or "cw"."""
+    epsilon_factors: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(1, 21))
+    """Radii, multiples of epsilon."""
+    num_targets: int = 3
+    """Target classes of the search for the closest adversarial images."""
+    step_factors: tuple[float, ...] = (0.04, 0.1, 0.25, 0.5, 0.65, 1.0, 2.0)
+    """Step sizes, multiples of epsilon. Mosbach et al. found the best ones for logit squeezing at
+    0.4 to 0.65, far from the usual small ones."""
+    num_steps: tuple[int, ...] = (10, 20, 40, 100)
+    """Numbers of steps; the restarts take the last one and the step size of `restart_factor`."""
+    restart_factor: float = 0.25
+    """Step size of the restarts, a multiple of epsilon."""
+    num_restarts: int = 20
+    batch_size: int = 200
+    """Images attacked at once."""
+
+    def run(
+        self,
+        logits_fn,
+        images,
+        labels,
+        *,
+        num_classes: int,
+        seed: int = 0,
+        settings: Mapping | None = None,
+        show_progress: bool = False,
+    ) -> Curves:
+        """Compute all curves.
+
+        Args:
+            logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+            images: (N, H, W, C) float, pixel units.
+            labels: (N,) int true classes.
+            num_classes: K.
+            seed: source of all random numbers.
+            settings: more provenance.
+            show_progress: draw progress bars.
+        """
+        epsilon = self.threat.epsilon
+        pgd = PGD(
+            self.threat,
+            self.loss,
+            num_steps=self.num_steps[-1],
+            step_size=self.restart_factor * epsilon,
+            early_stop=True,
+        )
+        options: dict[str, Any] = {
+            "seed": seed,
+            "batch_size": self.batch_size,
+            "show_progress": show_progress,
+        }
+        data = (images, labels)
+        return Curves(
+            epsilon=accuracy_against_epsilon(
+                logits_fn,
+                MinimumNorm(self.threat, num_targets=self.num_targets),
+                *data,
+                epsilons=[factor * epsilon for factor in self.epsilon_factors],
+                **options,
+            ),
+            grid=accuracy_against_steps_and_size(
+                logits_fn,
+                pgd,
+                *data,
+                step_sizes=[factor * epsilon for factor in self.step_factors],
+                num_steps=self.num_steps,
+                **options,
+            ),
+            restarts=losses_over_restarts(
+                logits_fn, pgd, *data, num_restarts=self.num_restarts, **options
+            ),
+            settings={
+                "curves": dataclasses.asdict(self),
+                "seed": seed,
+                "num_examples": len(images),
+                "num_classes": num_classes,
+                **(settings or {}),
+            },
+        )
+
+
+def accuracy_against_epsilon(
+    logits_fn,
+    attack: MinimumNorm,
+    images,
+    labels,
+    *,
+    epsilons: Sequence[float],
+    seed: int = 0,
+    batch_size: int = 200,
+    show_progress: bool = False,
+) -> Curve:
+    """Accuracy at every epsilon, from one search for the closest adversarial images.
+
+    Args:
+        logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+        attack: searches for them, beyond its own epsilon too.
+        images: (N, H, W, C) float, pixel units.
+        labels: (N,) int true classes.
+        epsilons: radii, pixel units, increasing.
+        seed: source of the random starts.
+        batch_size: most images attacked at once.
+        show_progress: draw a progress bar.
+
+    Returns:
+        The curve, never rising.
+    """
+    images, labels, indices = attack_inputs(images, labels, None)
+    distances = []
+    starts = range(0, len(images), batch_size)
+    for i in Progress(starts, desc="minimum norm", unit="batch", disable=not show_progress):
+        part = slice(i, i + batch_size)
+        found = attack.closest(
+            logits_fn, images[part], labels[part], seed=seed, indices=indices[part]
+        )
+        distances.append(found.distance)
+    x = _increasing("epsilons", epsilons)
+    correct = np.concatenate(distances)[None] > x[:, None]
+    return Curve("epsilon", _EPSILON_LABEL, x, correct, attack.threat.epsilon)
+
+
+def accuracy_against_steps_and_size(
+    logits_fn,
+    attack: PGD,
+    images,
+    labels,
+    *,
+    step_sizes: Sequence[float],
+    num_steps: Sequence[int],
+    seed: int = 0,
+    batch_size: int = 200,
+    show_progress: bool = False,
+) -> StepGrid:
+    """Accuracy under PGD for every pair of a step size and a number of steps.
+
+    Runs of one step size share their random numbers, so that the longer one goes through all
+    iterates of the shorter: accuracy never rises with the number of steps.
+
+    Args:
+        logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+        attack: everything but its steps and step size is kept.
+        images: (N, H, W, C) float, pixel units.
+        labels: (N,) int true classes.
+        step_sizes: pixel units, increasing.
+        num_steps: increasing.
+        seed: source of the random starts.
+        batch_size: most images attacked at once.
+        show_progress: draw progress bars.
+
+    Returns:
+        The grid.
+    """
+    sizes = _increasing("step_sizes", step_sizes)
+    counts = _increasing("num_steps", num_steps).astype(np.int64)
+    rows: list[list[np.ndarray]] = []
+    for step_size in Progress(sizes, desc="step sizes", disable=not show_progress):
+        attacks = {
+            str(count): dataclasses.replace(
+                attack, step_size=float(step_size), num_steps=int(count), early_stop=True
+            )
+            for count in counts
+        }
+        found = evaluate(
+            logits_fn,
+            attacks,
+            images,
+            labels,
+            batch_size=batch_size,
+            seed=seed,
+            # What a shorter run breaks the longer one breaks too.
+            worst_case_only=True,
+            with_checks=not rows,
+        )
+        rows.append([found.correct[str(count)] for count in counts])
+    return StepGrid(sizes, counts, np.array(rows))
+
+
+def losses_over_restarts(
+    logits_fn,
+    attack: Attack,
+    images,
+    labels,
+    *,
+    num_restarts: int,
+    seed: int = 0,
+    batch_size: int = 200,
+    show_progress: bool = False,
+) -> RestartLosses:
+    """Accuracy against the number of restarts, and the final losses of what survives them all.
+
+    Args:
+        logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+        attack: is repeated with fresh random numbers on the examples that still stand.
+        images: (N, H, W, C) float, pixel units.
+        labels: (N,) int true classes.
+        num_restarts: R, at least 1.
+        seed: source of all random numbers.
+        batch_size: most images attacked at once.
+        show_progress: draw a progress bar.
+
+    Returns:
+        A `RestartLosses`.
+
+    Raises:
+        ValueError: if num_restarts is below 1.
+        GateError: if the attack leaves its threat model.
+
+    Source:
+        The histograms of Mosbach et al. 2018, arXiv:1810.12042.
+    """
+    if num_restarts < 1:
+        raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
+    images, labels, indices = attack_inputs(images, labels, None)
+    check_examples(logits_fn, images, labels)
+    _, fooled = _losses(logits_fn, images, labels, batch_size)
+    standing = ~fooled
+    correct = np.zeros((num_restarts, len(images)), bool)
+    cross_entropy = np.zeros((num_restarts, len(images)), np.float32)
+    for restart in Progress(range(num_restarts), desc="restarts", disable=not show_progress):
+        attacked = np.flatnonzero(standing)
+        for start in range(0, len(attacked), batch_size):
+            part = attacked[start : start + batch_size]
+            found = attack.run(
+                logits_fn,
+                images[part],
+                labels[part],
+                seed=seed,
+                indices=indices[part],
+                restart=restart,
+            )
+            check_threat("restarts", found.adversarial, images[part], part, attack.threat)
+            loss, fooled = _losses(logits_fn, found.adversarial, labels[part], batch_size)
+            cross_entropy[restart, part] = loss
+            standing[part] = ~fooled
+        correct[restart] = standing
+    survivors = np.flatnonzero(standing)
+    return RestartLosses(correct, survivors, cross_entropy[:, survivors])
+
+
+def save_curves(curves: Curves, path: Path | str) -> None:
+    """Write all arrays to `path`, an .npz, and the settings to the .json beside it."""
+    arrays = {
+        "epsilons": curves.epsilon.x,
+        "epsilon_correct": curves.epsilon.correct,
+        "step_sizes": curves.grid.step_sizes,
+        "num_steps": curves.grid.num_steps,
+        "grid_correct": curves.grid.correct,
+        "restart_correct": curves.restarts.correct,
+        "survivors": curves.restarts.survivors,
+        "cross_entropy": curves.restarts.cross_entropy,
+    }
+    write_record(path, arrays, curves.settings)
+
+
+def load_curves(path: Path | str) -> Curves:
+    """Read back what `save_curves` wrote.
+
+    Raises:
+        ValueError: if the files are missing or damaged, or do not fit together.
+    """
+    arrays, settings = read_record(path, _RANKS)
+    if not (isinstance(settings.get("num_classes"), int) and settings["num_classes"] >= 2):
+        raise ValueError(f"{path}: num_classes is not a number of classes in the .json beside it.")
+    try:
+        threat = ThreatModel(**settings["curves"]["threat"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the .json beside it describes no curves ({error}).") from error
+    num_examples = arrays["epsilon_correct"].shape[1]
+    expected = {
+        "epsilon_correct": (len(arrays["epsilons"]), num_examples),
+        "grid_correct": (len(arrays["step_sizes"]), len(arrays["num_steps"]), num_examples),
+        "restart_correct": (len(arrays["cross_entropy"]), num_examples),
+        "cross_entropy": (len(arrays["restart_correct"]), len(arrays["survivors"])),
+    }
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}.")
+    return Curves(
+        epsilon=Curve(
+            "epsilon",
+            _EPSILON_LABEL,
+            arrays["epsilons"],
+            arrays["epsilon_correct"],
+            threat.epsilon,
+        ),
+        grid=StepGrid(arrays["step_sizes"], arrays["num_steps"], arrays["grid_correct"]),
+        restarts=RestartLosses(
+            arrays["restart_correct"], arrays["survivors"], arrays["cross_entropy"]
+        ),
+        settings=settings,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """Losses and verdicts of a batch, compiled like an attack."""
+
+    def _judge(self, logits_fn, images, labels):
+        logits = call_logits(logits_fn, images)
+        return attack_loss("xent", logits, labels), is_fooled(logits, labels)
+
+
+def _losses(logits_fn, images, labels, batch_size):
+    """(n,) cross-entropy and where the images are misclassified."""
+    signature = (batch_spec(images.shape[1:]), batch_spec((), tf.int64))
+    judge = compiled(_Judge(), "_judge", (logits_fn,), signature)
+    parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
+    found = [judge(images[part], labels[part]) for part in parts]
+    return tuple(np.concatenate([pair[i].numpy() for pair in found]) for i in range(2))
+
+
+def _increasing(name, values):
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not len(array) or (np.diff(array) <= 0).any():
+        raise ValueError(f"{name} must be increasing, at least one; got {list(values)}.")
+    return array

@@ -1,0 +1,1 @@
+"""What attacks share: protocol, losses, random numbers, loops, and faster forms of a network."""

@@ -1,0 +1,1 @@
+"""The commands: absl flags -> records -> `logit_reg.experiments`."""

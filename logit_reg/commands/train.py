@@ -1,0 +1,308 @@
+"""Train a logit-regularised network, or a baseline, on real data.
+
+With nothing else, `--reg=squeeze --beta=2` trains on MNIST if --data_dir, $TFDS_DATA_DIR or
+~/tensorflow_datasets has it, else on 5,000 embedded digits, for 1,000 steps. What is not given
+takes the paper's settings where it states them, then the challenge's. All values are in pixel
+units: [0, 1] for MNIST, [0, 255] for CIFAR.
+
+Stop it with Ctrl-C or kill it; the same command goes on where it was.
+
+Several machines: the same command on each, with --strategy=multi_worker and $TF_CONFIG. Workers
+that die are started again; the first one, the chief, writes the run's folder.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from logit_reg.commands import command_line
+from logit_reg.commands.command_line import FLAGS
+from logit_reg.commands.flag_groups import DATASETS, LARGEST_SEED, apply_config
+from logit_reg.experiments import flag_effects
+from logit_reg.training import supervisor
+from madry_compat.config import load_config
+
+flags.DEFINE_enum(
+    "dataset",
+    None,
+    DATASETS,
+    "data set; mnist if it is there, else mnist_5k, when not given",
+)
+flags.DEFINE_string("data_dir", None, "folder of the data: TFDS, IDX files or CIFAR pickles")
+flags.DEFINE_string("data_path", None, "the challenges' name for --data_dir")
+flags.DEFINE_bool("download", False, "download the data set into --data_dir if it is not there")
+flags.DEFINE_string("config", None, "a challenge's config.json: trains as the challenge does")
+flags.DEFINE_string("model_dir", None, "folder of the run; runs/<name from settings> if not given")
+
+flags.DEFINE_enum(
+    "reg",
+    None,
+    [
+        "none",
+        "squeeze",
+        "squeeze_example",
+        "similarity",
+        "clip_xent",
+        "clip_xent_batch",
+        "pairing",
+    ],
+    "what regularises the logits: Eq. 5, Eq. 2, Eq. 7, Eq. 6 (two variants) or CLP",
+)
+flags.DEFINE_float("beta", None, "weight of the penalty")
+flags.DEFINE_float("gamma", None, "value that --reg=similarity pulls logits towards (1)")
+flags.DEFINE_float("smoothing", None, "lambda of label smoothing, Eq. 8, in [0, 1)")
+flags.DEFINE_float("omega", None, "floor of the cross-entropy of --reg=clip_xent* (1.5)")
+flags.DEFINE_enum("loss_reduction", None, ["mean", "sum"], "reduction of the cross-entropy (mean)")
+flags.DEFINE_float(
+    "sigma", None, "stddev of the Gaussian noise, pixel units (.5 MNIST, 20 CIFAR with a reg)"
+)
+flags.DEFINE_bool("clip_noise", None, "clip noisy images to the pixel range (on)")
+
+flags.DEFINE_enum("adversary", None, ["none", "pgd", "free"], "adversarial training")
+flags.DEFINE_float("epsilon", None, "linf budget of the adversary, pixel units (.3 or 8)")
+flags.DEFINE_integer("num_steps", None, "steps of --adversary=pgd (7)")
+flags.DEFINE_float("step_size", None, "step size of --adversary=pgd, pixel units")
+flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "loss of --adversary=pgd (xent)")
+flags.DEFINE_bool("random_start", None, "random start of --adversary=pgd (on)")
+flags.DEFINE_integer(
+    "ramp_steps", None, "steps over which epsilon grows from 0 (a tenth of them on MNIST)"
+)
+flags.DEFINE_enum(
+    "attack_batch_norm",
+    None,
+    ["evaluation", "training"],
+    "mode of BatchNorm while --adversary=pgd attacks (evaluation)",
+)
+flags.DEFINE_integer("replays", None, "replays of each minibatch with --adversary=free (8)")
+
+flags.DEFINE_integer("width", None, "width of CIFAR's network (10; 1 is narrow)")
+flags.DEFINE_integer("max_num_training_steps", None, "number of optimiser steps")
+flags.DEFINE_integer("training_batch_size", None, "images a step (128)")
+flags.DEFINE_string("step_size_schedule", None, "learning rates, as [[0, 0.1], [40000, 0.01]]")
+flags.DEFINE_float("weight_decay", None, "weight decay of kernels (CIFAR 2e-4)")
+flags.DEFINE_float("momentum", None, "momentum (CIFAR .9)")
+flags.DEFINE_integer(
+    "random_seed",
+    None,
+    "seed of weights, data order, noise and attacks (0)",
+    lower_bound=0,
+    upper_bound=LARGEST_SEED,
+)
+flags.DEFINE_integer("num_output_steps", None, "steps between rows of log.csv (100)")
+flags.DEFINE_integer("num_summary_steps", None, "steps between points of TensorBoard (100)")
+flags.DEFINE_integer("num_checkpoint_steps", None, "steps between checkpoints (300 or 1000)")
+flags.DEFINE_list("keep_checkpoint_steps", None, "steps whose checkpoints are kept, as 100,200")
+flags.DEFINE_integer("max_to_keep", None, "checkpoints that stay besides those to keep (3)")
+flags.DEFINE_string(
+    "init_checkpoint", None, "challenge checkpoint (folder or prefix) to go on from"
+)
+flags.DEFINE_bool("extend", False, "go on with a run to a larger --max_num_training_steps")
+flags.DEFINE_enum(
+    "strategy",
+    "none",
+    ["none", "mirrored", "multi_worker"],
+    "one device, all GPUs of this machine, or the workers of $TF_CONFIG; BatchNorm normalises "
+    "each replica's part of the batch by itself",
+)
+flags.DEFINE_enum(
+    "train_dtype",
+    None,
+    ["float32", "float64", "bfloat16"],
+    "precision of training (float32); bfloat16 keeps weights, logits, penalty and loss in float32, "
+    "and pays on processors that multiply it themselves",
+)
+flags.DEFINE_bool("deterministic", True, "repeatable bit for bit, for up to 6 % of the time")
+flags.DEFINE_bool("progress", True, "draw a progress bar")
+
+# What every command sets before it starts TensorFlow; a worker starts it later than the others.
+_WORKER_ENVIRONMENT = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "KERAS_BACKEND": "tensorflow",
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+}
+
+# A newcomer's first run ends within minutes.
+_BARE_STEPS = 1000
+
+
+def check_flags() -> None:
+    """Refuse flags that have no effect."""
+    apply_config()
+    if FLAGS.model_dir:
+        folder = Path(FLAGS.model_dir)
+        command_line.check_output_folder("model_dir", FLAGS.model_dir, folder)
+    flag_effects.refuse_without_effect(flag_effects.TRAINING)
+
+
+def main() -> None:
+    """Train as the flags say, under a supervisor if other workers take part."""
+    if FLAGS.strategy != "multi_worker":
+        _train()
+        return
+    if not supervisor.is_supervised():
+        os.environ.update(_WORKER_ENVIRONMENT | os.environ)
+        command = (sys.executable, "-m", "logit_reg.commands.train", *sys.argv[1:])
+        raise SystemExit(supervisor.supervise(command))
+    supervisor.follow_supervisor()
+    # Until training looks after signals itself, one ends the process whatever it waits for.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from logit_reg.training.distribution import WorkerLost
+
+    try:
+        _train()
+    except WorkerLost as error:
+        command_line.notice(str(error))
+        # Nothing here can still end in an orderly way: TensorFlow would wait for the others.
+        os._exit(supervisor.RESTART)
+
+
+def _train() -> None:
+    from logit_reg.attacks.engine.low_precision import NO_BFLOAT16, has_bfloat16
+    from logit_reg.experiments.runs import RunSettings, resolve_settings, train_run
+    from logit_reg.experiments.sources import RUNS, choose_dataset, load_split
+    from logit_reg.training.distribution import Workers, make_strategy
+    from madry_compat.challenges import MNIST, challenge_for
+
+    config = load_config(FLAGS.config) if FLAGS.config else None
+    data_dir = FLAGS.data_dir or FLAGS.data_path
+    dataset = FLAGS.dataset
+    named = config.challenge_name if config is not None else None
+    name = choose_dataset(dataset, data_dir, challenge_for(named or MNIST.name))
+    flag_effects.refuse_without_effect(flag_effects.TRAINING, dataset=name)
+
+    names = {field.name for field in dataclasses.fields(RunSettings)} - {"dataset"}
+    given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
+    if dataset is None and config is None and given["max_num_training_steps"] is None:
+        given["max_num_training_steps"] = _BARE_STEPS
+    given["step_size_schedule"] = schedule(FLAGS.step_size_schedule)
+    given["keep_checkpoint_steps"] = steps(FLAGS.keep_checkpoint_steps)
+    if FLAGS.extend:
+        given["ramp_steps"] = _ramp_of_extended_run(given["ramp_steps"])
+    given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
+    settings = resolve_settings({"dataset": name, **given}, is_challenge_config=config is not None)
+
+    # Before anything else that starts TensorFlow.
+    strategy = make_strategy(FLAGS.strategy)
+    training_set = load_split(name, "train", data_dir, download=FLAGS.download)
+    model_dir = Path(FLAGS.model_dir) if FLAGS.model_dir else RUNS / settings.name
+    print(f"run:  {settings.description}, {settings.max_num_training_steps} steps -> {model_dir}")
+    command_line.tell(_unit_notices(settings))
+    _warn_of_collapse(settings)
+    if settings.train_dtype == "bfloat16" and not has_bfloat16():
+        command_line.notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
+    step = train_run(
+        settings,
+        training_set.images,
+        training_set.labels,
+        model_dir,
+        data_dir=data_dir and str(Path(data_dir).resolve()),
+        extend=FLAGS.extend,
+        strategy=strategy,
+        deterministic=FLAGS.deterministic,
+        show_progress=FLAGS.progress and Workers(strategy).is_chief,
+    )
+    if step < settings.max_num_training_steps:
+        raise KeyboardInterrupt
+    if Workers(strategy).is_chief and not (model_dir / "model.keras").is_file():
+        raise command_line.UsageError(
+            f"{settings.init_checkpoint} is of step {step} already: nothing was trained; give a "
+            f"larger --max_num_training_steps than {settings.max_num_training_steps}."
+        )
+    print(f"done: {model_dir / 'model.keras'}")
+    command_line.print_next("eval_challenge", {"model_dir": model_dir})
+
+
+def _ramp_of_extended_run(ramp_steps: int | None) -> int | None:
+    """The ramp of the run in --model_dir: its default would grow with the number of steps."""
+    from logit_reg.experiments.runs import read_run
+
+    if not FLAGS.model_dir:
+        raise command_line.UsageError("--extend needs the folder of the run: --model_dir.")
+    return ramp_steps if ramp_steps is not None else read_run(FLAGS.model_dir).ramp_steps or None
+
+
+def _checkpoint_in_model_dir() -> str | None:
+    """The challenge's checkpoint that a named --model_dir holds, to go on from."""
+    if not FLAGS.model_dir:
+        return None
+    from logit_reg.experiments.runs import read_run
+
+    folder = Path(FLAGS.model_dir)
+    if (folder / "run.json").exists():
+        # The run may have begun that way; the same command has to name the same settings.
+        return read_run(folder).init_checkpoint
+    if not any(folder.glob("*.index")):
+        return None
+    command_line.notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
+    return FLAGS.model_dir
+
+
+def _unit_notices(settings):
+    from logit_reg.evaluation import units
+
+    threat, shape = settings.threat, settings.challenge.image_shape
+    found = [*units.noise_notices(settings.sigma, threat.lower, threat.upper)]
+    if settings.adversary != "none":
+        found += units.threat_notices(threat, shape)
+    if settings.adversary == "pgd":
+        found += units.step_notices(threat, settings.num_steps, settings.step_size)
+    return found
+
+
+def _warn_of_collapse(settings) -> None:
+    from logit_reg.objectives import collapse_threshold
+
+    threshold = collapse_threshold(
+        settings.training_batch_size,
+        settings.challenge.num_classes,
+        reg=settings.reg,
+        smoothing=settings.smoothing,
+        reduction=settings.loss_reduction,
+    )
+    if settings.beta >= threshold:
+        command_line.notice(
+            f"warning: beta {settings.beta:g} is at or above {threshold:.4g}, from which on "
+            f"all-zero logits minimise this objective over free logits (batch "
+            f"{settings.training_batch_size}, {settings.challenge.num_classes} classes), so "
+            f"training may collapse; watch mean_logit_norm and xent in log.csv."
+        )
+
+
+def schedule(value):
+    """The pairs that --step_size_schedule says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        pairs = json.loads(value)
+        return tuple((int(step), float(rate)) for step, rate in pairs)
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise command_line.UsageError(
+            f"--step_size_schedule must look like [[0, 0.1], [40000, 0.01]]; got {value!r}."
+        ) from error
+
+
+def steps(value):
+    """The steps that --keep_checkpoint_steps names."""
+    if value is None:
+        return None
+    if not all(step.strip().isdigit() for step in value):
+        raise command_line.UsageError(
+            f"--keep_checkpoint_steps must be whole numbers, as 100,200; got {','.join(value)!r}."
+        )
+    return tuple(sorted({int(step) for step in value}))
+
+
+def run() -> None:
+    """Entry point."""
+    # A worker's strategy has to come before TensorFlow starts, its supervisor needs none.
+    is_worker = any("multi_worker" in argument for argument in sys.argv)
+    command_line.run(main, __doc__, check_flags=check_flags, needs_tensorflow=not is_worker)
+
+
+if __name__ == "__main__":
+    run()

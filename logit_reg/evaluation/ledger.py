@@ -1,0 +1,389 @@
+"""An evaluation on disk: `result.json` and the per-example `ledger.csv` it derives from."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from logit_reg.attacks.engine.attack import Attack
+from logit_reg.evaluation.run import Evaluation
+from logit_reg.evaluation.statistics import wilson_interval
+from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
+
+SCHEMA = 1
+FLAGS_PROTOCOL = "flags"
+"""Stands for a protocol where the attack was described by flags."""
+_LEVEL = 0.95
+_MAX_LEDGER_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """What `ledger.csv` holds: the verdict on each of N examples."""
+
+    index: np.ndarray
+    """(N,) int: places in the data set."""
+    label: np.ndarray
+    """(N,) int."""
+    clean_prediction: np.ndarray
+    """(N,) int."""
+    robust: np.ndarray
+    """(N,) bool: right under every attack."""
+    broken_by: list[str]
+    """"clean", the first attack that breaks the example, or ""."""
+    distance: np.ndarray
+    """(N,) float: distance of the worst-case image, pixel units."""
+    correct: dict[str, np.ndarray]
+    """(N,) bool for each attack."""
+
+    @property
+    def clean(self) -> np.ndarray:
+        """(N,) bool: right without an attack."""
+        return np.array([cause != "clean" for cause in self.broken_by])
+
+
+def build_result(
+    evaluation: Evaluation,
+    protocols: Mapping[str, Mapping[str, Attack]],
+    *,
+    dataset: str,
+    settings: dict,
+    seed: int,
+) -> dict:
+    """Everything that `result.json` says.
+
+    Args:
+        evaluation: of all attacks of the protocols.
+        protocols: the attacks by protocol and name; names are those of the evaluation.
+        dataset: name of the data set.
+        settings: further provenance (network, versions, commit, ...).
+        seed: of the evaluation.
+
+    Returns:
+        A JSON object; accuracies are fractions. "notices" holds the findings of the evaluation,
+        each with "name", "message" and "value".
+    """
+    num_examples = len(evaluation.labels)
+    num_robust = int(evaluation.robust.sum())
+    low, high = wilson_interval(num_robust, num_examples, _LEVEL)
+    return {
+        "schema": SCHEMA,
+        "dataset": dataset,
+        "num_examples": num_examples,
+        "clean_accuracy": _share(evaluation.clean),
+        "robust_accuracy": _share(evaluation.robust),
+        "interval": {"level": _LEVEL, "method": "wilson", "low": low, "high": high},
+        "protocols": {
+            name: _protocol_result(evaluation, attacks) for name, attacks in protocols.items()
+        },
+        "forwards": evaluation.forwards,
+        "backwards": evaluation.backwards,
+        "seconds": sum(record.seconds for record in evaluation.records.values()),
+        "settings": settings,
+        "seed": seed,
+        "notices": [dataclasses.asdict(finding) for finding in evaluation.findings],
+    }
+
+
+def planned_result(
+    protocols: Mapping[str, Mapping[str, Attack]],
+    *,
+    dataset: str,
+    num_examples: int,
+    settings: dict,
+    seed: int,
+) -> dict:
+    """What is known of `result.json` before the evaluation: all that decides its numbers.
+
+    Args:
+        protocols: the attacks by protocol and name.
+        dataset: name of the data set.
+        num_examples: how many images.
+        settings: hashes of network, images and labels, what the attacks follow, ...
+        seed: of the evaluation.
+
+    Returns:
+        A part of what `build_result` gives, for `evaluation_identity` and `evaluation_name`.
+    """
+    return {
+        "dataset": dataset,
+        "num_examples": num_examples,
+        "protocols": {
+            protocol: {
+                "attacks": {
+                    name: {"settings": attack_settings(attack)} for name, attack in attacks.items()
+                }
+            }
+            for protocol, attacks in protocols.items()
+        },
+        "settings": settings,
+        "seed": seed,
+    }
+
+
+def evaluation_identity(result: Mapping) -> dict:
+    """Everything in a `result.json` that decides its numbers, by the name that people know.
+
+    Two evaluations of the same identity are the same evaluation; what an older version did not
+    write is left out.
+
+    Args:
+        result: content of `result.json`, or what `planned_result` gives.
+    """
+    settings = _mapping(result.get("settings"))
+    identity = {
+        "dataset": result.get("dataset"),
+        "num_eval_examples": result.get("num_examples"),
+        "random_seed": result.get("seed"),
+        "network": settings.get("network_sha256"),
+        "images": settings.get("images_sha256"),
+        "labels": settings.get("labels_sha256"),
+        "attack_dtype": settings.get("attack_dtype"),
+        "worst_case_only": settings.get("worst_case_only"),
+        "attacks": " + ".join(attacks := _attacks_of(result)),
+        "settings": attacks,
+    }
+    return {name: value for name, value in identity.items() if value is not None}
+
+
+def evaluation_label(result: Mapping) -> str:
+    """The protocols of an evaluation, on data of the user's own with the threat model.
+
+    An attack of the flags is told by its settings, as "pgd40-xent-step0.01-linf0.1".
+
+    Args:
+        result: content of `result.json`, or what `planned_result` gives.
+    """
+    words = []
+    is_own_data = "data" in _mapping(result.get("settings"))
+    for protocol, content in _mapping(result.get("protocols")).items():
+        attacks = _mapping(_mapping(content).get("attacks"))
+        for name, attack in list(attacks.items())[:1]:
+            settings = _mapping(_mapping(attack).get("settings"))
+            threat = _threat(settings)
+            if protocol == FLAGS_PROTOCOL:
+                words += [name, *_step_words(settings), _threat_word(threat)]
+            elif is_own_data:
+                words += [protocol, _threat_word(threat)]
+            else:
+                words.append(protocol)
+    return "-".join(filter(None, words))
+
+
+def evaluation_name(result: Mapping) -> str:
+    """Name of the folder of an evaluation: its label, its number of images and what is unusual.
+
+    That is a seed other than 0, the step of a network that is not trained to its end, an active
+    set that attacks share, and another precision.
+
+    Args:
+        result: content of `result.json`, or what `planned_result` gives.
+    """
+    settings = _mapping(result.get("settings"))
+    words = [evaluation_label(result), f"n{result.get('num_examples')}"]
+    if result.get("seed"):
+        words.append(f"seed{result['seed']}")
+    training = _mapping(settings.get("training"))
+    if training.get("steps_done") != training.get("steps_planned"):
+        words.append(f"step{training.get('steps_done')}")
+    if settings.get("worst_case_only"):
+        words.append("worst-case-only")
+    if settings.get("attack_dtype", "float32") != "float32":
+        words.append(str(settings["attack_dtype"]))
+    return "-".join(words)
+
+
+def _mapping(value) -> Mapping:
+    """What a file says where an object should stand; anything else counts as an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _attacks_of(result):
+    return {
+        f"{protocol}/{name}": _mapping(attack).get("settings")
+        for protocol, content in _mapping(result.get("protocols")).items()
+        for name, attack in _mapping(_mapping(content).get("attacks")).items()
+    }
+
+
+def _threat(settings) -> Mapping:
+    """The threat model of an attack or of the one inside it, as with restarts."""
+    found = [settings, *(value for value in settings.values() if isinstance(value, Mapping))]
+    return next((_mapping(value["threat"]) for value in found if "threat" in value), {})
+
+
+def _threat_word(threat):
+    epsilon = threat.get("epsilon")
+    return f"{threat.get('norm')}{epsilon:g}" if isinstance(epsilon, int | float) else ""
+
+
+def _step_words(settings):
+    """The settings of PGD that its name does not tell."""
+    inner = settings if "num_steps" in settings else _mapping(settings.get("attack"))
+    words = []
+    for name, word in (("step_size", "step"), ("confidence", "kappa")):
+        if isinstance(value := inner.get(name), int | float) and value:
+            words.append(f"{word}{value:g}")
+    return words if inner.get("random_start", True) else [*words, "nostart"]
+
+
+def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, indices) -> None:
+    """Write `ledger.csv` and, last, `result.json`, each whole or not at all.
+
+    Args:
+        directory: made if need be.
+        evaluation: what was found.
+        result: from `build_result`; its file also gets the hash of the ledger.
+        indices: (N,) int places of the examples in their data set.
+    """
+    cascades = {name: record for name, record in evaluation.records.items() if record.stages}
+    stages = {
+        # Two cascades have stages of the same name.
+        f"standing_after_{stage if len(cascades) == 1 else f'{name}_{stage}'}": standing
+        for name, record in cascades.items()
+        for stage, standing in record.stages
+    }
+    columns = ["index", "label", "clean_prediction", "robust", "broken_by", "distance"]
+    columns += [f"correct_{name}" for name in evaluation.correct] + list(stages)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for i, index in enumerate(indices):
+        writer.writerow(
+            [
+                int(index),
+                int(evaluation.labels[i]),
+                int(evaluation.clean_prediction[i]),
+                int(evaluation.robust[i]),
+                evaluation.broken_by[i],
+                f"{evaluation.distance[i]:.9g}",
+                *(int(correct[i]) for correct in evaluation.correct.values()),
+                *(int(standing[i]) for standing in stages.values()),
+            ]
+        )
+    directory = Path(directory)
+    write_text(directory / "ledger.csv", text.getvalue())
+    digest = _sha256(text.getvalue().encode())
+    write_json(directory / "result.json", result | {"ledger_sha256": digest})
+
+
+def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:
+    """Read an evaluation back.
+
+    Args:
+        directory: holds `ledger.csv` and `result.json`.
+
+    Returns:
+        The ledger and the content of `result.json`.
+
+    Raises:
+        ValueError: if a file is missing or is not what this project writes, the two contradict
+            each other, or the ledger was changed after it was written.
+    """
+    directory = Path(directory)
+    result = read_json(directory / "result.json")
+    if result.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{directory / 'result.json'}: schema {result.get('schema')!r}, expected {SCHEMA}; "
+            f"it is not a result of this version."
+        )
+    path = directory / "ledger.csv"
+    content = read_bytes(path, _MAX_LEDGER_BYTES)
+    try:
+        text = io.StringIO(content.decode(), newline="")
+        rows = list(csv.DictReader(text, strict=True))
+        ledger = Ledger(
+            index=_column(rows, "index", int),
+            label=_column(rows, "label", int),
+            clean_prediction=_column(rows, "clean_prediction", int),
+            robust=_column(rows, "robust", _flag),
+            broken_by=[str(row["broken_by"]) for row in rows],
+            distance=_column(rows, "distance", float),
+            correct={
+                name.removeprefix("correct_"): _column(rows, name, _flag)
+                for name in (rows[0] if rows else ())
+                if name is not None and name.startswith("correct_")
+            },
+        )
+    except (csv.Error, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not a ledger of this project ({one_line(error)}).") from error
+    # Results of the first version have no hash; `stamp_ledger` adds it.
+    if result.get("ledger_sha256", digest := _sha256(content)) != digest:
+        raise ValueError(
+            f"{path} is not the file that result.json was made with: it was edited, or a later "
+            f"evaluation was interrupted; evaluate again."
+        )
+    if len(rows) != result.get("num_examples") or not rows:
+        raise ValueError(
+            f"{path}: {len(rows)} rows, but result.json speaks of "
+            f"{reprlib.repr(result.get('num_examples'))}."
+        )
+    for name, values in (("robust", ledger.robust), ("clean", ledger.clean)):
+        stated = result.get(f"{name}_accuracy")
+        if stated != _share(values):
+            raise ValueError(
+                f"{path}: {name} accuracy {_share(values)}, but result.json says "
+                f"{reprlib.repr(stated)}; one of the two was changed by hand."
+            )
+    return ledger, result
+
+
+def stamp_ledger(directory: Path | str) -> None:
+    """Add the hash of `ledger.csv` to a `result.json` that has none.
+
+    Raises:
+        ValueError: as `read_ledger`, which checks the two first.
+    """
+    directory = Path(directory)
+    _, result = read_ledger(directory)
+    if "ledger_sha256" not in result:
+        digest = _sha256(read_bytes(directory / "ledger.csv", _MAX_LEDGER_BYTES))
+        write_json(directory / "result.json", result | {"ledger_sha256": digest})
+
+
+def attack_settings(attack: Attack) -> dict:
+    """The settings of an attack, its threat model included, with its class name."""
+    settings = dataclasses.asdict(attack)  # type: ignore[call-overload]
+    return {"attack": type(attack).__name__, **json.loads(json.dumps(settings))}
+
+
+def _protocol_result(evaluation, attacks):
+    correct = np.stack([evaluation.correct[name] for name in attacks])
+    return {
+        "robust_accuracy": _share(correct.all(axis=0)),
+        "attacks": {
+            name: {
+                "accuracy": _share(evaluation.records[name].correct),
+                "accuracy_last_iterate": _share(evaluation.records[name].correct_last_iterate),
+                "forwards": evaluation.records[name].forwards,
+                "backwards": evaluation.records[name].backwards,
+                "seconds": evaluation.records[name].seconds,
+                "settings": attack_settings(attack),
+            }
+            for name, attack in attacks.items()
+        },
+    }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _share(values) -> float:
+    return float(np.mean(values))
+
+
+def _column(rows, name, kind):
+    return np.array([kind(row[name]) for row in rows])
+
+
+def _flag(text):
+    if text not in ("0", "1"):
+        raise ValueError(f"{text!r} is neither 0 nor 1")
+    return text == "1"

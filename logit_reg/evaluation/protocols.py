@@ -1,0 +1,213 @@
+"""The named protocols: frozen attacks under the names that numbers are quoted with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from logit_reg.attacks import FGSM, PGD, SPSA, Adaptive, Attack, AutoAttack, Restarts
+from logit_reg.attacks.engine.checks import Finding
+from logit_reg.threat import ThreatModel
+
+# The challenges' own code; the paper's Eq. 4 has no such constant.
+CHALLENGE_CONFIDENCE = 50.0
+
+_EACH = "autoattack-each"
+
+
+class Challenge(Protocol):
+    """What a protocol has to know of the images, as `madry_compat.challenges.Challenge` does.
+
+    Attributes:
+        family: "mnist" or "cifar".
+        lower: smallest pixel value.
+        upper: largest pixel value.
+        epsilon: allowed l-infinity distance, pixel units.
+        autoattack_epsilon_l2: l2 distance of `autoattack-l2`, pixel units.
+        attack: `num_steps` and `step_size` of the challenge's own PGD.
+        paper: `step_size` of the paper's attacks and `epsilon_l2` of `paper-l2`, pixel units.
+    """
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def lower(self) -> float: ...
+    @property
+    def upper(self) -> float: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def autoattack_epsilon_l2(self) -> float: ...
+    @property
+    def attack(self) -> Any: ...
+    @property
+    def paper(self) -> Any: ...
+
+
+def protocol_attacks(name: str, challenge: Challenge) -> dict[str, Attack]:
+    """The attacks of a named protocol.
+
+    Args:
+        name: one of `PROTOCOLS`.
+        challenge: of the images.
+
+    Returns:
+        Attacks by name. Names are unique over all protocols of a challenge, and equal attacks of
+        two protocols compare equal.
+
+    Raises:
+        ValueError: if the protocol is unknown or not defined for the challenge.
+
+    Source:
+        `eval.py` of the challenges and their leaderboards (madry-*); Shafahi et al., section 5
+        (paper-*); Croce and Hein 2020 (autoattack*). "paper-20" to "paper-200" use step size 2:
+        the published text, "2^4", is 2 with a footnote mark.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}.")
+    return PROTOCOLS[name](challenge)
+
+
+def any_threat_attacks(name: str, threat: ThreatModel, num_classes: int = 10) -> dict[str, Attack]:
+    """The attacks of a protocol that needs nothing but a threat model, for data of one's own.
+
+    Args:
+        name: one of `ANY_THREAT`.
+        threat: norm, budget and pixel range.
+        num_classes: K; attacks that are not defined for so few are left out, see `left_out`.
+
+    Returns:
+        Attacks by name.
+
+    Raises:
+        ValueError: if the protocol is another.
+    """
+    if name not in ANY_THREAT:
+        raise ValueError(f"protocol must be one of {', '.join(ANY_THREAT)}; got {name!r}.")
+    return ANY_THREAT[name](threat, num_classes)
+
+
+def left_out(name: str, threat: ThreatModel, num_classes: int) -> list[Finding]:
+    """What a protocol leaves out for so few classes, if it is no cascade that says so itself.
+
+    Args:
+        name: one of `PROTOCOLS`, or any other name.
+        threat: of its attacks.
+        num_classes: K.
+    """
+    return AutoAttack(threat).check_num_classes(num_classes) if name == _EACH else []
+
+
+def threat_of(norm: str, challenge: Challenge, epsilon: float | None = None) -> ThreatModel:
+    """The threat model of a challenge's images.
+
+    Args:
+        norm: "linf", or "l2" as in `paper-l2`.
+        challenge: of the images.
+        epsilon: the budget in pixel units, if not the challenge's.
+    """
+    if epsilon is None:
+        epsilon = challenge.epsilon if norm == "linf" else challenge.paper.epsilon_l2
+    return ThreatModel(norm, epsilon, challenge.lower, challenge.upper)
+
+
+def _only(challenge, wanted, name, instead):
+    if challenge.family != wanted:
+        raise ValueError(f"protocol {name} is defined on {wanted} only; use {instead} here.")
+
+
+def _madry_mnist(challenge, *, num_steps=None):
+    _only(challenge, "mnist", "madry-mnist", "madry-cifar10")
+    return _madry(challenge, num_steps or challenge.attack.num_steps)
+
+
+def _madry_cifar10(challenge):
+    _only(challenge, "cifar", "madry-cifar10", "madry-mnist")
+    return _madry(challenge, challenge.attack.num_steps)
+
+
+def _paper_mnist(challenge):
+    _only(challenge, "mnist", "paper-mnist", "paper-20")
+    return _paper(challenge, 40)
+
+
+def _paper_pgd(challenge, *, num_steps):
+    _only(challenge, "cifar", f"paper-{num_steps}", "paper-mnist")
+    return _paper(challenge, num_steps)
+
+
+def _paper_fgsm(challenge):
+    threat = threat_of("linf", challenge)
+    return {f"fgsm-{loss}": FGSM(threat, loss) for loss in ("xent", "cw")}
+
+
+def _paper_restarts(challenge):
+    threat, step_size = threat_of("linf", challenge), challenge.paper.step_size
+    attack = PGD(threat, "cw", 100, step_size, early_stop=True)
+    return {"pgd100-cw-x10": Restarts(attack, 10)}
+
+
+def _paper_l2(challenge):
+    threat = threat_of("l2", challenge)
+    attack = PGD(threat, "cw", 100, 2.5 * threat.epsilon / 100, early_stop=True)
+    return {"l2-pgd100-cw-x10": Restarts(attack, 10)}
+
+
+def _paper_spsa(challenge):
+    # The paper gives the iterations and its 2,048 images, not the samples: the usual 128.
+    return {"spsa20": SPSA(threat_of("linf", challenge), num_steps=20, num_samples=128)}
+
+
+def _autoattack_l2(challenge):
+    threat = threat_of("l2", challenge, challenge.autoattack_epsilon_l2)
+    return {"autoattack-l2": AutoAttack(threat)}
+
+
+def _linf(challenge, *, name):
+    return any_threat_attacks(name, threat_of("linf", challenge))
+
+
+def _madry(challenge, num_steps):
+    # All steps on all images: the last iterate, which the leaderboard counts, stands beside.
+    threat, step_size = threat_of("linf", challenge), challenge.attack.step_size
+    confidence = {"xent": 0.0, "cw": CHALLENGE_CONFIDENCE}
+    return {
+        f"madry-pgd{num_steps}-{loss}": PGD(
+            threat, loss, num_steps, step_size, confidence=confidence[loss]
+        )
+        for loss in ("xent", "cw")
+    }
+
+
+def _paper(challenge, num_steps):
+    threat, step_size = threat_of("linf", challenge), challenge.paper.step_size
+    # Any iterate counts, so a fallen image needs no further step.
+    return {
+        f"pgd{num_steps}-{loss}": PGD(threat, loss, num_steps, step_size, early_stop=True)
+        for loss in ("xent", "cw")
+    }
+
+
+ANY_THREAT: dict[str, Callable[[ThreatModel, int], dict[str, Attack]]] = {
+    "autoattack": lambda threat, num_classes: {"autoattack": AutoAttack(threat)},
+    # The columns of the AutoAttack paper's tables: each on all images.
+    _EACH: lambda threat, num_classes: AutoAttack(threat).attacks(num_classes),
+    "adaptive": lambda threat, num_classes: {"adaptive": Adaptive(threat)},
+}
+
+PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
+    "madry-mnist": _madry_mnist,
+    "madry-mnist-100": functools.partial(_madry_mnist, num_steps=100),
+    "madry-cifar10": _madry_cifar10,
+    "paper-fgsm": _paper_fgsm,
+    "paper-20": functools.partial(_paper_pgd, num_steps=20),
+    "paper-50": functools.partial(_paper_pgd, num_steps=50),
+    "paper-200": functools.partial(_paper_pgd, num_steps=200),
+    "paper-mnist": _paper_mnist,
+    "paper-restarts": _paper_restarts,
+    "paper-l2": _paper_l2,
+    "paper-spsa": _paper_spsa,
+    "autoattack": functools.partial(_linf, name="autoattack"),
+    _EACH: functools.partial(_linf, name=_EACH),
+    "autoattack-l2": _autoattack_l2,
+    "adaptive": functools.partial(_linf, name="adaptive"),
+}

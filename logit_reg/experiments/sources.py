@@ -1,0 +1,298 @@
+"""What a command works on: which data set, which network."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from logit_reg.commands.command_line import FLAGS, UsageError, advice, existing_path, notice
+from logit_reg.experiments.keras_files import read_keras
+from logit_reg.experiments.runs import RunSettings, read_run, step_of_network
+from logit_reg.files import read_arrays, read_json
+from logit_reg.training.state import saved_steps
+from madry_compat.bundle_index import is_bundle_file
+from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
+from madry_compat.data import NAMES, Dataset, is_available, load
+from madry_compat.releases import identify_release
+from madry_compat.tf1_checkpoints import load_network
+
+RUNS = Path("runs")
+
+_OWN_ARRAYS = ("images", "labels")
+# Of the largest pixel value: a few units in the last place of float32.
+_ROUNDING = 1e-6
+_MIN_NPZ_BYTES = 2**28
+_MAX_NPZ_BYTES = 8 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network to evaluate and where it comes from."""
+
+    network: keras.Model
+    """Images in pixel units -> logits."""
+    path: Path
+    """What was named on the command line, or the newest run."""
+    run: RunSettings | None
+    """Settings of its training, if it is a run of this project."""
+    data_dir: str | None = None
+    """Where the run had its data from."""
+    release: str | None = None
+    """Which released model it is, such as "mnist/secret", where a hash proves it."""
+    folder: Path | None = None
+    """Folder of the run that it belongs to, if it does."""
+    finished_steps: int | None = None
+    """Training steps of this very network, if it is of a run and they are known."""
+
+    @property
+    def usable_data_dir(self) -> str | None:
+        """Where the run had its data from, if that folder is still there."""
+        return self.data_dir if self.data_dir and Path(self.data_dir).is_dir() else None
+
+    @property
+    def is_squeezed(self) -> bool:
+        """Whether it was trained in the family that PGD flatters."""
+        return self.run is not None and (self.run.reg != "none" or self.run.smoothing > 0)
+
+
+def choose_dataset(name: str | None, data_dir: str | None, challenge: Challenge = MNIST) -> str:
+    """The data set to take: the one named, else the challenge's where it is or nothing stands in.
+
+    Args:
+        name: value of --dataset or None.
+        data_dir: value of --data_dir or None.
+        challenge: whose data set to take; for MNIST's stand the embedded digits in.
+
+    Returns:
+        A name of `madry_compat.data.NAMES`.
+    """
+    if name is not None:
+        return name
+    stand_ins = [each.name for each in IMAGE_SETS.values() if each.taken_from == challenge.name]
+    if not stand_ins or is_available(challenge.name, data_dir):
+        return challenge.name
+    return stand_ins[0]
+
+
+def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -> Dataset:
+    """Load a data set and say in one line what it is.
+
+    Raises:
+        UsageError: if --data_dir does not exist.
+        ValueError: from `madry_compat.data.load`.
+    """
+    full_set = image_set(name).taken_from
+    if data_dir is not None and not full_set and not download:
+        existing_path("data_dir", data_dir)
+    dataset = load(name, split, data_dir, download=download)
+    print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
+    if dataset.note:
+        print(f"      {dataset.note}")
+    if full_set and "data_dir" in FLAGS:
+        print(
+            f"      The full set: --dataset={full_set} with --data_dir=FOLDER (TFDS or original "
+            "files) or --download."
+        )
+    return dataset
+
+
+def newest_run() -> Path:
+    """The run that was trained last.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    runs = [path.parent for path in RUNS.glob("*/model.keras")]
+    if not runs:
+        raise UsageError(
+            f"no trained run in {RUNS}/; train one (logit-reg-train or python scripts/train.py) "
+            f"or name a model with --model_dir."
+        )
+    return max(runs, key=lambda run: (run / "model.keras").stat().st_mtime)
+
+
+def load_model(value: str | None, flag: str = "model_dir") -> Model:
+    """Load what --model_dir, or another flag, names.
+
+    Args:
+        value: a run's folder, a `.keras` file, a folder or prefix of a TF1 bundle, or None for
+            the newest run.
+        flag: what it was named with, for messages.
+
+    Returns:
+        The network with its provenance.
+
+    Raises:
+        UsageError: if there is no model there.
+        ValueError: if what is there cannot be read.
+    """
+    path = newest_run() if value is None else Path(value).expanduser()
+    if path.is_file() and not is_bundle_file(path):
+        return Model(load_keras(path), path, None)
+    if value is None:
+        notice(f"model: {path}, the newest run (choose with --model_dir)")
+    if (path / "model.keras").is_file():
+        if not (path / "run.json").is_file():
+            return Model(load_keras(path / "model.keras"), path, None)
+        network, step = _load_with_step(path)
+        return _model_of_run(network, path, path, step)
+    if not path.exists() and not Path(f"{path}.index").exists():
+        raise UsageError(f"--{flag}={value}: no such file, folder or checkpoint prefix.")
+    if (path / "saved_model.pb").is_file():
+        # Says what it is.
+        read_keras(path)
+    if path.is_dir() and not any(path.rglob("*.index")):
+        raise UsageError(
+            f"--{flag}={value}: no model there; expected model.keras (a run) or "
+            f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
+            f"at its first checkpoint."
+        )
+    checkpoint = re.fullmatch(r"checkpoint-(\d{1,12})", path.name)
+    if checkpoint and (path.parent / "run.json").is_file():
+        return _model_of_run(load_network(path), path, path.parent, int(checkpoint[1]))
+    return Model(load_network(path), path, None, release=identify_release(path))
+
+
+def _model_of_run(network, path, folder, step) -> Model:
+    data_dir = read_json(folder / "run.json").get("data_dir")
+    return Model(network, path, read_run(folder), data_dir, folder=folder, finished_steps=step)
+
+
+def _load_with_step(folder: Path) -> tuple[keras.Model, int | None]:
+    """The network of a run and its step, of one and the same file while training goes on."""
+    path = folder / "model.keras"
+    step = step_of_network(path)
+    while True:
+        network, before = load_keras(path), step
+        step = step_of_network(path)
+        if step == before:
+            break
+    # Earlier versions did not write it; the checkpoint beside is of the same step.
+    return network, max(saved_steps(folder), default=None) if step is None else step
+
+
+def load_keras(path: Path) -> keras.Model:
+    """Load a saved network, in Keras' safe mode and with the care that `read_keras` takes.
+
+    Returns:
+        A network of one tensor of images and one of logits; a dictionary or list of one is taken
+        apart.
+
+    Raises:
+        ValueError: if the file is not a network that is safe to load.
+        UsageError: if it is not a network from images to logits.
+    """
+    network = read_keras(path)
+    for kind, tensors in (("input", network.inputs or ()), ("output", network.outputs or ())):
+        if len(tensors) != 1:
+            names = ", ".join(tensor.name for tensor in tensors)
+            raise UsageError(
+                f"{path}: the network has {len(tensors)} {kind}s ({names or 'none'}), expected one "
+                f"of images and one of logits; save keras.Model(images, logits) of them."
+            )
+    images, logits = network.inputs[0], network.outputs[0]
+    if len(logits.shape) != 2 or (logits.shape[1] or 0) < 2:
+        raise UsageError(
+            f"{path}: the network's output has shape {logits.shape}, expected logits (N, K) of at "
+            f"least two classes."
+        )
+    if isinstance(network.input, keras.KerasTensor) and isinstance(
+        network.output, keras.KerasTensor
+    ):
+        return network
+    return keras.Model(images, logits, name=network.name)
+
+
+def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
+    """The data set to evaluate a model on: the one named, its own, or one of its input shape.
+
+    Raises:
+        UsageError: if the images of the data set do not fit the network.
+    """
+    shape = tuple(model.network.input_shape[1:])
+    num_classes = model.network.output_shape[-1]
+    if name is None and model.run is not None:
+        name = model.run.dataset
+    fitting = [known for known in NAMES if _fits(challenge_for(known), shape, num_classes)]
+    if name is None and fitting:
+        name = choose_dataset(None, data_dir, challenge_for(fitting[0]))
+    if name is None or name not in fitting:
+        own = "give --model=FILE.keras with --data, --bounds and --epsilon for images of your own"
+        choose = {"dataset": f"choose --dataset={' or '.join(fitting)}"} if fitting else {}
+        wanted = challenge_for(name or MNIST.name)
+        raise UsageError(
+            f"the network takes {shape} images and has {num_classes} classes; "
+            f"{name or 'no data set here fits: mnist'} has {wanted.image_shape} and "
+            f"{wanted.num_classes}{advice(choose or {'data': own})}."
+        )
+    return name
+
+
+def _fits(challenge: Challenge, shape: tuple[int, ...], num_classes: int) -> bool:
+    return (challenge.image_shape, challenge.num_classes) == (shape, num_classes)
+
+
+def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """A user's own test set.
+
+    Args:
+        path: `.npz` with `images` (N, H, W, C), float in pixel units or uint8, and `labels` (N,).
+        bounds: lowest and highest pixel value.
+
+    Returns:
+        images float32 and labels int64.
+
+    Raises:
+        ValueError: if the file is something else, or an image is outside the bounds.
+    """
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "none"
+        raise UsageError(f"{path}: expected an .npz file; there is {what}.")
+    # Images do not compress much: what claims to is a bomb.
+    max_bytes = min(max(_MIN_NPZ_BYTES, 4 * path.stat().st_size), _MAX_NPZ_BYTES)
+    try:
+        arrays = read_arrays(path, names=_OWN_ARRAYS, max_bytes=max_bytes)
+    except ValueError as error:
+        raise UsageError(
+            f'{str(error).rstrip(".")}; np.savez("images.npz", images=x, labels=y) writes them.'
+        ) from error
+    images, labels = (arrays[name] for name in _OWN_ARRAYS)
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if images.ndim != 4 or images.dtype.kind not in "fu" or not len(images):
+        raise UsageError(
+            f"{path}: images are {images.dtype} {images.shape}, expected float or uint8 (N, H, W, "
+            f"C) in pixel units."
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        is_one_hot = labels.ndim == 2 and len(labels) == len(images)
+        raise UsageError(
+            f"{path}: labels are {labels.dtype} {labels.shape}, expected {images.shape[:1]} "
+            f"integers{'; save labels.argmax(axis=1)' if is_one_hot else ''}."
+        )
+    images = images.astype(np.float32)
+    broken = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if len(broken):
+        raise UsageError(
+            f"{path}: image {broken[0]} has pixels that are not finite, as {len(broken)} of "
+            f"{len(images)} have; leave them out."
+        )
+    return _within(path, images, bounds), labels.astype(np.int64)
+
+
+def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """The images, clipped where they leave the bounds by no more than a rounding."""
+    lower, upper = (float(np.float32(bound)) for bound in bounds)
+    lowest, highest = float(images.min()), float(images.max())
+    excess = max(lower - lowest, highest - upper)
+    if excess <= 0:
+        return images
+    if excess > _ROUNDING * max(abs(lower), abs(upper)):
+        raise UsageError(
+            f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
+            f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel units."
+        )
+    notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
+    return np.clip(images, lower, upper)

@@ -1,0 +1,185 @@
+"""Two evaluations on the same images: paired differences, their intervals, McNemar's test."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from logit_reg.evaluation.ledger import Ledger
+from logit_reg.evaluation.statistics import PairedDifference
+from logit_reg.report.tables import Table, notices_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What two evaluations, A and B, say of the images that both of them saw."""
+
+    differences: dict[str, PairedDifference]
+    """By what was measured: "clean", an attack, "worst case"."""
+    num_a: int
+    """Images of A, those that B did not see included."""
+    num_b: int
+    notices: tuple[str, ...] = ()
+    """What the two say of their own numbers, with "A: " or "B: " in front."""
+
+    @property
+    def num_examples(self) -> int:
+        """Images that both saw."""
+        return self.differences["clean"].num_examples
+
+
+def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> Comparison:
+    """Paired differences between two evaluations, on the images that both saw.
+
+    Args:
+        a: ledger and content of `result.json`, as `read_ledger` returns them.
+        b: the same of the other evaluation.
+
+    Returns:
+        Differences of the clean accuracy, under each attack that both ran with the same settings
+        on all images that are right clean, and under the worst of these; where there is none, of
+        what each is left with under all of its own attacks.
+
+    Raises:
+        ValueError: if the two have no image in common.
+    """
+    (ledger_a, result_a), (ledger_b, result_b) = a, b
+    rows_a, rows_b = shared_rows(a, b)
+    attacks_a, attacks_b = _attacks(result_a), _attacks(result_b)
+    common = [
+        name
+        for name in ledger_a.correct
+        if name in ledger_b.correct and attacks_a.get(name) == attacks_b.get(name) is not None
+    ]
+    pairs = {"clean": (ledger_a.clean, ledger_b.clean)}
+    pairs |= {name: (ledger_a.correct[name], ledger_b.correct[name]) for name in common}
+    if len(common) > 1:
+        pairs["worst case"] = (right_under(ledger_a, common), right_under(ledger_b, common))
+    if not common:
+        pairs["worst case, each of its own attacks"] = (ledger_a.robust, ledger_b.robust)
+    return Comparison(
+        differences={
+            name: PairedDifference.of(right_a[rows_a], right_b[rows_b])
+            for name, (right_a, right_b) in pairs.items()
+        },
+        num_a=len(ledger_a.index),
+        num_b=len(ledger_b.index),
+        notices=tuple(
+            f"{name}: {notice}"
+            for name, result in (("A", result_a), ("B", result_b))
+            for notice in notices_of(result)
+        ),
+    )
+
+
+def right_under(ledger: Ledger, attacks) -> np.ndarray:
+    """(N,) bool: right clean and under all of some attacks of a ledger."""
+    return np.all([ledger.clean, *(ledger.correct[name] for name in attacks)], axis=0)
+
+
+def comparison_table(comparison: Comparison, dataset: str) -> Table:
+    """The differences as a table, accuracies in per cent."""
+    num_examples = comparison.num_examples
+    rows = []
+    for name, found in comparison.differences.items():
+        low, high = found.interval
+        shares = (100 * count / num_examples for count in (found.correct_a, found.correct_b))
+        rows.append(
+            (
+                name,
+                *(f"{share:.1f}" for share in shares),
+                f"{_signed(found.value)} [{_signed(low)}, {_signed(high)}]",
+                str(found.only_a),
+                str(found.only_b),
+                f"{found.p_value:.2g}",
+            )
+        )
+    images = f"the same {num_examples} images of {dataset}"
+    if (comparison.num_a, comparison.num_b) != (num_examples, num_examples):
+        images = (
+            f"the {num_examples} images of {dataset} that both saw, of the {comparison.num_a} of A "
+            f"and the {comparison.num_b} of B"
+        )
+    return Table(
+        columns=(
+            "attack",
+            "A",
+            "B",
+            "A − B\n[95 %]",
+            "right in\nA alone",
+            "right in\nB alone",
+            "p",
+        ),
+        rows=tuple(rows),
+        caption=(
+            f"Accuracy in per cent on {images}. Brackets: paired score interval (Tango 1998); p: "
+            "McNemar's exact test. They speak of these two networks, not of other seeds of their "
+            "training."
+        ),
+        notes=comparison.notices,
+    )
+
+
+def shared_rows(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]):
+    """Where two evaluations have the same images.
+
+    Args:
+        a: ledger and content of `result.json`.
+        b: the same of the other evaluation.
+
+    Returns:
+        (M,) int rows of the first ledger and (M,) of the second, by the images' places in the
+        data set.
+
+    Raises:
+        ValueError: if the two have no image in common, or are of different data.
+    """
+    (ledger_a, result_a), (ledger_b, result_b) = a, b
+    if result_a.get("dataset") != result_b.get("dataset"):
+        raise ValueError(
+            f"A was evaluated on {result_a.get('dataset')}, B on {result_b.get('dataset')}; a "
+            f"paired difference needs the same images."
+        )
+    fields = {"canonical": "one of them is not the original test set"}
+    if np.array_equal(ledger_a.index, ledger_b.index):
+        # A hash is of all images of an evaluation together.
+        fields["images_sha256"] = "the pixels of the images differ"
+    for name, meaning in fields.items():
+        values = [_settings(result).get(name) for result in (result_a, result_b)]
+        if None not in values and values[0] != values[1]:
+            raise ValueError(f"A and B were evaluated on different images: {meaning}.")
+    shared, rows_a, rows_b = np.intersect1d(ledger_a.index, ledger_b.index, return_indices=True)
+    if not len(shared):
+        raise ValueError(
+            f"A has {len(ledger_a.index)} images and B {len(ledger_b.index)}, none of them in "
+            f"common; evaluate both on the same part of the data set."
+        )
+    if (ledger_a.label[rows_a] != ledger_b.label[rows_b]).any():
+        raise ValueError("A and B give the same images different labels; they are not the same.")
+    return rows_a, rows_b
+
+
+def _signed(fraction):
+    """In points, with a sign."""
+    return f"{round(100 * fraction, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def _attacks(result):
+    """Settings of each attack that saw every image that is right clean, by name."""
+    if _settings(result).get("worst_case_only"):
+        return {}
+    try:
+        return {
+            name: attack["settings"]
+            for protocol in result["protocols"].values()
+            for name, attack in protocol["attacks"].items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            "a result.json is not as this version writes it; evaluate again."
+        ) from error
+
+
+def _settings(result):
+    settings = result.get("settings")
+    return settings if isinstance(settings, dict) else {}
