@@ -115,14 +115,14 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
-    from logit_reg.attacks.standing import clean_logits
+    from logit_reg.attacks.standing import count_classes
     from logit_reg_scripts.evaluations import TestImages, print_result
     from logit_reg_scripts.own_models import load_own_model
 
     own = load_own_model()
     test = TestImages(own.path.stem, own.images, own.labels, (own.threat.lower, own.threat.upper))
     output_dir = Path(FLAGS.output_dir or f"runs/evaluations/{own.name}")
-    num_classes = clean_logits(own.network, own.images[:1]).shape[1]
+    num_classes = count_classes(own.network, own.images)
     protocols = _own_protocols(own.threat, num_classes)
     settings = {"model": FLAGS.model, "data": FLAGS.data}
     result = _evaluate(

@@ -10,7 +10,7 @@ import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning, precision
 from logit_reg.attacks.precision import LowPrecision
-from logit_reg.attacks.standing import clean_logits
+from logit_reg.attacks.standing import count_classes
 from logit_reg.durations import in_words
 from logit_reg.evaluation import (
     Evaluation,
@@ -99,7 +99,7 @@ def evaluate_protocols(
         show_progress=show_progress,
         gradient_logits_fn=gradient_logits_fn,
     )
-    num_classes = clean_logits(network, test.images[:1]).shape[1]
+    num_classes = count_classes(network, test.images)
     omissions = [
         finding
         for name, attacks in protocols.items()

@@ -19,7 +19,7 @@ from logit_reg.attacks.checks import (
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
-from logit_reg.attacks.standing import Standing, clean_logits
+from logit_reg.attacks.standing import Standing, count_classes
 from logit_reg.threat import ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")
@@ -126,7 +126,7 @@ class AutoAttack(ImageAttack):
         Source:
             See `check_network`. Deviation: the number of targets is cut instead of failing.
         """
-        num_classes = clean_logits(logits_fn, images[:1]).shape[1]
+        num_classes = count_classes(logits_fn, images)
         found = check_network(
             logits_fn,
             self.threat,
