@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.engine.active_set import Standing, clean_logits
+from logit_reg.attacks.engine.active_set import Standing, count_classes
 from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, attack_inputs
 from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.engine.checks import (
@@ -126,7 +126,7 @@ class AutoAttack(ImageAttack):
         Source:
             See `check_network`. Deviation: the number of targets is cut instead of failing.
         """
-        num_classes = clean_logits(logits_fn, images[:1]).shape[1]
+        num_classes = count_classes(logits_fn, images)
         found = check_network(
             logits_fn,
             self.threat,

@@ -152,14 +152,14 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
-    from logit_reg.attacks.engine.active_set import clean_logits
+    from logit_reg.attacks.engine.active_set import count_classes
     from logit_reg.experiments.evaluations import EVALUATIONS, TestImages, print_result
     from logit_reg.experiments.own_models import load_own_model
     from logit_reg.experiments.sources import RUNS
 
     own = load_own_model()
     test = TestImages(own.path.stem, own.images, own.labels, (own.threat.lower, own.threat.upper))
-    num_classes = clean_logits(own.network, own.images[:1]).shape[1]
+    num_classes = count_classes(own.network, own.images)
     protocols = _own_protocols(own.threat, num_classes)
     settings = {"model": FLAGS.model, "data": FLAGS.data}
     folder = RUNS / EVALUATIONS / own.name

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from logit_reg.attacks.engine.active_set import check_examples, clean_logits
+from logit_reg.attacks.engine.active_set import check_examples, count_classes
 from logit_reg.attacks.engine.attack import (
     Attack,
     AttackResult,
@@ -442,7 +442,7 @@ class _Run:
         """Each stage on all that still stand, so that batches stay full as examples fall."""
         if not len(rows):
             return
-        num_classes = clean_logits(self._logits_fn, self._images[:1]).shape[1]
+        num_classes = count_classes(self._logits_fn, self._images)
         is_standing = np.zeros(len(self._images), bool)
         is_standing[rows] = True
         before = is_standing.copy()
@@ -540,7 +540,7 @@ def _check(logits_fn, attacks, images, labels, indices, batch_size, seed):
     """What a look at the first images says of the network, and its forwards and backwards."""
     count = min(batch_size, NUM_CHECKED)
     images, labels, indices = images[:count], labels[:count], indices[:count]
-    num_classes = clean_logits(logits_fn, images[:1]).shape[1]
+    num_classes = count_classes(logits_fn, images)
     findings: list[Finding] = []
     for attack in attacks.values():
         if isinstance(attack, Cascade):

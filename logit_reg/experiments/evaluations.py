@@ -11,7 +11,7 @@ import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.attacks.engine import low_precision as precision
-from logit_reg.attacks.engine.active_set import clean_logits
+from logit_reg.attacks.engine.active_set import count_classes
 from logit_reg.attacks.engine.low_precision import LowPrecision
 from logit_reg.commands.command_line import UsageError
 from logit_reg.durations import in_words
@@ -129,7 +129,7 @@ def evaluate_protocols(
         show_progress=show_progress,
         gradient_logits_fn=gradient_logits_fn,
     )
-    num_classes = clean_logits(network, test.images[:1]).shape[1]
+    num_classes = count_classes(network, test.images)
     omissions = [
         finding
         for name, attacks in protocols.items()

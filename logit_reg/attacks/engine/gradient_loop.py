@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, take
+from logit_reg.attacks.engine.active_set import Standing, clean_logits, take
 from logit_reg.attacks.engine.attack import (
     AttackResult,
     batch_spec,
@@ -96,6 +96,7 @@ class Ascent:
         examples = (image, numbers, guide, image, image, flags)
         signature = (*examples, scalar, scalar, tf.TensorSpec((), tf.bool))
 
+        logits_fn, _ = functions
         current = start(images, indices, stream, restart).numpy()
         adversarial = current.copy()
         fooled = np.zeros(len(images), bool)
@@ -106,17 +107,13 @@ class Ascent:
         for begin, end, pair in self._chunks(*functions):
             is_last = end == self.num_steps
             advance = compiled(self, "_advance", pair, signature)
-            moved = advance(
-                images[active],
-                labels[active],
-                guides[active],
-                current[active],
-                adversarial[active],
-                fooled[active],
-                begin,
-                end,
-                is_last,
-            )
+            rows = (images, labels, guides, current, adversarial, fooled)
+            try:
+                moved = advance(*take(rows, active), begin, end, is_last)
+            except tf.errors.InvalidArgumentError:
+                # One line for the usual reason: other than one row of logits an image.
+                clean_logits(logits_fn, images[:2])
+                raise
             *state, num_again = (tensor.numpy() for tensor in moved)
             current[active], adversarial[active], fooled[active], last_fooled[active] = state
             forwards += len(active) * ((end - begin) * looks + is_last) + int(num_again)
