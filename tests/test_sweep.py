@@ -125,7 +125,9 @@ def test_a_model_trained_further_is_evaluated_again(tmp_path):
     train, evaluation = job.steps
     changed = Step("train", (*train.arguments, "--extend"), train.product)
     assert run_job(Job("a", job.folder, job.folder, (changed, evaluation))) == 0
-    assert (runs_of(job, "train"), runs_of(job, "evaluation")) == (2, 2)
+    assert (runs_of(job, "train"), runs_of(job, "evaluation")) == (2, 1)
+    # What was found of the network before is kept, out of the way.
+    assert (job.folder / "earlier" / "evaluation-1" / "product").read_text().count("ran") == 1
 
 
 def test_a_step_that_fails_ends_the_job(tmp_path):
