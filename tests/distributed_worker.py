@@ -15,7 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 from logit_reg.training import supervisor
 
-KINDS = ("squeeze", "pairing", "batch floor", "pgd", "free", "decay", "batch norm")
+KINDS = ("squeeze", "pairing", "batch floor", "pgd", "free", "decay", "own losses", "batch norm")
 BATCH_SIZE = 8
 
 
@@ -32,7 +32,8 @@ def tiny_model(kind, dtype="float64"):
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
     inputs = keras.Input((6, 6, 1))
-    x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    own = {"kernel_regularizer": "l2", "activity_regularizer": "l2"} if kind == "own losses" else {}
+    x = keras.layers.Conv2D(4, 3, name="conv", **own)(inputs)
     if kind == "batch norm":
         x = keras.layers.BatchNormalization(name="norm")(x)
     x = keras.layers.Flatten()(keras.layers.ReLU()(x))

@@ -17,9 +17,13 @@ import pytest
 
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
+<<<<<<< HEAD
 from logit_reg.training.loop import BatchOrder, LoopSettings, TrainingError, run_folder, train
 from logit_reg.training.model import FreeAdversary, RegularizedModel
 from logit_reg.training.state import restore_newest_state, save_state, saved_steps, state_path
+=======
+from logit_reg.training import FREE_GRADIENT, FreeAdversary, RegularizedModel
+>>>>>>> work-b
 
 SETTINGS = LoopSettings(
     max_num_training_steps=12,
@@ -327,6 +331,19 @@ def test_going_on_with_other_versions_or_threads_says_that_it_is_not_bit_exact(t
     with run_folder(tmp_path, record):
         pass
     expected = "not bit-exactly: tensorflow '2.21.0' -> '2.20.0', intra_op_threads 8 -> 2"
+    assert expected in caplog.text
+
+
+def test_going_on_under_another_rule_of_training_says_so(tmp_path, caplog):
+    """The run of a version that took free training's gradient after the clip has no entry."""
+    with run_folder(tmp_path, {"settings": {}}):
+        pass
+    state_path(tmp_path, 5).touch()
+    with run_folder(tmp_path, {"settings": {}, "rules": {}}):
+        assert not caplog.text
+    with run_folder(tmp_path, {"settings": {}, "rules": {"free gradient": FREE_GRADIENT}}):
+        pass
+    expected = "not bit-exactly: free gradient None -> 'with respect to the perturbation'"
     assert expected in caplog.text
 
 

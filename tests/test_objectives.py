@@ -74,6 +74,40 @@ def test_total_is_cross_entropy_plus_beta_times_penalty():
     assert float(terms.total) == pytest.approx(hard.mean() + math.sqrt(194), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int8", "uint8", "uint16", "float32"])
+def test_labels_of_shape_n_1_and_of_any_type_count_as_those_of_shape_n(dtype):
+    column = LABELS[:, None].astype(dtype)
+    for reg in REGULARIZERS:
+        objective = valid_objective(reg, smoothing=0.2)
+        expected = [float(term) for term in objective(LOGITS, LABELS)]
+        traced = tf.function(objective)(tf.constant(LOGITS), tf.constant(column))
+        assert [float(term) for term in objective(LOGITS, column)] == expected
+        np.testing.assert_allclose([float(term) for term in traced], expected, rtol=1e-6)
+    np.testing.assert_array_equal(smooth_labels(column, 3, 0.5), smooth_labels(LABELS, 3, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [([0, 3], "3, at place 1"), ([-1, 0], "-1, at place 0"), ([0.0, 2.5], "2.5, at place 1")],
+)
+def test_a_label_that_is_no_class_is_named_and_is_no_number_in_a_trace(labels, named):
+    message = f"from 0 to 2, for 3 logits; the first other one is {named}"
+    with pytest.raises(ValueError, match=message):
+        Objective()(LOGITS, np.array(labels))
+    with pytest.raises(ValueError, match=message):
+        smooth_labels(np.array(labels)[:, None], 3, 0.1)
+    traced = tf.function(Objective("squeeze", beta=1.0))(tf.constant(LOGITS), tf.constant(labels))
+    assert math.isnan(float(traced.total)) and math.isnan(float(traced.cross_entropy))
+
+
+def test_labels_of_another_shape_are_refused():
+    for labels in (np.eye(3)[LABELS], LABELS[:, None, None], np.array(1)):
+        with pytest.raises(ValueError, match="pass the argmax of one-hot labels"):
+            Objective()(LOGITS, labels)
+    with pytest.raises(ValueError, match="one an image; got 1 for 2 images"):
+        Objective()(LOGITS, LABELS[:1])
+
+
 def test_smoothing_changes_the_total_but_not_the_reported_cross_entropy():
     targets = np.asarray(smooth_labels(LABELS, 3, 0.5))
     terms = Objective(smoothing=0.5)(LOGITS, LABELS)

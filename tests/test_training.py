@@ -202,8 +202,69 @@ def test_the_ramp_raises_the_perturbation_of_free_training_linearly():
 
 
 def test_free_adversary_takes_a_smaller_last_batch():
+    """It moves the first images of the perturbation and leaves the others as they were."""
     model = small_model(adversary=FreeAdversary(THREAT, 8))
-    model.fit(*some_data(20), batch_size=8, epochs=1, verbose=0)
+    images, labels = some_data(20)
+    for begin in (0, 8):
+        model.update(images[begin : begin + 8], labels[begin : begin + 8])
+    before = model.perturbation.numpy()
+    weights = model.network.get_weights()
+    model.update(images[16:], labels[16:])
+    after = model.perturbation.numpy()
+    np.testing.assert_array_equal(after[4:], before[4:])
+    assert (after[:4] != before[:4]).mean() > 0.1
+    assert np.abs(model.network.get_weights()[0] - weights[0]).max() > 0
+    with pytest.raises(ValueError, match="perturbation of 8 images; the batch has 20"):
+        model.fit(images, labels, batch_size=20, verbose=0)
+
+
+def published_free_perturbation(weights, images, labels, perturbation, epsilon):
+    """One replay of the authors' `free_train.py` on a linear network, in plain numpy."""
+    kernel, bias = (np.asarray(weight, np.float64) for weight in weights)
+    summed = images.astype(np.float64) + perturbation
+    logits = np.clip(summed, 0, 1).reshape(len(images), -1) @ kernel + bias
+    error = np.exp(logits - logits.max(-1, keepdims=True))
+    error /= error.sum(-1, keepdims=True)
+    error[np.arange(len(labels)), labels] -= 1
+    gradient = (error @ kernel.T / len(labels)).reshape(images.shape)
+    # TensorFlow's clip lets the gradient through on the bounds themselves.
+    gradient[(summed < 0) | (summed > 1)] = 0
+    return np.clip(perturbation + epsilon * np.sign(gradient), -epsilon, epsilon)
+
+
+def test_free_adversary_moves_as_the_published_code_over_24_replays():
+    """Three minibatches of eight replays each, from the same weights at every replay."""
+    model, _ = model_that_remembers(8, adversary=FreeAdversary(THREAT, 8))
+    model.compile(optimizer=keras.optimizers.SGD(0.5))
+    images, labels = some_data(24)
+    # Black and white pixels, where the sum leaves the range, and some between.
+    images = np.clip(2 * images - 0.4, 0, 1).astype(np.float32)
+    expected = np.zeros((8, 6, 6, 1))
+    stayed = []
+    for replay in range(24):
+        batch = slice(replay // 8 * 8, replay // 8 * 8 + 8)
+        before = expected
+        weights = model.network.layers[-1].get_weights()
+        expected = published_free_perturbation(
+            weights, images[batch], labels[batch], before, epsilon=0.3
+        )
+        model.update(images[batch], labels[batch])
+        np.testing.assert_allclose(model.perturbation.numpy(), expected, atol=1e-6)
+        stayed.append(np.mean((expected == before) & (np.abs(before) > 0)))
+    # The rule matters: a gradient after the clip would move more of them.
+    assert np.mean(stayed) > 0.1
+
+
+def test_all_replays_of_a_minibatch_have_one_crop_and_the_next_one_another():
+    adversary = FreeAdversary(ThreatModel("linf", 1e-3), 8, replays=3)
+    model, seen = model_that_remembers(8, adversary=adversary, augment=True)
+    images, labels = some_data(8)
+    shown = []
+    for _ in range(4):
+        model.update(images, labels)
+        shown.append(seen.images.numpy())
+    assert max(np.abs(shown[0] - other).max() for other in shown[1:3]) < 0.01
+    assert np.abs(shown[0] - shown[3]).max() > 0.1
 
 
 def test_one_trace_after_fifty_steps():

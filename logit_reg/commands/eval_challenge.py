@@ -62,8 +62,9 @@ def main() -> None:
     from logit_reg.experiments.submissions import prepare_output
 
     if FLAGS.trial:
-        wanted = FLAGS.num_eval_examples
-        FLAGS.num_eval_examples = min(TRIAL_EXAMPLES, wanted or TRIAL_EXAMPLES)
+        FLAGS["num_eval_examples"].value = min(
+            TRIAL_EXAMPLES, FLAGS.num_eval_examples or TRIAL_EXAMPLES
+        )
     if FLAGS.store_adv_path and not FLAGS.attack_file:
         prepare_output(Path(FLAGS.store_adv_path))
     if FLAGS.model or FLAGS.data:
@@ -119,12 +120,13 @@ def _evaluate_challenge() -> None:
         "contaminated": _is_contaminated(model, name),
         "release": model.release,
     }
-    if model.finished_steps is not None:
-        settings["training"] = {
+    if model.run is not None and model.finished_steps is not None:
+        training = {
             "steps_done": model.finished_steps,
             "steps_planned": model.run.max_num_training_steps,
         }
-        for found in training_notices(settings["training"]):
+        settings["training"] = training
+        for found in training_notices(training):
             command_line.notice(f"notice: {found['message']}")
     if model.folder is not None:
         folder = model.folder / EVALUATIONS

@@ -204,8 +204,11 @@ def _refuse_other_runs(pairs, destination) -> None:
         for evaluation in evaluation_folders(folder):
             copy = place / evaluation.relative_to(folder)
             if (copy / "result.json").exists():
-                results = [read_json(path / "result.json") for path in (copy, evaluation)]
-                refuse_other_settings(copy, *map(evaluation_identity, results), "--export")
+                held, wanted = (
+                    evaluation_identity(read_json(path / "result.json"))
+                    for path in (copy, evaluation)
+                )
+                refuse_other_settings(copy, held, wanted, "--export")
 
 
 def run() -> None:

@@ -493,7 +493,8 @@ class RegularizedModel(keras.Model):
         return tf.clip_by_value(images, *self.bounds) if self.clip_noise else images
 
     def _own_perturbation(self, images):
-        size = tf.shape(images)[0] * _num_replicas()
+        own_size = images.shape[0] or tf.shape(images)[0]
+        size = own_size * _num_replicas()
         most = self.perturbation.shape[0]
         fits = _require(
             size <= most,
@@ -600,13 +601,13 @@ def _warn_of_units(name: str, value: float, bounds) -> None:
 
 
 def _require(is_right, *parts):
-    """An assertion whose error is the parts, texts and numbers, in one line."""
-    if not tf.executing_eagerly():
+    """Raise the parts, texts and numbers, in one line: here, or by an assertion of the graph."""
+    if tf.is_symbolic_tensor(is_right):
         return tf.debugging.Assert(is_right, list(parts))
     if not is_right:
         words = (part if isinstance(part, str) else f"{np.squeeze(part)}" for part in parts)
         raise ValueError(f"{' '.join(words)}.")
-    return None
+    return tf.no_op()
 
 
 def _in_one_line(function):
