@@ -17,13 +17,9 @@ import pytest
 
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
-<<<<<<< HEAD
 from logit_reg.training.loop import BatchOrder, LoopSettings, TrainingError, run_folder, train
-from logit_reg.training.model import FreeAdversary, RegularizedModel
+from logit_reg.training.model import FREE_GRADIENT, FreeAdversary, RegularizedModel
 from logit_reg.training.state import restore_newest_state, save_state, saved_steps, state_path
-=======
-from logit_reg.training import FREE_GRADIENT, FreeAdversary, RegularizedModel
->>>>>>> work-b
 
 SETTINGS = LoopSettings(
     max_num_training_steps=12,
