@@ -1,6 +1,7 @@
 """The results as text: for the terminal, and in Markdown for pages.
 
-As a command: `python -m benchmarks.table results/speed/*.json --page=README.md --section=speed`.
+As a command: `python -m benchmarks.table results/speed/*.json --page=docs/speed.md
+--section=speed`.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """What the documentation says is what the code does."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import matplotlib
 import numpy as np
 import pytest
@@ -20,8 +22,11 @@ README = (ROOT / "README.md").read_text()
 
 RESULTS = (ROOT / "results" / "README.md").read_text()
 
-COMMANDS = re.findall(r"^python (scripts/\w+\.py.*)$", README + RESULTS, re.MULTILINE)
-COMMANDS += re.findall(r"`python (scripts/\w+\.py[^`]*)`", README)
+DOCS = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = "\n".join([README, RESULTS, *DOCS.values()])
+
+COMMANDS = re.findall(r"^python (scripts/\w+\.py.*)$", PAGES, re.MULTILINE)
+COMMANDS += re.findall(r"`python (scripts/\w+\.py[^`\n]*)`", README)
 
 _PARSE = """
 import importlib, shlex, sys
@@ -47,11 +52,11 @@ def test_every_command_of_the_readme_parses(script):
     subprocess.run([sys.executable, "-c", _PARSE, script, *lines], check=True)
 
 
-def test_every_protocol_of_the_readme_exists_and_the_other_way_round():
+def test_every_protocol_of_the_page_exists_and_the_other_way_round():
     from logit_reg.evaluation.protocols import PROTOCOLS
 
-    section = README.split("## Protocols")[1].split("##")[0]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    lines = DOCS["protocols"].splitlines()
+    rows = [line.split("|")[1] for line in lines if line.startswith("| `")]
     named = set()
     for row in rows:
         names = re.findall(r"`([\w-]+)`", row)
@@ -60,22 +65,45 @@ def test_every_protocol_of_the_readme_exists_and_the_other_way_round():
     assert named == set(PROTOCOLS)
 
 
-def test_the_python_example_of_the_readme_runs():
-    import numpy as np
-    from linear import Linear
+def python_examples(page):
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    model = Linear(4)
-    images, labels = model.images(3)
-    names = {"network": model, "images": images, "labels": np.asarray(labels)}
-    exec(compile(example, "README.md", "exec"), names)
-    assert names["found"].robust.shape == (3,)
+
+@pytest.mark.parametrize(
+    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(3))]
+)
+def test_the_python_examples_run(page, number, tmp_path, monkeypatch):
+    examples = python_examples((ROOT / page).read_text())
+    assert len(examples) == (1 if page == "README.md" else 3)
+    monkeypatch.chdir(tmp_path)
+    network = keras.Sequential(
+        [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(4)]
+    )
+    images = np.random.default_rng(0).random((6, 8, 8, 1)).astype(np.float32)
+    names = {"network": network, "images": images, "labels": network(images).numpy().argmax(1)}
+    exec(compile(examples[number], page, "exec"), names)
+    if "model" in names:
+        assert (tmp_path / "squeezed.keras").is_file()
+    else:
+        assert len(getattr(names["found"], "robust", images)) == len(images)
+
+
+def test_the_worked_example_runs(capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("squeeze", ROOT / "docs/examples/squeeze.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert len((ROOT / "docs/examples/squeeze.py").read_text().splitlines()) <= 80
+
+    example.main(epochs=1, num_images=2)
+
+    lines = capsys.readouterr().out.splitlines()[-1:]
+    assert re.fullmatch(r"squeezed clean \d+ % FGSM \d+ % PGD-40 \d+ % AutoAttack \d+ %", *lines)
 
 
 @pytest.mark.parametrize(
     ("page", "section", "folder"),
     [
-        ("README.md", "results", "demo"),
+        ("results/README.md", "results", "demo"),
         ("results/README.md", "results-mnist", "mnist-3000"),
         ("README.md", "results-mnist-20000", "mnist-20000"),
         ("results/README.md", "results-beta-3000", "beta-3000"),
@@ -118,11 +146,12 @@ def test_the_table_of_speeds_is_what_the_committed_measurements_give():
     paths = sorted((ROOT / "results" / "speed").glob("*.json"))
     assert paths
     table = markdown_table([read_json(path) for path in paths])
-    assert replace_marked_section(README, "speed", table) == README
+    assert replace_marked_section(DOCS["speed"], "speed", table) == DOCS["speed"]
     memory = read_json(ROOT / "results" / "speed" / "memory" / "images.json")
+    words = " ".join(DOCS["speed"].split())
     for case in memory["cases"]:
         peak = case["contenders"][0]["peak_bytes"] / 2**20
-        assert f"{peak:,.0f} MiB for {case['case']['num_images']:,}" in " ".join(README.split())
+        assert f"{peak:,.0f} MiB for {case['case']['num_images']:,}" in words
 
 
 def assert_same_figure(drawn, committed, word):
@@ -200,40 +229,3 @@ def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
     cells = " | ".join(f"{100 * np.mean(column):.2f}" for column in counted)
     assert list(parts) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert f"| {len(ledger.clean)} | {cells} |" in RESULTS
-
-
-def test_the_two_packages_do_not_import_each_other():
-    for package, other in (("madry_compat", "logit_reg"), ("logit_reg", "madry_compat")):
-        paths = list((ROOT / package).rglob("*.py"))
-        assert paths
-        for path in paths:
-            pattern = rf"^\s*(from|import) {other}\b"
-            assert not re.search(pattern, path.read_text(), re.MULTILINE), path
-
-
-def test_what_the_text_compares_was_measured_on_the_same_images():
-    runs = {
-        (run, folder): read_ledger(ROOT / "results" / "mnist-20000" / run / folder)
-        for run in ("squeeze", "smoothing", "adversarial", "free")
-        for folder in ("evaluation", "strong")
-    }
-    pgd = ("pgd40-xent", "pgd40-cw")
-
-    def on_shared(run):
-        rows, _ = shared_rows(runs[run, "evaluation"], runs[run, "strong"])
-        return right_under(runs[run, "evaluation"][0], pgd)[rows]
-
-    squeezed, smoothed = (100 * on_shared(run).mean() for run in ("squeeze", "smoothing"))
-    gap = PairedDifference.of(on_shared("free"), on_shared("adversarial"))
-    low, high = (100 * end for end in gap.interval)
-    for words in (
-        f"of the same images PGD-40 leaves {squeezed:.1f} % and {smoothed:.1f} %",
-        f"of the same 500 PGD-40 leaves {100 * on_shared('adversarial').mean():.1f} %",
-        f"on the same 500 images: PGD-40 +{100 * gap.value:.1f} points ({low:.1f} to {high:.1f})",
-        f"{sum(right_under(runs['squeeze', 'evaluation'][0], pgd[:1])[:1000])} of them, the margin",
-    ):
-        assert words in " ".join(RESULTS.split()), words
-
-
-def test_numbers_in_the_results_have_their_leading_zeros():
-    assert not re.search(r"(?<![\w.])\.\d", RESULTS)
