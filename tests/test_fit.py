@@ -324,11 +324,11 @@ def half_model(scale=None, **settings):
         *FLAT,
         keras.layers.Dense(8, activation="relu", dtype=settings.pop("dtype", "mixed_float16")),
         keras.layers.Rescaling(1e-6, dtype="float32"),
-        keras.layers.Dense(3, dtype="float32"),
+        keras.layers.Dense(3, dtype="float32", trainable=False),
     ]
     settings = {"bounds": (0.0, 1.0)} | settings
     model = RegularizedModel(keras.Sequential(layers), Objective(), **settings)
-    optimizer = keras.optimizers.SGD(1e5)
+    optimizer = keras.optimizers.SGD(1e6)
     if scale is not None:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
     model.compile(optimizer)

@@ -126,6 +126,10 @@ class RegularizedModel(keras.Model):
         Images, noise and bounds are in the network's own pixel units.
     """
 
+    # Keras sets them.
+    train_function: Any
+    test_function: Any
+
     def __init__(
         self,
         network: keras.Model,
@@ -370,15 +374,17 @@ class RegularizedModel(keras.Model):
 
         Args:
             images: (B, H, W, C) float, this replica's part of the batch.
-            labels: () int64 of the whole batch.
+            labels: int64 of the whole batch.
             training: mode of the network.
 
         Returns:
             The () loss of this replica, of which the optimiser sums the gradients over the
             replicas, and the measures of the whole batch; see `update`.
         """
-        logits = whole_batch(self.network(images, training=training))
+        logits = self.network(images, training=training)
+        # Before anything is exchanged: another replica's call would put its own in their place.
         own_losses = self.network.losses
+        logits = whole_batch(logits)
         terms = self.objective(logits, labels)
         total = loss = terms.total
         if self.weight_decay:
