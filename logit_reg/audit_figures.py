@@ -240,8 +240,8 @@ def step_map_caption(grid: StepGrid) -> str:
         f"Accuracy in per cent of n = {grid.correct.shape[-1]} images under PGD, step sizes in "
         f"multiples of ε; best and worst cell differ by {gain:.1f} points. A healthy model varies "
         "by a few points once the steps are enough to cross the ball (Mosbach et al.: 0.91 to "
-        "0.945 after adversarial training); a logit-squeezed one loses about 30 when the step grows to "
-        "half of ε, because its surface is jagged."
+        "0.945 after adversarial training); a logit-squeezed one loses about 30 when the step "
+        "grows to half of ε, because its surface is jagged."
     )
 
 
