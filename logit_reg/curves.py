@@ -277,7 +277,7 @@ def accuracy_against_steps_and_size(
     """
     sizes = _increasing("step_sizes", step_sizes)
     counts = _increasing("num_steps", num_steps).astype(np.int64)
-    rows = []
+    rows: list[list[np.ndarray]] = []
     for step_size in tqdm(sizes, desc="step sizes", disable=not show_progress):
         attacks = {
             str(count): dataclasses.replace(

@@ -15,9 +15,16 @@ from logit_reg.attacks.attack import Attack, Classifier, is_fooled, margin
 from logit_reg.attacks.standing import clean_margin
 from logit_reg.curves import CurveSettings, losses_over_restarts
 from logit_reg.evaluation import evaluate, predict
-from logit_reg.ledger import build_result
-from logit_reg.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.ledger import build_result, read_ledger
+from logit_reg.protocols import (
+    ANY_THREAT,
+    FAMILIES,
+    PROTOCOLS,
+    any_threat_attacks,
+    protocol_attacks,
+)
 from logit_reg.threat import ThreatModel
+from logit_reg_scripts import evaluations
 
 SHAPE, NUM_CLASSES = (8, 8, 1), 4
 THREAT = ThreatModel("linf", 0.1)
@@ -507,3 +514,23 @@ def test_labels_in_a_column_are_as_good(name):
     column, _ = quietly(linear, attack, IMAGES, LABELS[:, None].astype(np.uint8))
     plain, _ = quietly(linear, attack, IMAGES, LABELS)
     np.testing.assert_array_equal(column.adversarial, plain.adversarial)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("protocol", ANY_THREAT)
+def test_protocols_for_any_threat_model_take_few_classes_and_say_what_they_leave_out(
+    protocol, num_classes, tmp_path
+):
+    image = keras.Input(SHAPE)
+    logits = keras.layers.Dense(num_classes)(keras.layers.Flatten()(image))
+    network = keras.Model(image, logits)
+    labels = np.argmax(network(IMAGES).numpy(), axis=-1)
+    cases = {protocol: any_threat_attacks(protocol, THREAT, num_classes)}
+    # Nothing stands, so that nothing takes time.
+    test = evaluations.TestImages("made-up", IMAGES, (labels + 1) % num_classes, (0.0, 1.0))
+    _, result = evaluations.evaluate_protocols(
+        network, test, cases, tmp_path, batch_size=5, seed=0, settings={}, show_progress=False
+    )
+    messages = {entry["name"]: entry["message"] for entry in result["notices"]}
+    assert "apgd-t is not defined and left out" in messages["num_classes"]
+    assert read_ledger(tmp_path)[1]["notices"] == result["notices"]
