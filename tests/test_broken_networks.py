@@ -13,6 +13,7 @@ from logit_reg import attacks
 from logit_reg.attacks import AttackWarning
 from logit_reg.attacks.attack import Attack, Classifier, is_fooled, margin
 from logit_reg.attacks.standing import clean_margin
+from logit_reg.audit import audit
 from logit_reg.curves import CurveSettings, losses_over_restarts
 from logit_reg.evaluation import evaluate, predict
 from logit_reg.ledger import build_result, read_ledger
@@ -304,6 +305,15 @@ def test_eager_compiled_and_numpy_verdicts_agree(dtype, logits, expected):
 
 def test_predictions_where_logits_are_not_finite_are_no_class():
     assert set(predict(with_nan_weights, IMAGES)) == {-1}
+
+
+@each_broken
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_audit_refutes_a_broken_network_and_names_the_cause(network):
+    found = audit(network, THREAT, IMAGES, LABELS, claim=90.0)
+    assert found.verdict == "REFUTED" and not found.worst_case.robust.any()
+    (squeeze,) = (test for test in found.tests if test.number == 6)
+    assert "not finite for 5 of 5 images" in squeeze.reason
 
 
 def test_curves_of_a_broken_network_are_zero():
