@@ -14,11 +14,20 @@ from logit_reg.analysis.curves import CurveSettings, losses_over_restarts
 from logit_reg.attacks import AttackWarning
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack, Classifier, is_fooled, margin
-from logit_reg.evaluation.ledger import build_result
-from logit_reg.evaluation.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.audit import audit
+from logit_reg.evaluation.ledger import build_result, read_ledger
+from logit_reg.evaluation.protocols import (
+    ANY_THREAT,
+    PROTOCOLS,
+    any_threat_attacks,
+    protocol_attacks,
+)
 from logit_reg.evaluation.run import evaluate, predict
+from logit_reg.experiments import evaluations
 from logit_reg.threat import ThreatModel
+from madry_compat.challenges import CIFAR10, MNIST
 
+CHALLENGES = {challenge.family: challenge for challenge in (MNIST, CIFAR10)}
 SHAPE, NUM_CLASSES = (8, 8, 1), 4
 THREAT = ThreatModel("linf", 0.1)
 WEIGHTS = np.random.default_rng(0).normal(size=(64, NUM_CLASSES)).astype(np.float32)
@@ -124,10 +133,10 @@ def quietly(*arguments, **options):
 
 
 def every_protocol():
-    for family in FAMILIES:
+    for family in CHALLENGES:
         for name in PROTOCOLS:
             try:
-                yield family, name, protocol_attacks(name, family)
+                yield family, name, protocol_attacks(name, CHALLENGES[family])
             except ValueError as error:
                 # A protocol of the other family.
                 assert "is defined on" in str(error)
@@ -180,7 +189,7 @@ def nan_or_inf(images):
 
 @each_protocol
 def test_no_image_is_robust_under_any_protocol_where_logits_are_not_finite(family, protocol):
-    cases = protocol_attacks(protocol, family)
+    cases = protocol_attacks(protocol, CHALLENGES[family])
     upper = next(iter(cases.values())).threat.upper
     assert np.isnan(nan_or_inf(IMAGES)).any() and np.isinf(nan_or_inf(IMAGES)).any()
     found, findings = quietly(nan_or_inf, cases, upper * IMAGES, LABELS)
@@ -231,7 +240,7 @@ def test_vanishing_gradients_are_noticed_whatever_the_attack(name):
 
 @each_protocol
 def test_vanishing_gradients_are_noticed_under_every_protocol(family, protocol):
-    cases = protocol_attacks(protocol, family)
+    cases = protocol_attacks(protocol, CHALLENGES[family])
     upper = next(iter(cases.values())).threat.upper
     network = {1.0: without_gradients, 255.0: without_gradients_255}[upper]
     _, findings = quietly(network, cases, upper * IMAGES, (ROUNDED + 1) % NUM_CLASSES)
@@ -247,7 +256,7 @@ def test_a_tie_counts_as_fooled(name):
 
 @each_protocol
 def test_a_tie_counts_as_fooled_under_every_protocol(family, protocol):
-    cases = protocol_attacks(protocol, family)
+    cases = protocol_attacks(protocol, CHALLENGES[family])
     upper = next(iter(cases.values())).threat.upper
     found, _ = quietly(tied, cases, upper * IMAGES, LABELS)
     assert not found.clean.any() and not found.robust.any()
@@ -297,6 +306,15 @@ def test_eager_compiled_and_numpy_verdicts_agree(dtype, logits, expected):
 
 def test_predictions_where_logits_are_not_finite_are_no_class():
     assert set(predict(with_nan_weights, IMAGES)) == {-1}
+
+
+@each_broken
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_audit_refutes_a_broken_network_and_names_the_cause(network):
+    found = audit(network, THREAT, IMAGES, LABELS, claim=90.0)
+    assert found.verdict == "REFUTED" and not found.worst_case.robust.any()
+    (squeeze,) = (test for test in found.tests if test.number == 6)
+    assert "not finite for 5 of 5 images" in squeeze.reason
 
 
 def test_curves_of_a_broken_network_are_zero():
@@ -507,3 +525,23 @@ def test_labels_in_a_column_are_as_good(name):
     column, _ = quietly(linear, attack, IMAGES, LABELS[:, None].astype(np.uint8))
     plain, _ = quietly(linear, attack, IMAGES, LABELS)
     np.testing.assert_array_equal(column.adversarial, plain.adversarial)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("protocol", ANY_THREAT)
+def test_protocols_for_any_threat_model_take_few_classes_and_say_what_they_leave_out(
+    protocol, num_classes, tmp_path
+):
+    image = keras.Input(SHAPE)
+    logits = keras.layers.Dense(num_classes)(keras.layers.Flatten()(image))
+    network = keras.Model(image, logits)
+    labels = np.argmax(network(IMAGES).numpy(), axis=-1)
+    cases = {protocol: any_threat_attacks(protocol, THREAT, num_classes)}
+    # Nothing stands, so that nothing takes time.
+    test = evaluations.TestImages("made-up", IMAGES, (labels + 1) % num_classes, (0.0, 1.0))
+    _, result = evaluations.evaluate_protocols(
+        network, test, cases, tmp_path, batch_size=5, seed=0, settings={}, show_progress=False
+    )
+    messages = {entry["name"]: entry["message"] for entry in result["notices"]}
+    assert "apgd-t is not defined and left out" in messages["num_classes"]
+    assert read_ledger(tmp_path)[1]["notices"] == result["notices"]

@@ -14,8 +14,6 @@ import pytest
 from commands import command
 
 from logit_reg.evaluation.ledger import read_ledger
-from logit_reg.evaluation.statistics import PairedDifference
-from logit_reg.report.compare import right_under, shared_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

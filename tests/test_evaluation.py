@@ -296,6 +296,13 @@ def test_wilson_interval_against_published_values():
     )
 
 
+@pytest.mark.parametrize("total", [1, 7, 40, 100, 1000, 10_000])
+@pytest.mark.parametrize("level", [0.95, 0.99])
+def test_a_wilson_interval_ends_exactly_where_nothing_is_beyond(total, level):
+    assert wilson_interval(0, total, level)[0] == 0.0
+    assert wilson_interval(total, total, level)[1] == 1.0
+
+
 def test_content_hash_sees_values_types_and_shapes():
     a = np.arange(4, dtype=np.float32)
     hashes = {content_hash(x) for x in (a, a + 1, a.astype(np.float64), a.reshape(2, 2))}

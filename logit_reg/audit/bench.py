@@ -1,6 +1,7 @@
 """The workbench of an audit: one model, its images, and the books of all that is run on them."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -401,7 +402,13 @@ def _balanced(gradient, logits):
 
 
 def median_margin(logits: np.ndarray) -> float:
-    """Median over the images of the largest minus the second largest logit: (N, K) -> ()."""
+    """Median over the images of the largest minus the second largest logit: (N, K) -> ().
+
+    Images whose logits are not finite have no margin; NaN if no others are left.
+    """
+    logits = logits[np.isfinite(logits).all(axis=1)]
+    if not len(logits):
+        return math.nan
     ordered = np.sort(logits, axis=1)
     return float(np.median(ordered[:, -1] - ordered[:, -2]))
 

@@ -197,8 +197,12 @@ def _squeeze(bench: Bench) -> Outcome:
         "collapse_threshold": found.collapse_threshold,
     }
     warnings = []
-    if found.clean_cross_entropy is None or found.median_margin is None:
-        warnings.append("the clean logits are not finite")
+    num_broken = int(np.sum(~np.isfinite(bench.logits).all(axis=1)))
+    if num_broken:
+        warnings.append(
+            f"the clean logits are not finite for {num_broken} of {len(bench.logits)} images, "
+            f"which count as wrong"
+        )
     elif median >= _COLLAPSED * found.log_num_classes:
         warnings.append(
             f"the median clean cross-entropy {median:.3f} is that of logits which say nothing "
