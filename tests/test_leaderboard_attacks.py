@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logit_reg.attacks import MD, ODI, PGD, MultiTargeted, Restarts, ScaledPGD
-from logit_reg.attacks.engine.attack import attack_loss
+from logit_reg.attacks.engine.losses import attack_loss
 from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 from madry_compat import data

@@ -10,19 +10,17 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.array_files import read_record, write_record
-from logit_reg.attacks.engine.active_set import check_examples
-from logit_reg.attacks.engine.attack import (
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import (
     LogitsFn,
-    attack_inputs,
-    attack_loss,
     batch_spec,
     call_logits,
+    check_examples,
     compiled,
-    example_noise,
-    margin,
-    random_stream,
 )
 from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss, margin
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.attacks.pgd import PGD
 from logit_reg.progress import Progress
 from logit_reg.threat import ThreatModel

@@ -5,17 +5,14 @@ import math
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.autoattack import AutoAttack
-from logit_reg.attacks.engine.active_set import Standing, check_examples
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    random_stream,
-)
+from logit_reg.attacks.engine.active_set import Standing
+from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack
 from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.engine.checks import Finding
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import check_examples
 from logit_reg.attacks.engine.gradient_loop import Ascent
+from logit_reg.attacks.engine.random_numbers import random_stream
 from logit_reg.attacks.fab import FABTargeted
 from logit_reg.attacks.logit_scaling import ScaledPGD
 from logit_reg.attacks.md import MD

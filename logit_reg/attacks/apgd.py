@@ -8,20 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    attack_loss,
-    batch_spec,
-    compiled,
-    is_fooled,
-    margin,
-    random_direction,
-    random_stream,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_looks
+from logit_reg.attacks.engine.random_numbers import random_direction, random_stream
 from logit_reg.threat import ThreatModel
 
 LOSSES = ("xent", "dlr")

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.engine.active_set import Standing, count_classes
-from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, attack_inputs
+from logit_reg.attacks.engine.active_set import Standing
+from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack
 from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
 from logit_reg.attacks.engine.checks import (
     Finding,
@@ -17,6 +17,8 @@ from logit_reg.attacks.engine.checks import (
     followed_losses,
     warn,
 )
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import count_classes
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square

@@ -7,17 +7,11 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    example_noise,
-    is_fooled,
-    random_stream,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.losses import is_fooled
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.threat import ThreatModel
 
 # How often the way back to the boundary is halved, and a jump that does not fool.

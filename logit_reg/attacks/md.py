@@ -6,14 +6,11 @@ import math
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    margin_terms,
-    random_stream,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
 from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
+from logit_reg.attacks.engine.losses import margin_terms
+from logit_reg.attacks.engine.random_numbers import random_stream
 from logit_reg.threat import ThreatModel
 
 TERMS = ("label", "other")

@@ -7,19 +7,13 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    is_fooled,
-    random_stream,
-    uniform_in_ball,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
 from logit_reg.attacks.engine.gradient_loop import climb, logits_and_gradient
+from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import judged_logits, num_looks
+from logit_reg.attacks.engine.random_numbers import random_stream, uniform_in_ball
 from logit_reg.threat import ThreatModel
 
 # How far the steps in a ball go in all, in radii.

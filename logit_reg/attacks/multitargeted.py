@@ -5,8 +5,10 @@ import dataclasses
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing, ranked_targets
-from logit_reg.attacks.engine.attack import AttackResult, ImageAttack, attack_inputs, random_stream
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
 from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
+from logit_reg.attacks.engine.random_numbers import random_stream
 from logit_reg.threat import ThreatModel
 
 

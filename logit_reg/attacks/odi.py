@@ -5,17 +5,12 @@ import dataclasses
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    compiled,
-    example_noise,
-    margin,
-    random_stream,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
+from logit_reg.attacks.engine.losses import margin
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.threat import ThreatModel
 
 

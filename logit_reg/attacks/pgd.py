@@ -4,16 +4,12 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import check_examples
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    attack_loss,
-    check_loss,
-    random_stream,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import check_examples
 from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps, climb, logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss, check_loss
+from logit_reg.attacks.engine.random_numbers import random_stream
 from logit_reg.threat import ThreatModel
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, attack_inputs
+from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
 from logit_reg.threat import ThreatModel
 
 

@@ -7,20 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    example_noise,
-    is_fooled,
-    margin,
-    random_stream,
-    uniform_in_ball,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.attacks.engine.low_precision import query_fn
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream, uniform_in_ball
 from logit_reg.threat import ThreatModel
 
 # Adam's own, as in the paper.

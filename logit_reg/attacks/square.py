@@ -9,18 +9,13 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    compiled,
-    example_noise,
-    margin,
-    random_stream,
-)
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.incremental_forward import WholeImages, windowed
+from logit_reg.attacks.engine.losses import margin
 from logit_reg.attacks.engine.low_precision import judged_logits, query_fn
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.threat import ThreatModel
 
 # The fraction of pixels in a square is halved from each of these queries on.

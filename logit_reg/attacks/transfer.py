@@ -10,15 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    AttackResult,
-    Cascade,
-    Classifier,
-    ImageAttack,
-    LogitsFn,
-    attack_inputs,
-)
+from logit_reg.attacks.engine.attack import Attack, AttackResult, Cascade, ImageAttack
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import Classifier, LogitsFn
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.files import one_line, read_arrays
 from logit_reg.threat import ThreatModel

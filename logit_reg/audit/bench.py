@@ -11,18 +11,19 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks import Transfer
-from logit_reg.attacks.engine.active_set import clean_logits, clean_margin
-from logit_reg.attacks.engine.attack import (
-    Attack,
+from logit_reg.attacks.engine.active_set import clean_margin
+from logit_reg.attacks.engine.attack import Attack
+from logit_reg.attacks.engine.checks import Probabilities, probabilities
+from logit_reg.attacks.engine.examples import check_classes
+from logit_reg.attacks.engine.forward import (
     LogitsFn,
-    attack_loss,
     batch_spec,
     call_logits,
-    check_classes,
+    clean_logits,
     compiled,
 )
-from logit_reg.attacks.engine.checks import Probabilities, probabilities
 from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss
 from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
 from logit_reg.evaluation.run import (
     Evaluation,

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
-from logit_reg.attacks.engine.attack import attack_inputs
+from logit_reg.attacks.engine.examples import attack_inputs
 from logit_reg.audit.bench import (
     BUDGETS,
     Bench,

@@ -12,15 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from logit_reg.attacks.engine.active_set import check_examples, count_classes
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    AttackResult,
-    Cascade,
-    Classifier,
-    Judgement,
-    attack_inputs,
-)
+from logit_reg.attacks.engine.attack import Attack, AttackResult, Cascade
 from logit_reg.attacks.engine.checks import (
     NUM_CHECKED,
     Finding,
@@ -31,6 +23,8 @@ from logit_reg.attacks.engine.checks import (
     followed_losses,
     warn,
 )
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import Classifier, Judgement, check_examples, count_classes
 from logit_reg.attacks.engine.inference_copy import frozen_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.state import EvaluationState

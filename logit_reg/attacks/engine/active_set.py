@@ -1,18 +1,10 @@
 """The books of a run: who is misclassified clean, who still stands, what was found for the rest."""
 
-import dataclasses
-
 import numpy as np
-import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    LogitsFn,
-    batch_spec,
-    call_logits,
-    check_classes,
-    compiled,
-)
+from logit_reg.attacks.engine.attack import AttackResult
+from logit_reg.attacks.engine.examples import check_classes
+from logit_reg.attacks.engine.forward import LogitsFn, clean_logits
 
 
 class Standing:
@@ -111,57 +103,3 @@ def clean_margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     true_logit = others[np.arange(len(labels)), labels]
     others[np.arange(len(labels)), labels] = -np.inf
     return np.where(finite, true_logit - others.max(axis=1), -np.inf)
-
-
-def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
-    """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float.
-
-    Raises:
-        ValueError: if there is not one row of logits an image.
-    """
-    logits = _compiled_forward(logits_fn, images)(images).numpy()
-    if len(logits) != len(images):
-        raise ValueError(
-            f"logits_fn must return a row of logits for each image; it returns {len(logits)} for "
-            f"{len(images)} images."
-        )
-    return logits
-
-
-def count_classes(logits_fn: LogitsFn, images) -> int:
-    """K of a network, from its trace; by a look at an image where that does not say."""
-    traced = _compiled_forward(logits_fn, images).get_concrete_function()
-    return traced.structured_outputs.shape[1] or clean_logits(logits_fn, images[:1]).shape[1]
-
-
-def check_examples(logits_fn: LogitsFn, images, labels) -> None:
-    """Refuse labels that are no class of a network.
-
-    Args:
-        logits_fn: images -> logits.
-        images: (N, H, W, C) float, pixel units.
-        labels: (N,) int.
-
-    Raises:
-        ValueError: if there is one, or the network gives no logits.
-    """
-    if len(images):
-        check_classes(labels, count_classes(logits_fn, images))
-
-
-def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
-    """The graph of `clean_logits`, for images (N, H, W, C) of the same shape."""
-    return _compiled_forward(logits_fn, images).get_concrete_function().graph
-
-
-def _compiled_forward(logits_fn, images):
-    signature = (batch_spec(images.shape[1:]),)
-    return compiled(_Forward(), "_logits", (logits_fn,), signature)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Forward:
-    """One look at some images."""
-
-    def _logits(self, logits_fn, images):
-        return call_logits(logits_fn, images)

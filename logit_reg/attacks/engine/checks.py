@@ -8,21 +8,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import clean_logits, forward_graph
-from logit_reg.attacks.engine.attack import (
-    LOSSES,
-    Cascade,
+from logit_reg.attacks.engine.attack import Cascade
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import (
     LogitsFn,
-    attack_inputs,
-    attack_loss,
     batch_spec,
+    clean_logits,
     compiled,
-    is_finite,
-    margin,
-    random_direction,
-    random_stream,
+    forward_graph,
 )
 from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.losses import LOSSES, attack_loss, is_finite, margin
+from logit_reg.attacks.engine.random_numbers import random_direction, random_stream
 from logit_reg.threat import ThreatModel
 
 SAME_LOGITS = 1e-4

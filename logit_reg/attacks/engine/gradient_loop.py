@@ -7,18 +7,18 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, clean_logits, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
+from logit_reg.attacks.engine.active_set import Standing, take
+from logit_reg.attacks.engine.attack import AttackResult
+from logit_reg.attacks.engine.forward import (
     batch_spec,
     call_logits,
+    clean_logits,
     compiled,
-    example_noise,
-    is_fooled,
     isolated,
-    uniform_in_ball,
 )
+from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_looks
+from logit_reg.attacks.engine.random_numbers import example_noise, uniform_in_ball
 from logit_reg.threat import ThreatModel
 
 # With early_stop, how many steps pass between two looks at which images still stand.

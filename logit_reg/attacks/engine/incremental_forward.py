@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import LogitsFn, call_logits
+from logit_reg.attacks.engine.forward import LogitsFn, call_logits
 from logit_reg.attacks.engine.inference_copy import (
     FoldedNormalization,
     FrozenConvolution,

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import LogitsFn, call_logits
+from logit_reg.attacks.engine.forward import LogitsFn, call_logits
 
 # Fewer weights stay in the cache, whatever their order.
 _MANY_WEIGHTS = 2**18

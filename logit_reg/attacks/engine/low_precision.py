@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import clean_logits
-from logit_reg.attacks.engine.attack import LogitsFn, call_logits, margin
+from logit_reg.attacks.engine.forward import LogitsFn, call_logits, clean_logits
 from logit_reg.attacks.engine.inference_copy import UNCOPIED, copied_layer, is_plain
+from logit_reg.attacks.engine.losses import margin
 
 ATTACK_DTYPES = ("auto", "float32", "bfloat16")
 """What attacks may compute directions in; "auto" is bfloat16 where it pays and agrees."""
