@@ -10,15 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.array_files import read_record, write_record
-from logit_reg.attacks.engine.examples import attack_inputs
-from logit_reg.attacks.engine.forward import (
-    LogitsFn,
-    batch_spec,
-    call_logits,
-    check_examples,
-    compiled,
-)
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.examples import attack_inputs, check_examples
+from logit_reg.attacks.engine.forward import LogitsFn, batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import attack_loss, margin
 from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.attacks.pgd import PGD

@@ -1,11 +1,12 @@
 """The protocol of an attack, its result and its base class."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.attacks.engine.examples import Examples
 from logit_reg.attacks.engine.forward import LogitsFn
 from logit_reg.threat import ThreatModel
 
@@ -23,14 +24,14 @@ class AttackResult:
     """(N,) bool: misclassified at any iterate, decided in float32; a tie counts as fooled."""
     last_iterate_fooled: np.ndarray
     """(N,) bool: misclassified at the last iterate that the attack made, which is all that the
-    challenges' own code looks at."""
+    challenges' own code counts."""
     forwards: int
     """Images sent forward through the network, padding not counted; a doubtful image that a
     lower precision saw and the network itself sees again counts twice."""
     backwards: int
     """Images whose gradient was computed, padding not counted."""
     stages: tuple = ()
-    """Of an attack that is a cascade: (name, (N,) bool still standing after it), in order."""
+    """Of an attack that is a cascade: (name, (N,) bool still robust after it), in order."""
 
 
 class Attack(Protocol):
@@ -83,16 +84,42 @@ class Attack(Protocol):
 
 
 class ImageAttack:
-    """Lets an `Attack` be called as a function from images to adversarial images."""
+    """What attacks inherit: `run` with its inputs checked, and the call as a function of images."""
 
-    def __call__(self: Attack, logits_fn: LogitsFn, images, labels, *, seed: int) -> tf.Tensor:
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        images,
+        labels,
+        *,
+        seed: int,
+        indices=None,
+        restart: int = 0,
+        gradient_logits_fn: LogitsFn | None = None,
+    ) -> AttackResult:
+        """Attack a batch; see `Attack.run`."""
+        examples = Examples.checked(
+            images,
+            labels,
+            seed=seed,
+            indices=indices,
+            restart=restart,
+            gradient_logits_fn=gradient_logits_fn,
+        )
+        return self._run(logits_fn, examples)
+
+    def __call__(self, logits_fn: LogitsFn, images, labels, *, seed: int) -> tf.Tensor:
         """Return `run(...).adversarial` as a tensor (N, H, W, C)."""
         return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def _run(self, logits_fn: LogitsFn, examples: Examples) -> AttackResult:
+        """Attack examples that are checked."""
+        raise NotImplementedError
 
 
 @runtime_checkable
 class Cascade(Protocol):
-    """An attack made of attacks, each for what the ones before leave standing.
+    """An attack made of attacks, each for what is still robust after the ones before.
 
     `logit_reg.evaluation.evaluate` runs each stage on the whole data set before the next one, so
     that batches stay full and a killed evaluation goes on within a stage.
@@ -105,3 +132,20 @@ class Cascade(Protocol):
     def check_num_classes(self, num_classes: int) -> "list[Finding]":
         """What so few classes leave out of the cascade."""
         ...
+
+
+def run_attack(attack: Attack, logits_fn: LogitsFn, examples: Examples) -> AttackResult:
+    """Run an attack of any make on examples; it needs to know only the arguments that are set."""
+    options: dict[str, Any] = {}
+    if examples.restart:
+        options["restart"] = examples.restart
+    if examples.gradient_logits_fn is not None:
+        options["gradient_logits_fn"] = examples.gradient_logits_fn
+    return attack.run(
+        logits_fn,
+        examples.images,
+        examples.labels,
+        seed=examples.seed,
+        indices=examples.indices,
+        **options,
+    )

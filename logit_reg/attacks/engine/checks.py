@@ -1,4 +1,4 @@
-"""Signs that a robustness evaluation cannot be trusted, as AutoAttack looks for them."""
+"""Signs that a robustness evaluation cannot be trusted, as AutoAttack checks for them."""
 
 import dataclasses
 import warnings
@@ -17,7 +17,7 @@ from logit_reg.attacks.engine.forward import (
     compiled,
     forward_graph,
 )
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import LOSSES, attack_loss, is_finite, margin
 from logit_reg.attacks.engine.random_numbers import random_direction, random_stream
 from logit_reg.threat import ThreatModel
@@ -32,7 +32,7 @@ _LEAST_PROBABILITY = 1e-37
 _SCALED_SLACK = 1e-3
 _SURE = 0.99
 NUM_CHECKED = 100
-"""Images that `check_network` looks at."""
+"""Images that `check_network` sends through the network."""
 _NUM_PASSES = 5
 # Share of examples that Square may take from gradient attacks.
 _SQUARE_SHARE = 0.002
@@ -265,8 +265,8 @@ def check_square(before: np.ndarray, stages: Iterable[tuple[str, np.ndarray]]) -
     """Whether the attack without gradients breaks what those before it leave.
 
     Args:
-        before: (N,) bool standing before the first stage.
-        stages: (name, (N,) bool standing after it) of a cascade, in order.
+        before: (N,) bool robust before the first stage.
+        stages: (name, (N,) bool still robust after it) of a cascade, in order.
 
     Returns:
         A finding if the stage "square" breaks more than 0.2 % of the N examples.
@@ -278,7 +278,7 @@ def check_square(before: np.ndarray, stages: Iterable[tuple[str, np.ndarray]]) -
                 Finding(
                     "square_lowers",
                     f"Square breaks {100 * share:.1f} points that the attacks with gradients "
-                    "leave standing: these may be misled; run Square with more queries, or an "
+                    "leave robust: these may be misled; run Square with more queries, or an "
                     "adaptive attack.",
                     share,
                 )
@@ -302,8 +302,8 @@ def check_network(
 
     Args:
         logits_fn: images -> logits.
-        threat: gradients are looked at from the start of Auto-PGD in this threat model.
-        images: (N, H, W, C) float, pixel units; the first `NUM_CHECKED` are looked at.
+        threat: gradients are taken at the start of Auto-PGD in this threat model.
+        images: (N, H, W, C) float, pixel units; the first `NUM_CHECKED` are taken.
         labels: (N,) int.
         followed: the losses that the attacks follow, see `followed_losses`.
         for_randomised: the attacks are made for a network that is randomised.
@@ -357,7 +357,7 @@ def followed_losses(attacks: Iterable[Any]) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _GradientProbe:
-    """A look at the gradient of a loss, from a random point of the ball's surface."""
+    """The gradient of a loss at a random point of the ball's surface."""
 
     threat: ThreatModel
     loss: str

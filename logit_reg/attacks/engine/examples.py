@@ -1,6 +1,52 @@
-"""Images, labels and places in the data set, checked."""
+"""What an attack is given: images, labels, places in the data set, and where chance comes from."""
+
+import dataclasses
 
 import numpy as np
+
+from logit_reg.attacks.engine.forward import LogitsFn, count_classes
+from logit_reg.attacks.engine.random_numbers import random_stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The arguments of `Attack.run`, checked."""
+
+    images: np.ndarray
+    """(N, H, W, C) float32, pixel units."""
+    labels: np.ndarray
+    """(N,) int64."""
+    indices: np.ndarray
+    """(N,) int64 places of the images in their data set."""
+    seed: int
+    """Source of all random numbers."""
+    restart: int = 0
+    """Number of the restart, a further source of random numbers."""
+    gradient_logits_fn: LogitsFn | None = None
+    """What to take directions from; the attacked network if None."""
+
+    @classmethod
+    def checked(cls, images, labels, *, seed: int, indices=None, **options) -> "Examples":
+        """Check the arguments of `Attack.run`.
+
+        Raises:
+            ValueError: as `attack_inputs`.
+        """
+        images, labels, indices = attack_inputs(images, labels, indices)
+        return cls(images, labels, indices, seed, **options)
+
+    def take(self, rows) -> "Examples":
+        """Some of them: rows (M,) int or a slice."""
+        parts = {name: getattr(self, name)[rows] for name in ("images", "labels", "indices")}
+        return dataclasses.replace(self, **parts)
+
+    def stream(self, attack, *names: str) -> int:
+        """A stream of an attack's random numbers, see `random_stream`."""
+        return random_stream(self.seed, type(attack).__name__, *names)
+
+    def functions(self, logits_fn: LogitsFn) -> tuple[LogitsFn, LogitsFn]:
+        """The callable that judges, and the one that gives directions."""
+        return logits_fn, self.gradient_logits_fn or logits_fn
 
 
 def class_numbers(labels) -> np.ndarray:
@@ -81,3 +127,18 @@ def attack_inputs(images, labels, indices):
         labels,
         indices.astype(np.int64, copy=False),
     )
+
+
+def check_examples(logits_fn: LogitsFn, images, labels) -> None:
+    """Refuse labels that are no class of a network.
+
+    Args:
+        logits_fn: images -> logits.
+        images: (N, H, W, C) float, pixel units.
+        labels: (N,) int.
+
+    Raises:
+        ValueError: if there is one, or the network gives no logits.
+    """
+    if len(images):
+        check_classes(labels, count_classes(logits_fn, images))

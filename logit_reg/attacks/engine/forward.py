@@ -9,7 +9,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.examples import check_classes
 from logit_reg.attacks.engine.losses import is_finite, is_fooled
 
 LogitsFn = Callable[[Any], Any]
@@ -184,24 +183,9 @@ def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
 
 
 def count_classes(logits_fn: LogitsFn, images) -> int:
-    """K of a network, from its trace; by a look at an image where that does not say."""
+    """K of a network, from its trace; from one image where that does not say."""
     traced = _compiled_forward(logits_fn, images).get_concrete_function()
     return traced.structured_outputs.shape[1] or clean_logits(logits_fn, images[:1]).shape[1]
-
-
-def check_examples(logits_fn: LogitsFn, images, labels) -> None:
-    """Refuse labels that are no class of a network.
-
-    Args:
-        logits_fn: images -> logits.
-        images: (N, H, W, C) float, pixel units.
-        labels: (N,) int.
-
-    Raises:
-        ValueError: if there is one, or the network gives no logits.
-    """
-    if len(images):
-        check_classes(labels, count_classes(logits_fn, images))
 
 
 def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
@@ -216,7 +200,7 @@ def _compiled_forward(logits_fn, images):
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-    """One look at some images."""
+    """One pass."""
 
     def _logits(self, logits_fn, images):
         return call_logits(logits_fn, images)
