@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from benchmarks.cases import Case
 from benchmarks.networks import export, forward_flops, load_network
-from logit_reg.attacks.engine.attack import call_logits, random_stream, uniform_in_ball
+from logit_reg.attacks.engine.forward import call_logits
+from logit_reg.attacks.engine.random_numbers import random_stream, uniform_in_ball
 from logit_reg.evaluation.run import network_hash
 from logit_reg.files import write_arrays
 from logit_reg.threat import ThreatModel

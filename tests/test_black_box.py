@@ -185,7 +185,8 @@ def test_transfer_passes_through_an_evaluation_with_its_provenance():
     direct = transfer.run(curved, images, labels, seed=0)
     np.testing.assert_array_equal(found.robust, ~direct.fooled)
     settings = attack_settings(transfer)
-    assert set(settings) == {"attack", "source_hash", "every_iterate"}
+    assert set(settings) == {"wrapper", "attack", "source_hash", "every_iterate"}
+    assert (settings["wrapper"], settings["attack"]["attack"]) == ("Transfer", "PGD")
     assert settings["source_hash"] == "abc123"
     assert settings["attack"]["loss"] == "xent"
     assert json.loads(json.dumps(settings)) == settings

@@ -13,7 +13,9 @@ from logit_reg import attacks
 from logit_reg.analysis.curves import CurveSettings, losses_over_restarts
 from logit_reg.attacks import AttackWarning
 from logit_reg.attacks.engine.active_set import clean_margin
-from logit_reg.attacks.engine.attack import Attack, Classifier, is_fooled, margin
+from logit_reg.attacks.engine.attack import Attack
+from logit_reg.attacks.engine.forward import Classifier
+from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.audit import audit
 from logit_reg.evaluation.ledger import build_result, read_ledger
 from logit_reg.evaluation.protocols import (

@@ -18,7 +18,7 @@ from logit_reg.analysis.curves import (
 from logit_reg.attacks import PGD
 from logit_reg.attacks.engine.attack import AttackResult
 from logit_reg.attacks.minimum_norm import MinimumNorm
-from logit_reg.evaluation.run import GateError
+from logit_reg.evaluation.run import ThreatModelError
 from logit_reg.files import read_json, write_json
 from logit_reg.threat import ThreatModel
 
@@ -139,7 +139,7 @@ def test_an_attack_that_leaves_its_ball_is_refused(linear):
     network, images, labels, _ = linear
     attack = Stride(THREAT, tuple(map(tuple, network.weights.tolist())), 0.03)
 
-    with pytest.raises(GateError, match="restarts left its threat model"):
+    with pytest.raises(ThreatModelError, match="restarts left its threat model"):
         losses_over_restarts(network, attack, images, labels, num_restarts=1)
 
 

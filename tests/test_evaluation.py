@@ -1,8 +1,9 @@
-"""Evaluation: worst case per example, the gate, the books, resume."""
+"""Evaluation: worst case per example, threat models, resume."""
 
 import concurrent.futures
 import dataclasses
 import hashlib
+import json
 import math
 import subprocess
 import sys
@@ -13,11 +14,17 @@ import pytest
 import tensorflow as tf
 from linear import SHAPE, Linear
 
-from logit_reg.attacks import PGD, AttackResult, Restarts
-from logit_reg.evaluation.ledger import build_result, read_ledger, write_ledger
+from logit_reg.attacks import PGD, AttackResult, MultiTargeted, Restarts
+from logit_reg.evaluation.ledger import (
+    attack_settings,
+    build_result,
+    is_same_attack,
+    read_ledger,
+    write_ledger,
+)
 from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.evaluation.run import (
-    GateError,
+    ThreatModelError,
     check_threat,
     content_hash,
     estimate_seconds,
@@ -123,7 +130,7 @@ def test_a_claim_that_the_returned_image_does_not_bear_out_is_not_counted():
 )
 def test_the_gate_refuses_what_leaves_the_threat_model(attack, message):
     images, labels = digits()
-    with pytest.raises(GateError, match=message):
+    with pytest.raises(ThreatModelError, match=message):
         evaluate(first_pixel_classifier, {attack.name: attack}, images, labels)
 
 
@@ -133,7 +140,7 @@ def test_the_gate_allows_rounding_and_no_more(norm, epsilon):
     images = np.full((1, 4, 4, 1), 100.0, np.float32)
     step = epsilon if norm == "linf" else epsilon / 4
     check_threat("a", images + np.float32(step * (1 + 5e-7)), images, [0], threat)
-    with pytest.raises(GateError):
+    with pytest.raises(ThreatModelError):
         check_threat("a", images + np.float32(step * (1 + 2e-5)), images, [0], threat)
 
 
@@ -333,8 +340,24 @@ def test_a_ledger_reads_back_as_it_was_written(tmp_path):
         stated = result["protocols"]["flags"]["attacks"][name]
         assert stated["accuracy"] == found.correct[name].mean()
         assert stated["accuracy_last_iterate"] >= stated["accuracy"]
-        settings = stated["settings"]["attack"]
-        assert settings == type(attacks[name]).__name__ or isinstance(settings, dict)
+        settings = stated["settings"]
+        assert settings.get("wrapper", settings["attack"]) == type(attacks[name]).__name__
+
+
+def test_settings_name_a_wrapper_and_what_it_wraps():
+    restarts = Restarts(PGD(THREAT, "cw", 100), 3)
+    settings = attack_settings(Restarts(restarts, 2))
+    assert (settings["wrapper"], settings["num_restarts"]) == ("Restarts", 2)
+    inner = settings["attack"]
+    assert (inner["wrapper"], inner["attack"]["attack"]) == ("Restarts", "PGD")
+    assert inner["attack"]["threat"] == dataclasses.asdict(THREAT)
+    assert not is_same_attack(settings, inner)
+    # As results had it before there were names.
+    older = json.loads(json.dumps(dataclasses.asdict(restarts)))
+    assert is_same_attack(older, inner)
+    assert not is_same_attack(older | {"num_restarts": 4}, inner)
+    other = attack_settings(Restarts(MultiTargeted(THREAT, 100), 3))
+    assert not is_same_attack(other, inner)
 
 
 def test_a_ledger_edited_by_hand_is_noticed(tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logit_reg.attacks import MD, ODI, PGD, MultiTargeted, Restarts, ScaledPGD
-from logit_reg.attacks.engine.attack import attack_loss
+from logit_reg.attacks.engine.losses import attack_loss
 from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 from madry_compat import data
@@ -173,7 +173,7 @@ def test_rescaled_logits_have_a_gradient_where_cross_entropy_has_none():
 def test_a_fixed_factor_is_cross_entropy_of_multiplied_logits():
     logits = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     labels = np.arange(5) % 4
-    loss = ScaledPGD(LINF, 30.0).ascended_loss(0, logits, labels, labels)
+    loss = ScaledPGD(LINF, 30.0).step_loss(0, logits, labels, labels)
     np.testing.assert_array_equal(loss, attack_loss("xent", 30.0 * logits, labels))
 
 
@@ -181,7 +181,7 @@ def _mifpe_gradient(logits, labels):
     logits = tf.constant(logits, tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        loss = ScaledPGD(LINF).ascended_loss(0, logits, labels, labels)
+        loss = ScaledPGD(LINF).step_loss(0, logits, labels, labels)
     return tape.gradient(loss, logits).numpy()
 
 

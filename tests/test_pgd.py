@@ -8,7 +8,8 @@ import tensorflow as tf
 from linear import SHAPE, Linear
 
 from logit_reg.attacks import FGSM, PGD, Restarts
-from logit_reg.attacks.engine.attack import attack_loss, example_noise, is_fooled, margin
+from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
+from logit_reg.attacks.engine.random_numbers import example_noise
 from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 

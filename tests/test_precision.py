@@ -21,7 +21,7 @@ from logit_reg.attacks import (
     Restarts,
     Square,
 )
-from logit_reg.attacks.engine.attack import is_fooled
+from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import (
     NO_BFLOAT16,
     LowPrecision,

@@ -15,7 +15,7 @@ from exact_margins import (
 from golden import trades_network
 
 from logit_reg.attacks import PGD, SPSA, RandomNoise, margin
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.evaluation.protocols import protocol_attacks
 from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel

@@ -9,16 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.array_files import read_record, write_record
-from logit_reg.attacks.engine.active_set import check_examples
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    attack_inputs,
-    attack_loss,
-    batch_spec,
-    call_logits,
-    compiled,
-    is_fooled,
-)
+from logit_reg.attacks.engine.attack import Attack
+from logit_reg.attacks.engine.examples import attack_inputs, check_examples
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.losses import attack_loss, is_fooled
 from logit_reg.attacks.minimum_norm import MinimumNorm
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.run import check_threat, evaluate
@@ -328,7 +322,7 @@ def losses_over_restarts(
 
     Raises:
         ValueError: if num_restarts is below 1.
-        GateError: if the attack leaves its threat model.
+        ThreatModelError: if the attack leaves its threat model.
 
     Source:
         The histograms of Mosbach et al. 2018, arXiv:1810.12042.

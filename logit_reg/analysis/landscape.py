@@ -10,19 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.array_files import read_record, write_record
-from logit_reg.attacks.engine.active_set import check_examples
-from logit_reg.attacks.engine.attack import (
-    LogitsFn,
-    attack_inputs,
-    attack_loss,
-    batch_spec,
-    call_logits,
-    compiled,
-    example_noise,
-    margin,
-    random_stream,
-)
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.examples import attack_inputs, check_examples
+from logit_reg.attacks.engine.forward import LogitsFn, batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.gradients import logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss, margin
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.attacks.pgd import PGD
 from logit_reg.progress import Progress
 from logit_reg.threat import ThreatModel

@@ -7,8 +7,8 @@ from logit_reg.attacks.autoattack import AutoAttack as AutoAttack
 from logit_reg.attacks.engine.attack import Attack as Attack
 from logit_reg.attacks.engine.attack import AttackResult as AttackResult
 from logit_reg.attacks.engine.attack import ImageAttack as ImageAttack
-from logit_reg.attacks.engine.attack import margin as margin
 from logit_reg.attacks.engine.checks import AttackWarning as AttackWarning
+from logit_reg.attacks.engine.losses import margin as margin
 from logit_reg.attacks.fab import FAB as FAB
 from logit_reg.attacks.fab import FABTargeted as FABTargeted
 from logit_reg.attacks.fgsm import FGSM as FGSM

@@ -5,17 +5,11 @@ import math
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.autoattack import AutoAttack
-from logit_reg.attacks.engine.active_set import Standing, check_examples
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    random_stream,
-)
-from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
+from logit_reg.attacks.engine.attack import Attack, ImageAttack
+from logit_reg.attacks.engine.cascade import CascadeAttack
 from logit_reg.attacks.engine.checks import Finding
-from logit_reg.attacks.engine.gradient_loop import Ascent
+from logit_reg.attacks.engine.examples import check_examples
+from logit_reg.attacks.engine.gradient_loop import GradientLoop
 from logit_reg.attacks.fab import FABTargeted
 from logit_reg.attacks.logit_scaling import ScaledPGD
 from logit_reg.attacks.md import MD
@@ -26,7 +20,7 @@ from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
 from logit_reg.threat import ThreatModel
 
-# Step sizes, in epsilon. The jagged surfaces of squeezed models are climbed with .4 to .65, far
+# Step sizes, in epsilon. The jagged surfaces of squeezed models want steps of 0.4 to 0.65, far
 # from the quarter that the paper takes.
 _STEP_SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2, 0.65, 1.0, 2.0)
 _LOGIT_SCALES = (1e-2, 1e-1, 1e1, 1e2, 1e3, 1e4)
@@ -58,30 +52,10 @@ class NoisyStart(ImageAttack):
         if not (math.isfinite(self.stddev) and self.stddev > 0):
             raise ValueError(f"stddev must be above 0, in pixel units; got {self.stddev}.")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        check_examples(logits_fn, images, labels)
-        ascent = Ascent(self._as_pgd(), self.num_steps, start_stddev=self.stddev)
-        return ascent.run(
-            (logits_fn, gradient_logits_fn or logits_fn),
-            images,
-            labels,
-            labels,
-            indices,
-            stream=random_stream(seed, type(self).__name__),
-            restart=restart,
-        )
+    def _run(self, logits_fn, examples):
+        check_examples(logits_fn, examples.images, examples.labels)
+        loop = GradientLoop(self._as_pgd(), self.num_steps, start_stddev=self.stddev)
+        return loop.run(logits_fn, examples, examples.labels, stream=examples.stream(self))
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
@@ -92,10 +66,11 @@ class NoisyStart(ImageAttack):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptive(ImageAttack):
+class Adaptive(CascadeAttack):
     """The union of what broke models with squeezed logits or smoothed labels.
 
-    Each stage attacks what the ones before leave standing, the strongest for their cost first:
+    Each stage attacks what is still robust after the ones before, the strongest for their cost
+    first:
     Auto-PGD on three losses; PGD on the margin at every step size from epsilon / 25 to 2 epsilon,
     from the image itself and from noise as in training; cross-entropy of rescaled logits; margin
     decomposition; all target classes; diversified starts; many restarts; FAB-T; Square with more
@@ -126,45 +101,10 @@ class Adaptive(ImageAttack):
     def __post_init__(self):
         self._all_attacks()
 
-    def attacks(self, num_classes: int) -> dict[str, Attack]:
-        """The stages by name, in order; what is not defined for so few classes is left out."""
-        return stages_for(self._all_attacks(), num_classes)
-
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`.
-
-        Returns:
-            An `AttackResult` with `stages`.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        stages = run_stages(
-            self.attacks(standing.clean_logits.shape[1]),
-            standing,
-            logits_fn,
-            images,
-            labels,
-            seed=seed,
-            indices=indices,
-            restart=restart,
-            gradient_logits_fn=gradient_logits_fn,
-        )
-        return standing.result(stages)
-
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
         ten_classes = dataclasses.replace(self, num_targets=min(self.num_targets, 9))
-        return cost_of_stages(ten_classes._all_attacks())
+        return CascadeAttack.cost(ten_classes)
 
     def check_num_classes(self, num_classes: int) -> list[Finding]:
         """What so few classes leave out: AutoAttack's; that targets are cut is the rule here."""

@@ -7,21 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    attack_loss,
-    batch_spec,
-    compiled,
-    is_fooled,
-    margin,
-    random_direction,
-    random_stream,
-)
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
-from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_looks
+from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.forward import batch_spec, compiled
+from logit_reg.attacks.engine.gradients import logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
+from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
+from logit_reg.attacks.engine.random_numbers import random_direction
 from logit_reg.threat import ThreatModel
 
 LOSSES = ("xent", "dlr")
@@ -34,8 +25,32 @@ _INCREASING_SHARE = 0.75
 _TINY = 1e-12
 
 
+class _AutoPGD(ActiveSetAttack):
+    """Runs of Algorithm 1 on the active set, one after the other."""
+
+    num_steps: int
+    num_samples: int
+    num_targets = 1
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        passes = (self.num_steps + 1) * self.num_samples * self.num_targets
+        return passes + 1, passes
+
+    def _ascent(self) -> "_Ascent":
+        raise NotImplementedError
+
+    def _starts(self, active) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+        """For each run the names of its random stream, and the targets."""
+        raise NotImplementedError
+
+    def _attack(self, active):
+        for names, targets in self._starts(active):
+            self._ascent().run(active, targets, stream=active.examples.stream(self, *names))
+
+
 @dataclasses.dataclass(frozen=True)
-class APGD(ImageAttack):
+class APGD(_AutoPGD):
     """Auto-PGD on the cross-entropy or on the difference of logits ratio (DLR).
 
     An image is left once it is fooled, at any iterate.
@@ -61,46 +76,17 @@ class APGD(ImageAttack):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}.")
         _check_counts(self, "num_steps", "num_samples")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`.
-
-        Raises:
-            ValueError: if the loss is not defined for so few classes.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        if self.loss == "dlr":
-            _check_num_classes("DLR", 3, standing)
-        self._ascent().run(
-            standing,
-            (logits_fn, gradient_logits_fn or logits_fn),
-            (images, labels, labels, indices),
-            stream=random_stream(seed, type(self).__name__, self.loss),
-            restart=restart,
-        )
-        return standing.result()
-
-    def cost(self):
-        """Return the most forwards and backwards that one image can take."""
-        forwards, backwards = self._ascent().cost()
-        return forwards + 1, backwards
-
     def _ascent(self):
         return _Ascent(self.threat, self.loss, self.num_steps, self.num_samples)
 
+    def _starts(self, active):
+        if self.loss == "dlr":
+            _check_num_classes("DLR", 3, active)
+        yield (self.loss,), active.examples.labels
+
 
 @dataclasses.dataclass(frozen=True)
-class APGDTargeted(ImageAttack):
+class APGDTargeted(_AutoPGD):
     """Auto-PGD on the targeted DLR, one target class after the other.
 
     Targets are the wrong classes with the largest clean logits. Needs at least 4 classes.
@@ -122,47 +108,17 @@ class APGDTargeted(ImageAttack):
     def __post_init__(self):
         _check_counts(self, "num_targets", "num_steps", "num_samples")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`.
-
-        Raises:
-            ValueError: if there are fewer than 4 classes.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        _check_num_classes("targeted DLR", 4, standing)
-        targets = ranked_targets(standing.clean_logits, labels, self.num_targets)
-        for rank in range(targets.shape[1]):
-            self._ascent().run(
-                standing,
-                (logits_fn, gradient_logits_fn or logits_fn),
-                (images, labels, targets[:, rank], indices),
-                stream=random_stream(seed, type(self).__name__, f"target {rank}"),
-                restart=restart,
-            )
-        return standing.result()
-
-    def cost(self):
-        """Return the most forwards and backwards that one image can take."""
-        forwards, backwards = self._ascent().cost()
-        return forwards * self.num_targets + 1, backwards * self.num_targets
-
     def _ascent(self):
         return _Ascent(self.threat, "dlr-targeted", self.num_steps, self.num_samples)
 
+    def _starts(self, active):
+        _check_num_classes("targeted DLR", 4, active)
+        for name, targets in active.targets(self.num_targets):
+            yield (name,), targets
+
 
 def periods(num_steps: int) -> Iterator[int]:
-    """Numbers of steps between two looks at the step size.
+    """Numbers of steps after which the step size is adapted.
 
     Args:
         num_steps: N of the paper, at least 1.
@@ -203,7 +159,7 @@ class _State(NamedTuple):
     last_loss: Any
     """(N,) float64, of `current`."""
     halved: Any
-    """(N,) bool: whether the step size was halved at the last look."""
+    """(N,) bool: whether the step size was halved the last time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,25 +171,23 @@ class _Ascent:
     num_steps: int
     num_samples: int
 
-    def cost(self):
-        looks = (self.num_steps + 1) * self.num_samples
-        return looks, looks
-
-    def run(self, standing, functions, examples, *, stream, restart):
-        """Attack whoever stands; `examples` are images, labels, targets and indices of all."""
-        rows = standing.rows
+    def run(self, active, targets, *, stream):
+        """Attack who is still robust; `targets` are those of all."""
+        rows, given, functions = active.rows, active.examples, active.functions
         if not len(rows):
             return
-        examples = take(examples, rows)
+        examples = take((given.images, given.labels, targets, given.indices), rows)
         # Another network's logits may judge the iterates: one more forward each.
-        looks = self.num_samples + num_looks(*functions) - 1
-        state, fooled, num_again = self.begin(functions, examples, stream=stream, restart=restart)
-        standing.count(len(rows), forwards=looks, backwards=self.num_samples)
-        standing.count(num_again, forwards=1)
+        passes = self.num_samples + num_forwards(*functions) - 1
+        state, fooled, num_again = self.begin(
+            functions, examples, stream=stream, restart=given.restart
+        )
+        active.count(len(rows), forwards=passes, backwards=self.num_samples)
+        active.count(num_again, forwards=1)
         candidates = state.current
         is_first = True
         for steps in (*periods(self.num_steps), 0):
-            keep = standing.record(rows, candidates, fooled)
+            keep = active.record(rows, candidates, fooled)
             rows, examples, state = rows[keep], take(examples, keep), _State(*take(state, keep))
             if not len(rows) or not steps:
                 return
@@ -241,12 +195,12 @@ class _Ascent:
                 *examples[:3], state, steps, is_first
             )
             candidates, fooled, num_again = (tensor.numpy() for tensor in found)
-            standing.count(len(rows), forwards=steps * looks, backwards=steps * self.num_samples)
-            standing.count(int(num_again), forwards=1)
+            active.count(len(rows), forwards=steps * passes, backwards=steps * self.num_samples)
+            active.count(int(num_again), forwards=1)
             is_first = False
 
     def begin(self, functions, examples, *, stream, restart):
-        """The state at the random start, who is fooled there, and the number of second looks."""
+        """The state at the random start, who is fooled there, and the number of rechecks."""
         image = batch_spec(examples[0].shape[1:])
         numbers, scalar = batch_spec((), tf.int64), tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, numbers, scalar, scalar)
@@ -268,7 +222,7 @@ class _Ascent:
         direction = random_direction(self.threat, images, **draw)
         start = self.threat.project(images + self.threat.epsilon * direction, images)
         nobody = tf.zeros_like(labels, tf.bool)
-        logits, loss, gradient, num_again = self._look(
+        logits, loss, gradient, num_again = self._judge(
             logits_fn, gradient_logits_fn, start, labels, targets, nobody
         )
         step_size = tf.fill((tf.shape(images)[0],), 2.0 * self.threat.epsilon)
@@ -281,7 +235,7 @@ class _Ascent:
     def _advance(
         self, logits_fn, gradient_logits_fn, images, labels, targets, state, num_steps, is_first
     ):
-        """Take the steps of a period, then look at the step size."""
+        """Take the steps of a period, then adapt the step size."""
         length = _per_image(state.step_size)
 
         def body(step, state, increases, candidates, fooled, num_again):
@@ -293,7 +247,7 @@ class _Ascent:
             moved += (1 - share) * (state.current - state.previous)
             current = self.threat.project(moved, images)
 
-            logits, loss, gradient, again = self._look(
+            logits, loss, gradient, again = self._judge(
                 logits_fn, gradient_logits_fn, current, labels, targets, fooled
             )
             candidates = tf.where(_per_image(fooled), candidates, current)
@@ -326,8 +280,8 @@ class _Ascent:
         )
         return new, candidates, fooled, num_again
 
-    def _look(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
-        """Logits that judge, loss for the books, the gradient to go by (unscaled), second looks."""
+    def _judge(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
+        """Logits that judge, the loss to rank by, the unscaled gradient, the number of rechecks."""
         logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
         if self.num_samples > 1:
 
@@ -393,9 +347,9 @@ def _check_counts(attack, *names):
             raise ValueError(f"{name} must be at least 1; got {getattr(attack, name)}.")
 
 
-def _check_num_classes(loss, least, standing):
-    num_classes = standing.clean_logits.shape[1]
-    if num_classes < least:
+def _check_num_classes(loss, least, active):
+    if active.num_classes < least:
         raise ValueError(
-            f"{loss} needs at least {least} classes; got {num_classes}: use APGD with loss 'xent'."
+            f"{loss} needs at least {least} classes; got {active.num_classes}: use APGD with loss "
+            "'xent'."
         )

@@ -1,22 +1,21 @@
-"""AutoAttack: a fixed cascade of attacks, each on what the ones before leave standing."""
+"""AutoAttack: a fixed cascade of attacks, each on what is still robust after the ones before."""
 
 import dataclasses
 
 import numpy as np
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
-from logit_reg.attacks.engine.active_set import Standing, count_classes
-from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, attack_inputs
-from logit_reg.attacks.engine.cascade import cost_of_stages, run_stages, stages_for
+from logit_reg.attacks.engine.attack import Attack
+from logit_reg.attacks.engine.cascade import CascadeAttack
 from logit_reg.attacks.engine.checks import (
     Finding,
     check_finite,
     check_network,
-    check_square,
     cost_of_checks,
     followed_losses,
     warn,
 )
+from logit_reg.attacks.engine.forward import count_classes
 from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
@@ -29,7 +28,7 @@ _NUM_SAMPLES = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoAttack(ImageAttack):
+class AutoAttack(CascadeAttack):
     """The cascade whose worst case the field quotes.
 
     "standard": APGD-CE, APGD-T, FAB-T, Square. "plus": APGD-CE and APGD-DLR with 5 restarts,
@@ -59,56 +58,23 @@ class AutoAttack(ImageAttack):
             raise ValueError(f"version must be one of {', '.join(VERSIONS)}; got {self.version!r}.")
         self.attacks(num_classes=10)
 
-    def attacks(self, num_classes: int) -> dict[str, Attack]:
-        """The attacks of the cascade by name, in order.
-
-        Args:
-            num_classes: K, at least 2; what is not defined for so few classes is left out.
-        """
-        return stages_for(self._all_attacks(), num_classes)
-
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`.
-
-        Returns:
-            An `AttackResult` with `stages`.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        warn(self.checks(logits_fn, images, labels, seed=seed, indices=indices))
-        forwards, backwards = cost_of_checks(len(images), for_randomised=self.for_randomised)
-        standing.count(1, forwards=forwards, backwards=backwards)
-        warn(check_finite(~np.isfinite(standing.clean_logits).all(axis=1)))
-        before = ~standing.fooled
-        stages = run_stages(
-            self.attacks(standing.clean_logits.shape[1]),
-            standing,
-            logits_fn,
-            images,
-            labels,
-            seed=seed,
-            indices=indices,
-            restart=restart,
-            gradient_logits_fn=gradient_logits_fn,
-        )
-        warn(check_square(before, stages))
-        return standing.result(stages)
+    def _attack(self, active):
+        examples = active.examples
+        inputs = (active.logits_fn, examples.images, examples.labels)
+        warn(self.checks(*inputs, seed=examples.seed, indices=examples.indices))
+        forwards, backwards = self._cost_of_checks(len(examples.images))
+        active.count(1, forwards=forwards, backwards=backwards)
+        warn(check_finite(~np.isfinite(active.clean_logits).all(axis=1)))
+        super()._attack(active)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
-        return cost_of_stages(
-            self._all_attacks(), cost_of_checks(1, for_randomised=self.for_randomised)
-        )
+        forwards, backwards = super().cost()
+        more_forwards, more_backwards = self._cost_of_checks(1)
+        return forwards + more_forwards, backwards + more_backwards
+
+    def _cost_of_checks(self, num_images):
+        return cost_of_checks(num_images, for_randomised=self.for_randomised)
 
     def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
         """What can be seen before the attacks that makes their figure doubtful.

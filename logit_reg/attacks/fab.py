@@ -1,27 +1,20 @@
 """The fast adaptive boundary attack: small perturbations by projecting on linearised boundaries."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    is_fooled,
-    random_direction,
-    random_stream,
-)
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient, usable_gradient
+from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.gradients import logits_and_gradient, usable_gradient
+from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
+from logit_reg.attacks.engine.random_numbers import random_direction
 from logit_reg.threat import ThreatModel
 
-# How many steps pass between two looks at which images still stand.
+# How many steps pass before images that are fooled are taken out.
 _STEPS_PER_CHUNK = 20
 # Share of the pixel range below which a projection counts as this long.
 _SHORTEST = 1e-8
@@ -29,8 +22,43 @@ _SHORTEST = 1e-8
 _MAX_ROUNDS = 60
 
 
+class _FastBoundary(ActiveSetAttack):
+    """Searches on the active set, one after the other; a `LowPrecision` has no use here."""
+
+    threat: ThreatModel
+    num_steps: int
+    alpha_max: float
+    eta: float
+    beta: float
+    early_stop: bool
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1; got {self.num_steps}.")
+        if not 0 <= self.alpha_max <= 1:
+            raise ValueError(f"alpha_max must be in [0, 1]; got {self.alpha_max}.")
+        if not self.eta >= 1:
+            raise ValueError(f"eta must be at least 1; got {self.eta}.")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must be between 0 and 1; got {self.beta}.")
+
+    def _starts(self, active) -> Iterator[tuple[tuple[str, ...], np.ndarray, int | None]]:
+        """For each search the names of its random stream, targets, and K to look at all classes."""
+        raise NotImplementedError
+
+    def _attack(self, active):
+        closest = _Closest(active)
+        for names, targets, num_classes in self._starts(active):
+            search = _BoundarySearch(
+                self.threat, self.num_steps, self.alpha_max, self.eta, self.beta, num_classes
+            )
+            stream = active.examples.stream(self, *names)
+            search.run(closest, targets, stream=stream, early_stop=self.early_stop)
+        closest.record(self.threat.epsilon)
+
+
 @dataclasses.dataclass(frozen=True)
-class FAB(ImageAttack):
+class FAB(_FastBoundary):
     """Fast adaptive boundary attack towards the nearest linearised boundary of all classes.
 
     The returned image is the closest that fools, if it lies within epsilon; else the image
@@ -60,37 +88,8 @@ class FAB(ImageAttack):
     """Leave an image once it is fooled within epsilon, instead of looking for a closer one.
     `fooled` stays the same."""
 
-    def __post_init__(self):
-        _check_settings(self)
-
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. A `LowPrecision` has no use here."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        num_classes = standing.clean_logits.shape[1]
-        search = _BoundarySearch(
-            self.threat, self.num_steps, self.alpha_max, self.eta, self.beta, num_classes
-        )
-        closest = _Closest(standing, images)
-        search.run(
-            closest,
-            (logits_fn, exact_gradient_fn(logits_fn, gradient_logits_fn)),
-            (images, labels, labels, indices),
-            stream=random_stream(seed, type(self).__name__),
-            restart=restart,
-            early_stop=self.early_stop,
-        )
-        return closest.result(self.threat.epsilon)
+    def _starts(self, active):
+        yield (), active.examples.labels, active.num_classes
 
     def cost(self, num_classes: int = 10):
         """Return the most forwards and backwards that one image can take.
@@ -102,7 +101,7 @@ class FAB(ImageAttack):
 
 
 @dataclasses.dataclass(frozen=True)
-class FABTargeted(ImageAttack):
+class FABTargeted(_FastBoundary):
     """Fast adaptive boundary attack towards one target class after the other.
 
     Targets are the wrong classes with the largest clean logits. The returned image is the closest
@@ -132,37 +131,11 @@ class FABTargeted(ImageAttack):
     def __post_init__(self):
         if self.num_targets < 1:
             raise ValueError(f"num_targets must be at least 1; got {self.num_targets}.")
-        _check_settings(self)
+        super().__post_init__()
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. A `LowPrecision` has no use here."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        search = _BoundarySearch(
-            self.threat, self.num_steps, self.alpha_max, self.eta, self.beta, None
-        )
-        closest = _Closest(standing, images)
-        targets = ranked_targets(standing.clean_logits, labels, self.num_targets)
-        for rank in range(targets.shape[1]):
-            search.run(
-                closest,
-                (logits_fn, exact_gradient_fn(logits_fn, gradient_logits_fn)),
-                (images, labels, targets[:, rank], indices),
-                stream=random_stream(seed, type(self).__name__, f"target {rank}"),
-                restart=restart,
-                early_stop=self.early_stop,
-            )
-        return closest.result(self.threat.epsilon)
+    def _starts(self, active):
+        for name, targets in active.targets(self.num_targets):
+            yield (name,), targets, None
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
@@ -221,19 +194,19 @@ def project_on_hyperplane(points, normal, value, threat: ThreatModel):
 class _Closest:
     """The closest image that fools, for each image of a run."""
 
-    def __init__(self, standing, images):
-        self.standing = standing
-        self.images = images.copy()
-        self.distance = np.full(len(images), np.inf, np.float32)
+    def __init__(self, active):
+        self.active = active
+        self.images = active.examples.images.copy()
+        self.distance = np.full(len(self.images), np.inf, np.float32)
 
-    def result(self, epsilon):
-        rows = self.standing.rows
+    def record(self, epsilon):
+        """Return the images that are close enough, the attacked ones elsewhere."""
+        rows = self.active.rows
         fooled = self.distance[rows] <= epsilon
         found = np.where(
-            fooled[:, None, None, None], self.images[rows], self.standing.adversarial[rows]
+            fooled[:, None, None, None], self.images[rows], self.active.adversarial[rows]
         )
-        self.standing.record(rows, found, fooled)
-        return self.standing.result()
+        self.active.record(rows, found, fooled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,22 +220,26 @@ class _BoundarySearch:
     beta: float
     num_classes: int | None
 
-    def run(self, closest, functions, examples, *, stream, restart, early_stop):
-        """Attack whoever stands; `examples` are images, labels, targets and indices of all."""
-        epsilon = self.threat.epsilon
-        rows = closest.standing.rows
+    def run(self, closest, targets, *, stream, early_stop):
+        """Attack who is still robust; `targets` are those of all."""
+        active, epsilon = closest.active, self.threat.epsilon
+        rows, given = active.rows, active.examples
         if early_stop:
             rows = rows[closest.distance[rows] > epsilon]
         if not len(rows):
             return
-        image, numbers = batch_spec(examples[0].shape[1:]), batch_spec((), tf.int64)
+        functions = (active.logits_fn, exact_gradient_fn(*active.functions))
+        image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         start = compiled(self, "_start", (), (image, numbers, scalar, scalar))
         signature = (image, numbers, numbers, image, image, batch_spec(()), scalar)
         advance = compiled(self, "_advance", functions, signature)
-        images, labels, targets, indices = take(examples, rows)
-        current = images if restart == 0 else start(images, indices, stream, restart).numpy()
-        looks = 2 + (functions[0] is not functions[1])
+        parts = (given.images, given.labels, targets, given.indices)
+        images, labels, targets, indices = take(parts, rows)
+        current = images
+        if given.restart:
+            current = start(images, indices, stream, given.restart).numpy()
+        passes = 2 + (functions[0] is not functions[1])
         num_gradients = 1 if self.num_classes is None else self.num_classes - 1
         chunk = _STEPS_PER_CHUNK if early_stop else self.num_steps
         for begin in range(0, self.num_steps, chunk):
@@ -279,9 +256,7 @@ class _BoundarySearch:
             current, closest.images[rows], closest.distance[rows] = (
                 tensor.numpy() for tensor in found
             )
-            closest.standing.count(
-                len(rows), forwards=steps * looks, backwards=steps * num_gradients
-            )
+            active.count(len(rows), forwards=steps * passes, backwards=steps * num_gradients)
             if early_stop:
                 keep = closest.distance[rows] > epsilon
                 state = take((rows, images, labels, targets, current), keep)
@@ -408,14 +383,3 @@ class _BoundarySearch:
 def _finite(values):
     """0 where a number is not finite: the image is misclassified there, and goes nowhere."""
     return tf.where(tf.math.is_finite(values), values, 0.0)
-
-
-def _check_settings(attack):
-    if attack.num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1; got {attack.num_steps}.")
-    if not 0 <= attack.alpha_max <= 1:
-        raise ValueError(f"alpha_max must be in [0, 1]; got {attack.alpha_max}.")
-    if not attack.eta >= 1:
-        raise ValueError(f"eta must be at least 1; got {attack.eta}.")
-    if not 0 < attack.beta < 1:
-        raise ValueError(f"beta must be between 0 and 1; got {attack.beta}.")

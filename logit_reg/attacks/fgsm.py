@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.attack import ImageAttack
 from logit_reg.attacks.pgd import PGD
 from logit_reg.threat import ThreatModel
 
@@ -22,9 +22,8 @@ class FGSM(ImageAttack):
     confidence: float = 0.0
     """Kappa of "cw"."""
 
-    def run(self, logits_fn, images, labels, **options) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
-        return self._as_pgd().run(logits_fn, images, labels, **options)
+    def _run(self, logits_fn, examples):
+        return self._as_pgd()._run(logits_fn, examples)
 
     def cost(self):
         """Return the forwards and backwards that one image takes."""

@@ -6,18 +6,10 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    example_noise,
-    is_fooled,
-    random_stream,
-)
+from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.losses import is_fooled
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.threat import ThreatModel
 
 # How often the way back to the boundary is halved, and a jump that does not fool.
@@ -28,14 +20,14 @@ _SAMPLE_SHARE = 0.01
 # Directions are drawn for this many samples at once, whatever is sent forward at once, so that
 # `images_per_forward` does not change them.
 _SAMPLES_PER_DRAW = 32
-# Most starts between two looks at who still needs one.
+# Most starts before images that have one are taken out.
 _STARTS_PER_CHUNK = 10
 # Sides of the squares that a start is made of, in pixels, in turn.
 _NUM_SIDES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class HopSkipJump(ImageAttack):
+class HopSkipJump(ActiveSetAttack):
     """From a misclassified image along the boundary, towards the attacked one.
 
     Each step takes the normal of the boundary from the decisions at random points around it,
@@ -47,7 +39,7 @@ class HopSkipJump(ImageAttack):
     Source:
         Chen, Jordan and Wainwright 2020, arXiv:1904.02144, and its public code: the lengths of
         jumps, the numbers of samples, uniform samples in linf and Gaussian ones in l2.
-        Deviations: the way back to the boundary first looks at epsilon, and a fixed number of
+        Deviations: the way back to the boundary first tries epsilon, and a fixed number of
         times in all; a jump is halved at most 10 times; samples are as far from the boundary as
         1 % of its l2 distance to the image in either norm, where float32 leaves no decision at
         the published 1 / d; starts are noise of coarser squares, too, because networks send all
@@ -61,7 +53,8 @@ class HopSkipJump(ImageAttack):
     num_samples: int = 100
     """Points around the boundary for the first jump; the t-th takes sqrt(t) times as many."""
     num_starts: int = 100
-    """Most images of noise to try for one that is misclassified; without one an image stands."""
+    """Most images of noise to try for one that is misclassified; without one an image is not
+    attacked."""
     images_per_forward: int = 1024
     """Most images sent through the network at once, which bounds the memory; one of each example
     is the least. Changes the result by rounding only."""
@@ -72,43 +65,29 @@ class HopSkipJump(ImageAttack):
             if value < 1:
                 raise ValueError(f"{field.name} must be at least 1; got {value}.")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+    def _attack(self, active):
+        logits_fn, examples = active.logits_fn, active.examples
+        image, numbers = batch_spec(examples.images.shape[1:]), batch_spec((), tf.int64)
         approach = compiled(self, "_approach", (logits_fn,), (image, numbers, image))
         jump = compiled(self, "_jump", (logits_fn,), (numbers, image, image, batch_spec(())))
 
-        draw = {"seed": seed, "restart": restart}
-        rows, outer = self._starts(standing, logits_fn, (images, labels, indices), **draw)
-        images, labels, indices = take((images, labels, indices), rows)
+        rows, outer = self._starts(active)
+        parts = (examples.images, examples.labels, examples.indices)
+        images, labels, indices = take(parts, rows)
         for step in range(self.num_steps + 1):
             if not len(rows):
                 break
             inside, fooled, boundary, reach = approach(images, labels, outer)
-            standing.count(len(rows), forwards=1 + _BISECTIONS)
-            keep = standing.record(rows, inside.numpy(), fooled.numpy())
+            active.count(len(rows), forwards=1 + _BISECTIONS)
+            keep = active.record(rows, inside.numpy(), fooled.numpy())
             state = (rows, images, labels, indices, boundary, reach)
             rows, images, labels, indices, boundary, reach = take(state, keep)
             if not len(rows) or step == self.num_steps:
                 break
-            normal = self.estimate_normal(
-                logits_fn, images, labels, boundary, indices=indices, step=step, **draw
-            )
+            draw = {"seed": examples.seed, "indices": indices, "restart": examples.restart}
+            normal = self.estimate_normal(logits_fn, images, labels, boundary, step=step, **draw)
             outer = jump(labels, boundary, normal, reach / math.sqrt(step + 1))
-            standing.count(len(rows), forwards=self._samples_of(step) + _HALVINGS)
-        return standing.result()
+            active.count(len(rows), forwards=self._samples_of(step) + _HALVINGS)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
@@ -157,23 +136,25 @@ class HopSkipJump(ImageAttack):
     def _samples_of(self, step):
         return int(self.num_samples * math.sqrt(step + 1))
 
-    def _starts(self, standing, logits_fn, examples, *, seed, restart):
+    def _starts(self, active):
         """Rows that have a start, and their misclassified images of noise."""
-        images = examples[0]
+        examples = active.examples
+        images = examples.images
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, scalar, scalar, scalar, scalar)
-        draw_starts = compiled(self, "_draw_starts", (logits_fn,), signature)
-        starts, needing = images.copy(), standing.rows
+        draw_starts = compiled(self, "_draw_starts", (active.logits_fn,), signature)
+        starts, needing = images.copy(), active.rows
         has_start = np.zeros(len(images), bool)
         for first in range(0, self.num_starts, _STARTS_PER_CHUNK):
             if not len(needing):
                 break
             count = min(_STARTS_PER_CHUNK, self.num_starts - first)
-            stream = random_stream(seed, type(self).__name__, f"starts {first}")
-            drawn = draw_starts(*take(examples, needing), stream, restart, first, count)
+            stream = examples.stream(self, f"starts {first}")
+            attacked = take((images, examples.labels, examples.indices), needing)
+            drawn = draw_starts(*attacked, stream, examples.restart, first, count)
             starts[needing], has_start[needing] = (tensor.numpy() for tensor in drawn)
-            standing.count(len(needing), forwards=count)
+            active.count(len(needing), forwards=count)
             needing = needing[~has_start[needing]]
         rows = np.flatnonzero(has_start)
         return rows, starts[rows]

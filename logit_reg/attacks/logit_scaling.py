@@ -5,15 +5,8 @@ import math
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    attack_loss,
-    random_stream,
-)
-from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
+from logit_reg.attacks.engine.gradient_loop import ActiveGradientAttack, check_steps
+from logit_reg.attacks.engine.losses import attack_loss
 from logit_reg.threat import ThreatModel
 
 # Of the spread of an image's logits: smallest difference of the top two to divide by.
@@ -21,7 +14,7 @@ _SMALLEST_GAP = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledPGD(ImageAttack):
+class ScaledPGD(ActiveGradientAttack):
     """PGD on cross-entropy where the logits are first multiplied by a factor.
 
     Cross-entropy has no gradient left in float32 where logits are large and says little where
@@ -51,44 +44,15 @@ class ScaledPGD(ImageAttack):
             raise ValueError(f"logit_scale must be above 0, or None; got {scale}.")
         check_steps(self.num_steps, self.step_size)
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        Ascent(self, self.num_steps).run_on_standing(
-            standing,
-            (logits_fn, gradient_logits_fn or logits_fn),
-            (images, labels, labels, indices),
-            stream=random_stream(seed, type(self).__name__),
-            restart=restart,
-        )
-        return standing.result()
+    def _starts(self, active):
+        yield (), active.examples.labels
 
-    def cost(self):
-        """Return the most forwards and backwards that one image can take."""
-        return self.num_steps + 2, self.num_steps
-
-    def ascended_loss(self, step, logits, labels, guides):
-        """See `Climber.ascended_loss`; one loss at every step, without guides."""
-        del step, guides
+    def step_loss(self, step, logits, labels, loss_inputs):
+        """See `GradientAttack.step_loss`; the same at every step, without further inputs."""
+        del step, loss_inputs
         if self.logit_scale is None:
             return _gap_scaled_cross_entropy(logits, labels)
         return attack_loss("xent", self.logit_scale * logits, labels)
-
-    def step_length(self, step):
-        """See `Climber.step_length`; the same at every step."""
-        del step
-        return self.step_size or self.threat.epsilon / 4
 
 
 def _gap_scaled_cross_entropy(logits, labels):

@@ -5,22 +5,15 @@ import math
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    margin_terms,
-    random_stream,
-)
-from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps
+from logit_reg.attacks.engine.gradient_loop import ActiveGradientAttack, check_steps
+from logit_reg.attacks.engine.losses import margin_terms
 from logit_reg.threat import ThreatModel
 
 TERMS = ("label", "other")
 
 
 @dataclasses.dataclass(frozen=True)
-class MD(ImageAttack):
+class MD(ActiveGradientAttack):
     """PGD on one term of the margin for the first half of the steps, then on the margin.
 
     Where the gradient of one term drowns the other's, the margin alone leads astray. Run both
@@ -49,42 +42,18 @@ class MD(ImageAttack):
             raise ValueError(f"first must be one of {', '.join(TERMS)}; got {self.first!r}.")
         check_steps(self.num_steps, self.step_size, least=2)
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        Ascent(self, self.num_steps).run_on_standing(
-            standing,
-            (logits_fn, gradient_logits_fn or logits_fn),
-            (images, labels, labels, indices),
-            stream=random_stream(seed, type(self).__name__, self.first),
-            restart=restart,
-        )
-        return standing.result()
+    def _starts(self, active):
+        yield (self.first,), active.examples.labels
 
-    def cost(self):
-        """Return the most forwards and backwards that one image can take."""
-        return self.num_steps + 2, self.num_steps
-
-    def ascended_loss(self, step, logits, labels, guides):
-        """See `Climber.ascended_loss`; without guides."""
-        del guides
+    def step_loss(self, step, logits, labels, loss_inputs):
+        """See `GradientAttack.step_loss`; without further inputs."""
+        del loss_inputs
         true_logit, other = margin_terms(logits, labels)
         term = -true_logit if self.first == "label" else other
         return tf.where(step < self._num_first, term, other - true_logit)
 
     def step_length(self, step):
-        """See `Climber.step_length`."""
+        """See `GradientAttack.step_length`."""
         num_first, num_second = self._num_first, self.num_steps - self._num_first
         step = tf.cast(step, tf.float32)
         progress = tf.where(step < num_first, step / num_first, (step - num_first) / num_second)

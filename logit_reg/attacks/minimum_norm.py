@@ -6,20 +6,14 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, ranked_targets, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    is_fooled,
-    random_stream,
-    uniform_in_ball,
-)
-from logit_reg.attacks.engine.gradient_loop import climb, logits_and_gradient
-from logit_reg.attacks.engine.low_precision import judged_logits, num_looks
+from logit_reg.attacks.engine.active_set import ActiveExamples, take
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.examples import Examples
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
+from logit_reg.attacks.engine.losses import is_fooled
+from logit_reg.attacks.engine.low_precision import judged_logits, num_forwards
+from logit_reg.attacks.engine.random_numbers import uniform_in_ball
 from logit_reg.threat import ThreatModel
 
 # How far the steps in a ball go in all, in radii.
@@ -83,13 +77,10 @@ class MinimumNorm(ImageAttack):
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must be between 0 and 1; got {self.tolerance}.")
 
-    def run(self, logits_fn, images, labels, **options) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
-        found = self.closest(logits_fn, images, labels, **options)
+    def _run(self, logits_fn, examples):
+        found = self._closest(logits_fn, examples)
         fooled = found.distance <= self.threat.epsilon
-        adversarial = np.where(
-            fooled[:, None, None, None], found.adversarial, np.asarray(images, np.float32)
-        )
+        adversarial = np.where(fooled[:, None, None, None], found.adversarial, examples.images)
         return AttackResult(adversarial, fooled, fooled.copy(), found.forwards, found.backwards)
 
     def cost(self):
@@ -97,17 +88,7 @@ class MinimumNorm(ImageAttack):
         num_balls = self.num_targets * self.num_bisections
         return num_balls * (self.num_steps + 1) + 1, num_balls * self.num_steps
 
-    def closest(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> ClosestImages:
+    def closest(self, logits_fn, images, labels, *, seed, **options) -> ClosestImages:
         """Look for the closest adversarial image of each image, within epsilon or not.
 
         Args:
@@ -115,40 +96,32 @@ class MinimumNorm(ImageAttack):
             images: (N, H, W, C) float, pixel units, within the threat model's bounds.
             labels: (N,) int true classes.
             seed: source of the random starts.
-            indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
-            restart: number of the restart, a further source of random numbers.
-            gradient_logits_fn: as for `Attack.run`.
+            options: `indices`, `restart` and `gradient_logits_fn` as for `Attack.run`.
 
         Returns:
             A `ClosestImages`; `accuracy_curve` makes a curve of its distances.
         """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        adversarial = images.copy()
-        distance = np.where(standing.fooled, 0.0, np.inf)
-        targets = ranked_targets(standing.clean_logits, labels, self.num_targets)
-        for rank in range(targets.shape[1]):
-            self._bisect(
-                standing,
-                adversarial,
-                distance,
-                (logits_fn, gradient_logits_fn or logits_fn),
-                (images, labels, targets[:, rank], indices),
-                stream=random_stream(seed, type(self).__name__, f"target {rank}"),
-                restart=restart,
-            )
-        return ClosestImages(adversarial, distance, standing.forwards, standing.backwards)
+        return self._closest(logits_fn, Examples.checked(images, labels, seed=seed, **options))
 
-    def _bisect(self, standing, adversarial, distance, functions, examples, *, stream, restart):
+    def _closest(self, logits_fn, examples):
+        active = ActiveExamples(logits_fn, examples)
+        adversarial = examples.images.copy()
+        distance = np.where(active.fooled, 0.0, np.inf)
+        for name, targets in active.targets(self.num_targets):
+            stream = examples.stream(self, name)
+            self._bisect(active, adversarial, distance, targets, stream=stream)
+        return ClosestImages(adversarial, distance, active.forwards, active.backwards)
+
+    def _bisect(self, active, adversarial, distance, targets, *, stream):
         """Look for closer images towards one target; updates `adversarial` and `distance`."""
-        images = examples[0]
+        given, functions, images = active.examples, active.functions, active.examples.images
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, numbers, image, batch_spec(()), scalar, scalar)
         search = compiled(self, "_search", functions, signature)
-        looks = num_looks(*functions)
+        passes = num_forwards(*functions)
         largest = _largest_distance(self.threat, images.shape[1:])
-        rows = standing.rows
+        rows = active.rows
         failed = np.zeros(len(images))
         radius = np.where(
             np.isfinite(distance), (1 - self.tolerance) * distance, _INSIDE * self.threat.epsilon
@@ -156,12 +129,13 @@ class MinimumNorm(ImageAttack):
         for number in range(self.num_bisections):
             if not len(rows):
                 return
-            state = take((*examples, adversarial, radius), rows)
+            state = take((images, given.labels, targets, given.indices, adversarial, radius), rows)
             # Two streams a ball: `uniform_in_ball` takes the next one too.
-            searched = search(*state, stream + 2 * number, restart)
+            searched = search(*state, stream + 2 * number, given.restart)
             found, fooled, num_again = (tensor.numpy() for tensor in searched)
-            standing.count(len(rows), forwards=self.num_steps * looks + 1, backwards=self.num_steps)
-            standing.count(int(num_again), forwards=1)
+            forwards = self.num_steps * passes + 1
+            active.count(len(rows), forwards=forwards, backwards=self.num_steps)
+            active.count(int(num_again), forwards=1)
             reached = self.threat.distance(*(x.astype(np.float64) for x in (found, state[0])))
             closer = fooled & (reached.numpy() < distance[rows])
             # Without an image to enter a ball at, failing there says little.
@@ -189,7 +163,7 @@ class MinimumNorm(ImageAttack):
         restart,
     ):
         """PGD in balls of these radii: the first iterate that fools, or the last, who fools, and
-        the number of second looks.
+        the number of rechecks.
         """
         radius = tf.reshape(radius, (-1, 1, 1, 1))
         scale = radius / self.threat.epsilon
@@ -218,7 +192,9 @@ class MinimumNorm(ImageAttack):
                 logits_fn, gradient_logits_fn, current, logits, labels, fooled
             )
             found, fooled = judge(logits, current, found, fooled)
-            current = climb(self.threat, current, gradient, images, step_length(step), scale)
+            current = gradient_step(
+                self.threat, current, gradient, images, step_length(step), scale
+            )
             return step + 1, current, found, fooled, num_again + again
 
         _, current, found, fooled, num_again = tf.while_loop(

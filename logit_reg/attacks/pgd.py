@@ -4,26 +4,20 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import check_examples
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    attack_loss,
-    check_loss,
-    random_stream,
-)
-from logit_reg.attacks.engine.gradient_loop import Ascent, check_steps, climb, logits_and_gradient
+from logit_reg.attacks.engine.examples import check_examples
+from logit_reg.attacks.engine.gradient_loop import GradientAttack, GradientLoop, check_steps
+from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss, check_loss
 from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD(ImageAttack):
+class PGD(GradientAttack):
     """Projected gradient descent (ascent of the loss) on all images at once.
 
     Source:
         Madry et al. 2018, arXiv:1706.06083; the challenges' `pgd_attack.py`. Deviation: success
-        at any iterate counts, the start included; the challenges look at the last one, which
+        at any iterate counts, the start included; the challenges count the last one, which
         `last_iterate_fooled` gives.
     """
 
@@ -49,33 +43,11 @@ class PGD(ImageAttack):
         if self.confidence < 0:
             raise ValueError(f"confidence must be at least 0; got {self.confidence}.")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`.
-
-        Raises:
-            ValueError: if the loss is "dlr" and there are fewer than 3 classes.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        check_examples(logits_fn, images, labels)
-        return Ascent(self, self.num_steps, self.random_start, self.early_stop).run(
-            (logits_fn, gradient_logits_fn or logits_fn),
-            images,
-            labels,
-            labels,
-            indices,
-            stream=random_stream(seed, type(self).__name__, self.loss),
-            restart=restart,
-        )
+    def _run(self, logits_fn, examples):
+        check_examples(logits_fn, examples.images, examples.labels)
+        loop = GradientLoop(self, self.num_steps, self.random_start, self.early_stop)
+        stream = examples.stream(self, self.loss)
+        return loop.run(logits_fn, examples, examples.labels, stream=stream)
 
     def cost(self):
         """Return the forwards and backwards that one image takes."""
@@ -103,20 +75,20 @@ class PGD(ImageAttack):
             _, gradient = logits_and_gradient(
                 logits_fn,
                 current,
-                lambda logits: self.ascended_loss(step, logits, labels, labels),
+                lambda logits: self.step_loss(step, logits, labels, labels),
             )
             length = self.step_size * scale
-            return step + 1, climb(self.threat, current, gradient, images, length, scale)
+            return step + 1, gradient_step(self.threat, current, gradient, images, length, scale)
 
         _, current = tf.while_loop(lambda step, _: step < self.num_steps, body, (0, current))
         return tf.stop_gradient(current)
 
-    def ascended_loss(self, step, logits, labels, guides):
-        """See `Climber.ascended_loss`; one loss at every step, without guides."""
-        del step, guides
+    def step_loss(self, step, logits, labels, loss_inputs):
+        """See `GradientAttack.step_loss`; the same at every step, without further inputs."""
+        del step, loss_inputs
         return attack_loss(self.loss, logits, labels, self.confidence)
 
     def step_length(self, step):
-        """See `Climber.step_length`; the same at every step."""
+        """See `GradientAttack.step_length`; the same at every step."""
         del step
         return self.step_size

@@ -4,29 +4,20 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    example_noise,
-    is_fooled,
-    random_stream,
-    uniform_in_ball,
-)
+from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.losses import is_fooled
+from logit_reg.attacks.engine.random_numbers import example_noise, uniform_in_ball
 from logit_reg.threat import ThreatModel
 
 DISTRIBUTIONS = ("uniform", "sign")
 
-# Most draws between two looks at which images still stand.
+# Most draws before images that are fooled are taken out.
 _DRAWS_PER_CHUNK = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomNoise(ImageAttack):
+class RandomNoise(ActiveSetAttack):
     """Noise drawn again and again until an image is fooled.
 
     Needs forwards only. The draws of a smaller `num_draws` are the first of a larger one.
@@ -53,35 +44,22 @@ class RandomNoise(ImageAttack):
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1; got {self.num_draws}.")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+    def _attack(self, active):
+        examples = active.examples
+        image, numbers = batch_spec(examples.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, scalar, scalar, scalar)
-        draw_all = compiled(self, "_draw_all", (logits_fn,), signature)
-        rows = standing.rows
+        draw_all = compiled(self, "_draw_all", (active.logits_fn,), signature)
+        rows = active.rows
         for first in range(0, self.num_draws, _DRAWS_PER_CHUNK):
             if not len(rows):
                 break
             count = min(_DRAWS_PER_CHUNK, self.num_draws - first)
-            stream = random_stream(seed, type(self).__name__, self.distribution, f"draws {first}")
-            examples = take((images, labels, indices), rows)
-            candidates, fooled = draw_all(*examples, stream, restart, count)
-            standing.count(len(rows), forwards=count)
-            rows = rows[standing.record(rows, candidates.numpy(), fooled.numpy())]
-        return standing.result()
+            stream = examples.stream(self, self.distribution, f"draws {first}")
+            attacked = take((examples.images, examples.labels, examples.indices), rows)
+            candidates, fooled = draw_all(*attacked, stream, examples.restart, count)
+            active.count(len(rows), forwards=count)
+            rows = rows[active.record(rows, candidates.numpy(), fooled.numpy())]
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

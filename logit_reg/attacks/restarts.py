@@ -2,17 +2,18 @@
 
 import dataclasses
 
-import numpy as np
-
-from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, attack_inputs
+from logit_reg.attacks.engine.active_set import ActiveSet
+from logit_reg.attacks.engine.attack import Attack, ImageAttack, run_attack
 from logit_reg.threat import ThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
 class Restarts(ImageAttack):
-    """An attack repeated with fresh random numbers on the images that still stand.
+    """An attack repeated with fresh random numbers on the images that are still robust.
 
     The first restart that fools an image counts: candidates are never compared by their loss.
+    `last_iterate_fooled` is True where the last iterate of any restart fools; images that were
+    fooled on the way are not attacked again, so it may miss some of the later restarts.
     """
 
     attack: Attack
@@ -29,36 +30,16 @@ class Restarts(ImageAttack):
         """The repeated attack's threat model."""
         return self.attack.threat
 
-    def run(self, logits_fn, images, labels, *, seed, indices=None, restart=0, **options):
-        """Attack a batch; see `Attack.run`.
-
-        `last_iterate_fooled` is True where the last iterate of any restart fools. Images that
-        were fooled on the way are not attacked again, so it may miss some of the later restarts.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        adversarial = images.copy()
-        fooled = np.zeros(len(images), bool)
-        last_fooled = np.zeros(len(images), bool)
-        forwards = backwards = 0
+    def _run(self, logits_fn, examples):
+        active = ActiveSet(examples.images.copy())
         for number in range(self.num_restarts):
-            standing = np.flatnonzero(~fooled)
-            if not len(standing):
+            rows = active.rows
+            if not len(rows):
                 break
-            found = self.attack.run(
-                logits_fn,
-                images[standing],
-                labels[standing],
-                seed=seed,
-                indices=indices[standing],
-                restart=restart * self.num_restarts + number,
-                **options,
-            )
-            adversarial[standing] = found.adversarial
-            fooled[standing] = found.fooled
-            last_fooled[standing] = found.last_iterate_fooled
-            forwards += found.forwards
-            backwards += found.backwards
-        return AttackResult(adversarial, fooled, last_fooled, forwards, backwards)
+            restart = examples.restart * self.num_restarts + number
+            restarted = dataclasses.replace(examples.take(rows), restart=restart)
+            active.add(rows, run_attack(self.attack, logits_fn, restarted))
+        return active.result()
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

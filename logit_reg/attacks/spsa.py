@@ -6,21 +6,11 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    call_logits,
-    compiled,
-    example_noise,
-    is_fooled,
-    margin,
-    random_stream,
-    uniform_in_ball,
-)
+from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.attacks.engine.low_precision import query_fn
+from logit_reg.attacks.engine.random_numbers import example_noise, random_stream, uniform_in_ball
 from logit_reg.threat import ThreatModel
 
 # Adam's own, as in the paper.
@@ -34,12 +24,13 @@ _SIGNS_PER_NUMBER = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class SPSA(ImageAttack):
+class SPSA(ActiveSetAttack):
     """Simultaneous perturbation stochastic approximation on the margin.
 
     The gradient is estimated from the margin at pairs of points on either side of the iterate, in
     random directions of signs that are drawn for each image, and followed by Adam. Needs forwards
-    only. An image is left once it is fooled.
+    only; of a `gradient_logits_fn` a `LowPrecision` alone has a use, for the estimates. An image is
+    left once it is fooled.
 
     Units:
         `delta` and `learning_rate` are fractions of the pixel range (upper - lower), so that the
@@ -86,49 +77,33 @@ class SPSA(ImageAttack):
                 f"images_per_forward must be at least 2; got {self.images_per_forward}."
             )
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. Of `gradient_logits_fn` only a `LowPrecision` has a
-        use here: the gradient is estimated on it.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        rows = standing.rows
+    def _attack(self, active):
+        rows, examples = active.rows, active.examples
         if not len(rows):
-            return standing.result()
-        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+            return
+        logits_fn, queried = active.logits_fn, query_fn(*active.functions)
+        image, numbers = batch_spec(examples.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         start = compiled(self, "_start", (logits_fn,), (image, numbers, numbers, scalar, scalar))
         signature = (image, image, numbers, image, image, image, scalar)
         move = compiled(self, "_move", (logits_fn,), signature)
-
-        def stream(purpose):
-            return random_stream(seed, type(self).__name__, purpose)
-
-        images, labels, indices = take((images, labels, indices), rows)
-        current, fooled = start(images, labels, indices, stream("start"), restart)
+        parts = (examples.images, examples.labels, examples.indices)
+        images, labels, indices = take(parts, rows)
+        stream, restart = examples.stream(self, "start"), examples.restart
+        current, fooled = start(images, labels, indices, stream, restart)
         mean = square = np.zeros_like(images)
-        standing.count(len(rows), forwards=1)
+        active.count(len(rows), forwards=1)
         for step in range(self.num_steps + 1):
-            keep = standing.record(rows, current.numpy(), fooled.numpy())
+            keep = active.record(rows, current.numpy(), fooled.numpy())
             state = (rows, images, labels, indices, current, mean, square)
             rows, images, labels, indices, current, mean, square = take(state, keep)
             if not len(rows) or step == self.num_steps:
                 break
             gradient = self.estimate_gradient(
-                query_fn(logits_fn, gradient_logits_fn),
+                queried,
                 current,
                 labels,
-                seed=seed,
+                seed=examples.seed,
                 indices=indices,
                 restart=restart,
                 step=step,
@@ -136,8 +111,7 @@ class SPSA(ImageAttack):
             current, mean, square, fooled = move(
                 images, current, labels, mean, square, gradient, step
             )
-            standing.count(len(rows), forwards=self.num_samples + 1)
-        return standing.result()
+            active.count(len(rows), forwards=self.num_samples + 1)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

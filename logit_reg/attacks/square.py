@@ -8,24 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import Standing, take
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    ImageAttack,
-    attack_inputs,
-    batch_spec,
-    compiled,
-    example_noise,
-    margin,
-    random_stream,
-)
-from logit_reg.attacks.engine.incremental_forward import WholeImages, windowed
+from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.forward import batch_spec, compiled
+from logit_reg.attacks.engine.incremental_forward import FullForward, cheapest_forward
+from logit_reg.attacks.engine.losses import margin
 from logit_reg.attacks.engine.low_precision import judged_logits, query_fn
+from logit_reg.attacks.engine.random_numbers import example_noise
 from logit_reg.threat import ThreatModel
 
 # The fraction of pixels in a square is halved from each of these queries on.
 _HALVED_FROM = (11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
-# Most queries between two looks at which images still stand; random numbers are drawn for as
+# Most queries before images that are fooled are taken out; random numbers are drawn for as
 # many, whatever the budget, so that a smaller budget's queries are a larger one's first.
 _QUERIES_PER_CHUNK = 100
 _TINY = 1e-12
@@ -34,10 +27,11 @@ _BLOCK = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Square(ImageAttack):
+class Square(ActiveSetAttack):
     """Square attack on the margin: a random square is kept if it lowers the margin.
 
-    Needs forwards only. An image is left once it is fooled; else the point with the lowest
+    Needs forwards only; of a `gradient_logits_fn` a `LowPrecision` alone has a use, for the
+    queries. An image is left once it is fooled; else the point with the lowest
     margin is returned. It does not claim to find minimal perturbations: a square of two pixels
     and more (in l2, three) cannot follow each pixel of a boundary.
 
@@ -62,44 +56,27 @@ class Square(ImageAttack):
         if not 0 < self.p <= 1:
             raise ValueError(f"p must be above 0 and at most 1; got {self.p}.")
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. Of `gradient_logits_fn` only a `LowPrecision` has a
-        use here: it answers the queries.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        rows = standing.rows
+    def _attack(self, active):
+        rows, examples = active.rows, active.examples
         if not len(rows):
-            return standing.result()
-        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+            return
+        logits_fn, queried = active.logits_fn, query_fn(*active.functions)
+        image, numbers = batch_spec(examples.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
-        queried = query_fn(logits_fn, gradient_logits_fn)
-        functions: tuple = (logits_fn, queried, WholeImages(queried))
+        functions: tuple = (logits_fn, queried, FullForward(queried))
         begin = compiled(self, "_begin", functions, (image, numbers, numbers, scalar, scalar))
         signature = (
             *(image, image, numbers, batch_spec((), tf.float64), numbers),
             *(scalar, scalar, scalar, tf.TensorSpec((2, None, None), tf.float32)),
         )
-
-        def stream(purpose):
-            return random_stream(seed, type(self).__name__, purpose)
-
-        images, labels, indices = take((images, labels, indices), rows)
-        best, lowest, num_again = begin(images, labels, indices, stream("start"), restart)
-        standing.count(len(rows) + int(num_again), forwards=1)
+        parts = (examples.images, examples.labels, examples.indices)
+        images, labels, indices = take(parts, rows)
+        stream, restart = examples.stream(self, "start"), examples.restart
+        best, lowest, num_again = begin(images, labels, indices, stream, restart)
+        active.count(len(rows) + int(num_again), forwards=1)
         for first, count in (*_chunks(self.num_queries), (0, 0)):
             best, lowest = best.numpy(), lowest.numpy()
-            keep = standing.record(rows, best, ~(lowest > 0))
+            keep = active.record(rows, best, ~(lowest > 0))
             state = take((rows, images, best, labels, lowest, indices), keep)
             rows, images, best, labels, lowest, indices = state
             if not len(rows) or not count:
@@ -107,15 +84,14 @@ class Square(ImageAttack):
             shape = images.shape[1:]
             patterns = self._patterns(first, shape[:2])
             if self.threat.norm == "linf" and queried is logits_fn:
-                answers = windowed(logits_fn, shape, self.side(first, *shape[:2]))
-                functions = (logits_fn, queried, answers)
+                forward = cheapest_forward(logits_fn, shape, self.side(first, *shape[:2]))
+                functions = (logits_fn, queried, forward)
             advance = compiled(self, "_advance", functions, signature)
-            draws = stream(f"queries {first}")
+            stream = examples.stream(self, f"queries {first}")
             best, lowest, num_sent = advance(
-                images, best, labels, lowest, indices, draws, restart, count, patterns
+                images, best, labels, lowest, indices, stream, restart, count, patterns
             )
-            standing.count(int(num_sent), forwards=1)
-        return standing.result()
+            active.count(int(num_sent), forwards=1)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
@@ -146,12 +122,12 @@ class Square(ImageAttack):
             return np.ones((2, side, side), np.float32)
         return np.stack([two_bumps(side), two_bumps(side).T])
 
-    def _begin(self, logits_fn, queried, answers, images, labels, indices, stream, restart):
+    def _begin(self, logits_fn, queried, forward, images, labels, indices, stream, restart):
         if self.threat.norm == "linf":
             start = self._stripes(images, indices, stream, restart)
         else:
             start = self._tiles(images, indices, stream, restart)
-        logits = answers.logits(start, answers.features(start))
+        logits = forward.logits(start, forward.features(start))
         return start, *self._margin(logits_fn, queried, start, logits, labels)
 
     def _stripes(self, images, indices, stream, restart):
@@ -189,7 +165,7 @@ class Square(ImageAttack):
         self,
         logits_fn,
         queried,
-        answers,
+        forward,
         images,
         best,
         labels,
@@ -213,7 +189,7 @@ class Square(ImageAttack):
 
         def body(query, best, features, lowest, num_sent):
             candidate, window = propose(images, best, noise[:, query], patterns)
-            # Whoever is fooled stays as it is until it is taken out.
+            # An image that is fooled stays as it is until it is taken out.
             is_new = tf.reduce_any(tf.not_equal(candidate, best), axis=(1, 2, 3))
             is_new = tf.logical_and(is_new, lowest > 0)
             count = tf.reduce_sum(tf.cast(is_new, tf.int32))
@@ -225,8 +201,8 @@ class Square(ImageAttack):
                 tf.nest.map_structure(lambda part: tf.gather(part, sent), whole)
                 for whole in (candidate, features, window.top, window.left)
             )
-            new = answers.changed_features(points, old, starts, window.side)
-            logits = answers.logits(points, new)
+            new = forward.changed_features(points, old, starts, window.side)
+            logits = forward.logits(points, new)
             margins, again = self._margin(
                 logits_fn, queried, points, logits, tf.gather(labels, sent)
             )
@@ -247,7 +223,7 @@ class Square(ImageAttack):
         _, best, _, lowest, num_sent = tf.while_loop(
             lambda query, *_: query < num_queries,
             body,
-            (tf.constant(0, tf.int64), best, answers.features(best), lowest, 0),
+            (tf.constant(0, tf.int64), best, forward.features(best), lowest, 0),
         )
         return best, lowest, num_sent
 
@@ -284,7 +260,7 @@ class Square(ImageAttack):
         return self.threat.project(images + self.threat.epsilon * delta, images)
 
     def _margin(self, logits_fn, queried, points, logits, labels):
-        """(N,) float64 margins, and the number of second looks."""
+        """(N,) float64 margins, and the number of rechecks."""
         nobody = tf.zeros_like(labels, tf.bool)
         logits, num_again = judged_logits(logits_fn, queried, points, logits, labels, nobody)
         return tf.cast(margin(logits, labels), tf.float64), num_again

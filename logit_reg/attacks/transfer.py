@@ -9,16 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    AttackResult,
-    Cascade,
-    Classifier,
-    ImageAttack,
-    LogitsFn,
-    attack_inputs,
-)
+from logit_reg.attacks.engine.active_set import ActiveSetAttack
+from logit_reg.attacks.engine.attack import Attack, Cascade, run_attack
+from logit_reg.attacks.engine.forward import Classifier, LogitsFn
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.files import one_line, read_arrays
 from logit_reg.threat import ThreatModel
@@ -31,13 +24,14 @@ _CLASSIFIER = Classifier()
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer(ImageAttack):
+class Transfer(ActiveSetAttack):
     """An attack on a source network, whose images are judged on the attacked network.
 
     By default the attacked network sees one image only, the one that the attack returns: for most
     attacks the first iterate that fools the source. Iterates of the source do not count.
 
-    Books: `forwards` and `backwards` are those of both networks together.
+    `forwards` and `backwards` are those of both networks together; a `gradient_logits_fn` has no
+    use here.
 
     Source:
         Papernot et al. 2016, arXiv:1605.07277; the challenges' black-box leaderboards.
@@ -76,36 +70,22 @@ class Transfer(ImageAttack):
         """The attack's threat model."""
         return self.attack.threat
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. `gradient_logits_fn` has no use here."""
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        rows = standing.rows
+    def _attack(self, active):
+        rows = active.rows
         if not len(rows):
-            return standing.result()
-        options = {"seed": seed, "indices": indices[rows], "restart": restart}
+            return
+        examples = active.examples.take(rows)
         if self.every_iterate:
-            options["gradient_logits_fn"] = self._source
-        attacked = logits_fn if self.every_iterate else self._source
-        found = self.attack.run(attacked, images[rows], labels[rows], **options)
-        fooled = found.fooled
-        if not self.every_iterate:
-            fooled = _CLASSIFIER.judge(logits_fn, found.adversarial, labels[rows]).fooled
-            standing.count(len(rows), forwards=1)
-        standing.record(rows, found.adversarial, fooled)
-        standing.forwards += found.forwards
-        standing.backwards += found.backwards
-        return standing.result()
+            examples = dataclasses.replace(examples, gradient_logits_fn=self._source)
+            found = run_attack(self.attack, active.logits_fn, examples)
+            fooled = found.fooled
+        else:
+            examples = dataclasses.replace(examples, gradient_logits_fn=None)
+            found = run_attack(self.attack, self._source, examples)
+            fooled = _CLASSIFIER.judge(active.logits_fn, found.adversarial, examples.labels).fooled
+            active.count(len(rows), forwards=1)
+        # The images that are returned count here as the last iterates, too.
+        active.add(rows, dataclasses.replace(found, fooled=fooled, last_iterate_fooled=fooled))
 
     def cost(self):
         """Return the most forwards and backwards that one image can take, on both networks."""
@@ -114,8 +94,11 @@ class Transfer(ImageAttack):
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay(ImageAttack):
+class Replay(ActiveSetAttack):
     """Images that were made before, judged once: `images[i]` for the image of index i.
+
+    `run` raises ValueError if there is no image of an index, the shapes differ, or an image is not
+    finite or is outside of the threat model.
 
     Source:
         The challenges' `run_attack.py`, which allows 1e-4 beyond epsilon and pixel range. Up to
@@ -167,33 +150,15 @@ class Replay(ImageAttack):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def run(
-        self,
-        logits_fn,
-        images,
-        labels,
-        *,
-        seed,
-        indices=None,
-        restart=0,
-        gradient_logits_fn=None,
-    ) -> AttackResult:
-        """Attack a batch; see `Attack.run`. Nothing is random; `gradient_logits_fn` has no use.
-
-        Raises:
-            ValueError: if there is no image of an index, the shapes differ, or an image is not
-                finite or is outside of the threat model.
-        """
-        images, labels, indices = attack_inputs(images, labels, indices)
-        standing = Standing(logits_fn, images, labels)
-        rows = standing.rows
+    def _attack(self, active):
+        rows = active.rows
         if not len(rows):
-            return standing.result()
-        replayed = self._matching(images[rows], indices[rows])
-        fooled = _CLASSIFIER.judge(logits_fn, replayed, labels[rows]).fooled
-        standing.count(len(rows), forwards=1)
-        standing.record(rows, replayed, fooled)
-        return standing.result()
+            return
+        examples = active.examples.take(rows)
+        replayed = self._matching(examples.images, examples.indices)
+        fooled = _CLASSIFIER.judge(active.logits_fn, replayed, examples.labels).fooled
+        active.count(len(rows), forwards=1)
+        active.record(rows, replayed, fooled)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""

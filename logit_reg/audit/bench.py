@@ -12,22 +12,23 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks import Transfer
-from logit_reg.attacks.engine.active_set import clean_logits, clean_margin
-from logit_reg.attacks.engine.attack import (
-    Attack,
+from logit_reg.attacks.engine.active_set import clean_margin
+from logit_reg.attacks.engine.attack import Attack
+from logit_reg.attacks.engine.checks import Probabilities, probabilities
+from logit_reg.attacks.engine.examples import check_classes
+from logit_reg.attacks.engine.forward import (
     LogitsFn,
-    attack_loss,
     batch_spec,
     call_logits,
-    check_classes,
+    clean_logits,
     compiled,
 )
-from logit_reg.attacks.engine.checks import Probabilities, probabilities
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.gradients import logits_and_gradient
+from logit_reg.attacks.engine.losses import attack_loss
 from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
 from logit_reg.evaluation.run import (
     Evaluation,
-    GateError,
+    ThreatModelError,
     evaluate,
     network_hash,
 )
@@ -215,7 +216,7 @@ class Bench:
             For each attack (N,) bool: right clean and under it.
 
         Raises:
-            GateError: if an attack leaves its own threat model.
+            ThreatModelError: if an attack leaves its own threat model.
         """
         for name, attack in attacks.items():
             if attack not in self._done:
@@ -230,7 +231,7 @@ class Bench:
         for name, attack in attacks.items():
             try:
                 found |= self.run({name: attack})
-            except (GateError, ValueError) as error:
+            except (ThreatModelError, ValueError) as error:
                 if str(error) not in self.violations:
                     self.violations.append(str(error))
         return found

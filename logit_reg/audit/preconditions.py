@@ -9,11 +9,9 @@ import tensorflow as tf
 
 from logit_reg.attacks import PGD
 from logit_reg.attacks.engine.active_set import clean_margin
-from logit_reg.attacks.engine.attack import (
-    call_logits,
-    uniform_in_ball,
-)
 from logit_reg.attacks.engine.checks import SAME_LOGITS
+from logit_reg.attacks.engine.forward import call_logits
+from logit_reg.attacks.engine.random_numbers import uniform_in_ball
 from logit_reg.audit.bench import (
     Bench,
     Diagnostic,

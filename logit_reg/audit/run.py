@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
-from logit_reg.attacks.engine.attack import attack_inputs
+from logit_reg.attacks.engine.examples import attack_inputs
 from logit_reg.audit.bench import (
     BUDGETS,
     Bench,
@@ -30,7 +30,7 @@ from logit_reg.audit.sanity import SANITY
 from logit_reg.audit.strength import STRENGTH
 from logit_reg.durations import in_words
 from logit_reg.evaluation.ledger import attack_settings
-from logit_reg.evaluation.run import GateError, content_hash, network_hash
+from logit_reg.evaluation.run import ThreatModelError, content_hash, network_hash
 from logit_reg.threat import ThreatModel
 from logit_reg.version import __version__
 
@@ -219,7 +219,7 @@ def run_test(bench: Bench, diagnostic: Diagnostic) -> tuple[TestRecord, tuple[Cu
     bench.close_books()
     try:
         outcome = diagnostic.judge(bench)
-    except GateError as error:
+    except ThreatModelError as error:
         bench.violations.append(str(error))
         outcome = Outcome("skipped", str(error))
     return _record(diagnostic, outcome, bench.close_books()), outcome.curves

@@ -154,7 +154,7 @@ def _evaluate_challenge() -> None:
 
 
 def _evaluate_own() -> None:
-    from logit_reg.attacks.engine.active_set import count_classes
+    from logit_reg.attacks.engine.forward import count_classes
     from logit_reg.experiments.evaluations import EVALUATIONS, TestImages, print_result
     from logit_reg.experiments.own_models import load_own_model
     from logit_reg.experiments.sources import RUNS

@@ -245,9 +245,9 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
     cascades = {name: record for name, record in evaluation.records.items() if record.stages}
     stages = {
         # Two cascades have stages of the same name.
-        f"standing_after_{stage if len(cascades) == 1 else f'{name}_{stage}'}": standing
+        f"standing_after_{stage if len(cascades) == 1 else f'{name}_{stage}'}": robust
         for name, record in cascades.items()
-        for stage, standing in record.stages
+        for stage, robust in record.stages
     }
     columns = ["index", "label", "clean_prediction", "robust", "broken_by", "distance"]
     columns += [f"correct_{name}" for name in evaluation.correct] + list(stages)
@@ -264,7 +264,7 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
                 evaluation.broken_by[i],
                 f"{evaluation.distance[i]:.9g}",
                 *(int(correct[i]) for correct in evaluation.correct.values()),
-                *(int(standing[i]) for standing in stages.values()),
+                *(int(robust[i]) for robust in stages.values()),
             ]
         )
     directory = Path(directory)
@@ -348,9 +348,44 @@ def stamp_ledger(directory: Path | str) -> None:
 
 
 def attack_settings(attack: Attack) -> dict:
-    """The settings of an attack, its threat model included, with its class name."""
-    settings = dataclasses.asdict(attack)  # type: ignore[call-overload]
-    return {"attack": type(attack).__name__, **json.loads(json.dumps(settings))}
+    """The settings of an attack, its threat model included, with its class name as "attack".
+
+    An attack around another one has the other's settings, with their name, as "attack", and its own
+    name as "wrapper".
+    """
+    return json.loads(json.dumps(_named(attack)))
+
+
+def is_same_attack(a, b) -> bool:
+    """Whether two attacks of `result.json` are the same.
+
+    Older files lack the names of wrappers and of what they wrap; that is no difference.
+
+    Args:
+        a: settings of an attack, as `attack_settings` gives them.
+        b: of another one.
+    """
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return a == b
+    return (a.keys() ^ b.keys()) <= {"attack", "wrapper"} and all(
+        is_same_attack(a[name], b[name]) for name in a.keys() & b.keys()
+    )
+
+
+def _named(value):
+    """Records as dictionaries, attacks among them with the name of their class."""
+    if isinstance(value, list | tuple):
+        return [_named(part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: _named(part) for name, part in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    settings = {
+        field.name: _named(getattr(value, field.name)) for field in dataclasses.fields(value)
+    }
+    if not hasattr(value, "run"):
+        return settings
+    return {"wrapper" if "attack" in settings else "attack": type(value).__name__, **settings}
 
 
 def _protocol_result(evaluation, attacks):

@@ -1,4 +1,4 @@
-"""Attack a data set and keep the books: per example, worst case, checked, resumable."""
+"""Attack a data set: per example, worst case, checked, resumable."""
 
 import dataclasses
 import hashlib
@@ -7,31 +7,25 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import keras
 import numpy as np
 
-from logit_reg.attacks.engine.active_set import check_examples, count_classes
-from logit_reg.attacks.engine.attack import (
-    Attack,
-    AttackResult,
-    Cascade,
-    Classifier,
-    Judgement,
-    attack_inputs,
-)
+from logit_reg.attacks.engine.active_set import ActiveSet
+from logit_reg.attacks.engine.attack import Attack, AttackResult, Cascade, run_attack
+from logit_reg.attacks.engine.cascade import run_stages
 from logit_reg.attacks.engine.checks import (
     NUM_CHECKED,
     Finding,
     check_finite,
     check_network,
-    check_square,
     cost_of_checks,
     followed_losses,
     warn,
 )
-from logit_reg.attacks.engine.inference_copy import frozen_copy
+from logit_reg.attacks.engine.examples import Examples, check_examples
+from logit_reg.attacks.engine.forward import Classifier, Judgement, count_classes
+from logit_reg.attacks.engine.inference_copy import copy_for_inference
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.evaluation.statistics import wilson_interval as wilson_interval
@@ -46,7 +40,7 @@ _SAVED = {"adversarial", "fooled", "last", "counts"}
 _CLASSIFIER = Classifier()
 
 
-class GateError(RuntimeError):
+class ThreatModelError(RuntimeError):
     """An attack returned something that is not an adversarial example of its threat model."""
 
 
@@ -69,7 +63,7 @@ class AttackRecord:
     unconfirmed: int
     """Examples that the attack called fooled and that the returned image does not fool."""
     stages: tuple = ()
-    """Of a cascade: (name, (N,) bool still standing after it), in order."""
+    """Of a cascade: (name, (N,) bool still robust after it), in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +90,7 @@ class Evaluation:
     """(N,) float64 distance of `adversarial` from the image, in the norm of the attack that made
     it."""
     records: dict[str, AttackRecord]
-    """Books of each attack."""
+    """What each attack did."""
     findings: tuple[Finding, ...] = ()
     """What makes these numbers doubtful or incomplete, each once; see `check_network`."""
     cost_of_checks: tuple[int, int] = (0, 0)
@@ -130,7 +124,7 @@ def evaluate(
 ) -> Evaluation:
     """Attack a data set with several attacks and combine them per example.
 
-    Signs that the numbers cannot be trusted stand in `findings`, and each is issued once as an
+    Signs that the numbers cannot be trusted are in `findings`, and each is issued once as an
     `AttackWarning`.
 
     Args:
@@ -140,14 +134,14 @@ def evaluate(
         labels: (N,) or (N, 1) int true classes.
         batch_size: most images sent through the network at once.
         seed: source of all random numbers.
-        worst_case_only: attack only what the attacks before have left standing. The worst case
+        worst_case_only: attack only what is still robust after the attacks before. The worst case
             stays the same up to the random order of batches; the accuracy under a single attack
             is then that of the attacks so far.
         indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
         state: where finished batches are kept.
         show_progress: draw a progress bar for each attack.
         gradient_logits_fn: what the attacks follow, see `Attack.run`; `logits_fn` if None.
-        with_checks: look at the network first, on a few images, see `check_network`; without it
+        with_checks: check the network first, on a few images, see `check_network`; without it
             `findings` hold what the attacks show by themselves.
 
     Returns:
@@ -157,14 +151,18 @@ def evaluate(
     Raises:
         ValueError: if there are no images or attacks, an image is outside the bounds, or a label
             is no class of the network.
-        GateError: if an attack leaves its threat model.
+        ThreatModelError: if an attack leaves its threat model.
     """
-    images, labels, indices = attack_inputs(images, labels, indices)
+    examples = Examples.checked(
+        images, labels, seed=seed, indices=indices, gradient_logits_fn=gradient_logits_fn
+    )
+    images, labels = examples.images, examples.labels
     _check_inputs(images, attacks, batch_size)
     check_examples(logits_fn, images, labels)
-    findings, cost = [], (0, 0)
+    findings: list[Finding] = []
+    cost = (0, 0)
     if with_checks:
-        found, cost = _check(logits_fn, attacks, images, labels, indices, batch_size, seed)
+        found, cost = _check(logits_fn, attacks, examples.take(slice(batch_size)))
         findings += found
         warn(findings)
     judgement = _judge(logits_fn, images, labels, batch_size)
@@ -174,26 +172,17 @@ def evaluate(
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
 
-    run = _Run(
-        (logits_fn, gradient_logits_fn),
-        images,
-        labels,
-        indices,
-        batch_size,
-        seed,
-        state,
-        show_progress,
-    )
+    run = _Run(logits_fn, examples, batch_size, state, show_progress)
     for name, attack in attacks.items():
         if attack in done and not worst_case_only:
             # Another protocol asks for the very same attack: same settings, seed and examples.
             records[name] = records[done[attack]]
             continue
-        attacked = np.flatnonzero(worst.robust if worst_case_only else clean)
-        books = run.attack(name, attack, attacked, worst)
-        worst.close(name, books.fooled)
-        records[name] = books.close(clean, attacked)
-        not_finite |= books.not_finite
+        attacked = _Attacked(worst, worst.robust if worst_case_only else clean, attack.threat.norm)
+        run.attack(name, attack, attacked)
+        worst.credit(name, attacked.fooled)
+        records[name] = attacked.as_record()
+        not_finite |= attacked.not_finite
         done[attack] = name
     late = check_finite(not_finite) + run.findings
     warn(late)
@@ -247,11 +236,13 @@ def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -
         threat: norm, epsilon and bounds.
 
     Raises:
-        GateError: for another shape, values that are not finite or outside the bounds, or a
+        ThreatModelError: for another shape, values that are not finite or outside the bounds, or a
             distance above epsilon (1 + 1e-6) plus one float32 spacing of the upper bound.
     """
     if adversarial.shape != images.shape:
-        raise GateError(f"{name} returned shape {adversarial.shape}, expected {images.shape}.")
+        raise ThreatModelError(
+            f"{name} returned shape {adversarial.shape}, expected {images.shape}."
+        )
     flat = adversarial.reshape(len(adversarial), math.prod(adversarial.shape[1:]))
     for values, problem in (
         (~np.isfinite(flat), "is not finite"),
@@ -259,7 +250,7 @@ def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -
     ):
         bad = np.flatnonzero(values.any(axis=1))
         if len(bad):
-            raise GateError(
+            raise ThreatModelError(
                 f"{name} left its threat model: image {indices[bad[0]]} {problem} "
                 f"[{threat.lower:g}, {threat.upper:g}] ({len(bad)} such images)."
             )
@@ -271,7 +262,7 @@ def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -
     allowed = threat.epsilon * (1 + _RELATIVE_SLACK) + spacing
     worst = int(np.argmax(measured)) if len(measured) else 0
     if len(measured) and measured[worst] > allowed:
-        raise GateError(
+        raise ThreatModelError(
             f"{name} left its threat model: image {indices[worst]} is at distance "
             f"{measured[worst]:.6g}, allowed {threat.epsilon:g} in {threat.norm}."
         )
@@ -310,7 +301,7 @@ def estimate_seconds(
     """
     sample = images[: min(len(images), batch_size)]
     attack: Attack = next(iter(attacks.values()))
-    attacked_fn = frozen_copy(logits_fn, sample)
+    attacked_fn = copy_for_inference(logits_fn, sample)
     probe = PGD(attack.threat, num_steps=2, step_size=attack.threat.epsilon, random_start=False)
 
     def seconds_of_probe() -> float:
@@ -329,20 +320,13 @@ class _WorstCase:
     """What all attacks together have done to N examples; the only place that keeps N images."""
 
     def __init__(self, images, clean):
-        self._images = images
+        self.images = images
         self.robust = clean.copy()
         self.adversarial = images.copy()
         self.broken_by = ["" if is_clean else "clean" for is_clean in clean]
         self.distance = np.zeros(len(images))
 
-    def add(self, batch, adversarial, norm):
-        """Take an attack's images of those that no attack before it has broken."""
-        stands = self.robust[batch]
-        rows = batch[stands]
-        self.adversarial[rows] = adversarial[stands]
-        self.distance[rows] = distances(self.adversarial[rows], self._images[rows], norm)
-
-    def close(self, name, fooled):
+    def credit(self, name, fooled):
         """Credit an attack, once all of its batches are there, with those that it fools."""
         newly = np.flatnonzero(self.robust & fooled)
         self.robust[newly] = False
@@ -350,78 +334,74 @@ class _WorstCase:
             self.broken_by[example] = name
 
 
-class _Books:
-    """Collects what an attack does to N examples, batch by batch."""
+class _Attacked(ActiveSet):
+    """What one attack does to the examples; its images go to the worst case of all attacks."""
 
-    def __init__(self, worst):
-        self._worst = worst
-        self.fooled = np.zeros(len(worst.robust), bool)
-        self.not_finite = np.zeros(len(worst.robust), bool)
-        self.stages: dict[str, np.ndarray] = {}
-        self._last_fooled = np.zeros(len(worst.robust), bool)
-        self._forwards = self._backwards = self._unconfirmed = 0
-        self._seconds = 0.0
+    def __init__(self, worst, attacked, norm):
+        super().__init__(worst.adversarial)
+        self._worst, self._attacked, self._norm = worst, attacked.copy(), norm
+        # Whoever is not attacked is not in the active set.
+        self.fooled = ~attacked
+        self.last_iterate_fooled = ~attacked
+        self.not_finite = np.zeros(len(attacked), bool)
+        """(N,) bool: whom logits that are not finite fool."""
+        self.unconfirmed = 0
+        self.seconds = 0.0
 
-    def add(self, batch, norm, found, seconds):
-        self._worst.add(batch, found.adversarial, norm)
-        self.fooled[batch] = found.fooled
-        self.not_finite[batch] = found.not_finite
-        self._last_fooled[batch] = found.last_iterate_fooled
-        self.count(found.forwards, found.backwards, seconds)
-        self._unconfirmed += found.unconfirmed
+    def record(self, rows, candidates, fooled, last_iterate_fooled=None):
+        """See `ActiveSet.record`; keeps the images of those that no attack before has broken."""
+        worst = self._worst
+        is_robust = worst.robust[rows]
+        kept = np.where(is_robust[:, None, None, None], candidates, worst.adversarial[rows])
+        robust = rows[is_robust]
+        worst.distance[robust] = distances(kept[is_robust], worst.images[robust], self._norm)
+        return super().record(rows, kept, fooled, last_iterate_fooled)
 
-    def count(self, forwards, backwards, seconds):
-        self._forwards += forwards
-        self._backwards += backwards
-        self._seconds += seconds
-
-    def close(self, clean, attacked):
-        is_attacked = np.zeros(len(clean), bool)
-        is_attacked[attacked] = True
+    def as_record(self) -> AttackRecord:
         return AttackRecord(
-            correct=clean & is_attacked & ~self.fooled,
-            correct_last_iterate=clean & is_attacked & ~self._last_fooled,
-            attacked=is_attacked,
-            forwards=self._forwards,
-            backwards=self._backwards,
-            seconds=self._seconds,
-            unconfirmed=self._unconfirmed,
-            stages=tuple(self.stages.items()),
+            correct=~self.fooled,
+            correct_last_iterate=~self.last_iterate_fooled,
+            attacked=self._attacked,
+            forwards=self.forwards,
+            backwards=self.backwards,
+            seconds=self.seconds,
+            unconfirmed=self.unconfirmed,
+            stages=tuple(self.stages),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Confirmed(AttackResult):
-    unconfirmed: int = 0
-    not_finite: Any = None
-    """(N,) bool: whom logits that are not finite fool."""
 
 
 class _Run:
     """One evaluation: the network, the examples, and where finished batches are kept."""
 
-    def __init__(self, functions, images, labels, indices, batch_size, seed, state, show_progress):
-        self._logits_fn, self._gradient_logits_fn = functions
-        self._attacked_fn = frozen_copy(self._logits_fn, images[:batch_size])
-        self._images, self._labels, self._indices = images, labels, indices
+    def __init__(self, logits_fn, examples, batch_size, state, show_progress):
+        self._logits_fn, self._examples = logits_fn, examples
+        self._attacked_fn = copy_for_inference(logits_fn, examples.images[:batch_size])
         self._batch_size = batch_size
-        self._seed = seed
         self._state = state
         self._show_progress = show_progress
-        self._data_key = content_hash(images, labels, indices) if state else ""
+        arrays = (examples.images, examples.labels, examples.indices)
+        self._data_key = content_hash(*arrays) if state else ""
         self.findings: list[Finding] = []
         """What the attacks show of the network."""
 
-    def attack(self, name, attack, rows, worst):
-        """Attack some rows of the data set; the images go to the worst case."""
-        books = _Books(worst)
-        if isinstance(attack, Cascade):
-            self._attack_in_stages(books, name, attack, rows)
-        else:
-            self._attack_all(books, name, attack, rows)
-        return books
+    def attack(self, name, attack, attacked):
+        """Attack the active set of an attack, and record there what is found.
 
-    def _attack_all(self, books, name, attack, rows):
+        The stages of a cascade each run on the whole active set, so that batches stay full as
+        examples fall.
+        """
+        rows = attacked.rows
+        if not isinstance(attack, Cascade):
+            self._attack_all(name, attack, attacked, rows)
+        elif len(rows):
+
+            def run_stage(stage, attack, rows):
+                self._attack_all(f"{name}: {stage}", attack, attacked, rows)
+
+            num_classes = count_classes(self._logits_fn, self._examples.images)
+            self.findings += run_stages(attack, num_classes, attacked, run_stage)
+
+    def _attack_all(self, name, attack, attacked, rows):
         """Attack batch by batch; what another worker is at comes last, from what it saved."""
         starts = range(0, len(rows), self._batch_size)
         batches = [rows[start : start + self._batch_size] for start in starts]
@@ -430,71 +410,50 @@ class _Run:
             for wait in (False, True):
                 taken = []
                 for batch in batches:
-                    found = self._attack_batch(name, attack, batch, wait=wait)
-                    if found is None:
-                        taken.append(batch)
-                    else:
-                        books.add(batch, attack.threat.norm, *found)
+                    if self._attack_batch(name, attack, attacked, batch, wait=wait):
                         bar.update()
+                    else:
+                        taken.append(batch)
                 batches = taken
 
-    def _attack_in_stages(self, books, name, cascade, rows):
-        """Each stage on all that still stand, so that batches stay full as examples fall."""
-        if not len(rows):
-            return
-        num_classes = count_classes(self._logits_fn, self._images)
-        is_standing = np.zeros(len(self._images), bool)
-        is_standing[rows] = True
-        before = is_standing.copy()
-        for stage, attack in cascade.attacks(num_classes).items():
-            rows = np.flatnonzero(is_standing)
-            self._attack_all(books, f"{name}: {stage}", attack, rows)
-            is_standing &= ~books.fooled
-            books.stages[stage] = is_standing.copy()
-        self.findings += check_square(before, books.stages.items())
-
-    def _attack_batch(self, name, attack, batch, *, wait):
-        """Attack one batch, or take its result from the state; either way it passes the gate.
+    def _attack_batch(self, name, attack, attacked, batch, *, wait):
+        """Attack one batch, or take its result from the state; either way it is checked.
 
         Returns:
-            What was found and the seconds that it took, or None if another worker is at it and
-            `wait` is off.
+            Whether it is done: not if another worker is at it and `wait` is off.
         """
-        images, labels, indices = self._images[batch], self._labels[batch], self._indices[batch]
-        description = f"{self._data_key} {attack!r} {self._seed} {_hash_of(batch)}"
-        if self._gradient_logits_fn is not None:
-            description += f" {self._gradient_logits_fn!r}"
+        examples = self._examples.take(batch)
+        description = f"{self._data_key} {attack!r} {examples.seed} {_hash_of(batch)}"
+        if examples.gradient_logits_fn is not None:
+            description += f" {examples.gradient_logits_fn!r}"
         arrays = self._saved(description)
         if arrays is None:
             claim = self._state.claim(description, wait=wait) if self._state else nullcontext(True)
             with claim as is_mine:
                 if not is_mine:
-                    return None
+                    return False
                 # Another worker may have finished it meanwhile.
                 arrays = self._saved(description)
                 if arrays is None:
-                    arrays = self._compute(attack, images, labels, indices)
+                    arrays = self._compute(attack, examples)
                     if self._state:
                         self._state.save(description, arrays)
         forwards, backwards, seconds = arrays["counts"]
         found = AttackResult(
             arrays["adversarial"], arrays["fooled"], arrays["last"], int(forwards), int(backwards)
         )
-        check_threat(name, found.adversarial, images, indices, attack.threat)
-        return _confirm(self._logits_fn, found, labels, self._batch_size), float(seconds)
+        check_threat(name, found.adversarial, examples.images, examples.indices, attack.threat)
+        self._confirm(attacked, batch, found)
+        attacked.seconds += float(seconds)
+        return True
 
     def _saved(self, description):
         arrays = self._state.load(description) if self._state else None
         return arrays if arrays is not None and arrays.keys() >= _SAVED else None
 
-    def _compute(self, attack, images, labels, indices):
+    def _compute(self, attack, examples):
         started = time.monotonic()
-        followed = self._gradient_logits_fn
-        # Attacks that know no such argument run as they are.
-        options = {} if followed is None else {"gradient_logits_fn": followed}
-        found = attack.run(
-            self._attacked_fn, images, labels, seed=self._seed, indices=indices, **options
-        )
+        found = run_attack(attack, self._attacked_fn, examples)
         seconds = time.monotonic() - started
         return {
             "adversarial": found.adversarial,
@@ -503,26 +462,18 @@ class _Run:
             "counts": np.array([found.forwards, found.backwards, seconds]),
         }
 
-
-def _confirm(logits_fn, found, labels, batch_size):
-    """Count an image as fooled only if it is, read back from the array in another batch size."""
-    candidates = np.flatnonzero(found.fooled)
-    other_size = max(1, batch_size // 2) if batch_size > 1 else 2
-    judgement = _judge(logits_fn, found.adversarial[candidates], labels[candidates], other_size)
-    wrong = judgement.fooled
-    fooled = found.fooled.copy()
-    fooled[candidates[~wrong]] = False
-    not_finite = np.zeros(len(fooled), bool)
-    not_finite[candidates] = judgement.not_finite
-    return _Confirmed(
-        adversarial=found.adversarial,
-        fooled=fooled,
-        last_iterate_fooled=found.last_iterate_fooled & fooled,
-        forwards=found.forwards,
-        backwards=found.backwards,
-        unconfirmed=int((~wrong).sum()),
-        not_finite=not_finite,
-    )
+    def _confirm(self, attacked, batch, found):
+        """Record an image as fooled only if it is so when read back, in another batch size."""
+        candidates = np.flatnonzero(found.fooled)
+        other_size = max(1, self._batch_size // 2) if self._batch_size > 1 else 2
+        images, labels = found.adversarial[candidates], self._examples.labels[batch[candidates]]
+        judgement = _judge(self._logits_fn, images, labels, other_size)
+        fooled = found.fooled.copy()
+        fooled[candidates] = judgement.fooled
+        last = found.last_iterate_fooled & fooled
+        attacked.add(batch, dataclasses.replace(found, fooled=fooled, last_iterate_fooled=last))
+        attacked.unconfirmed += int((~judgement.fooled).sum())
+        attacked.not_finite[batch[candidates]] = judgement.not_finite
 
 
 def _judge(logits_fn, images, labels, batch_size) -> Judgement:
@@ -536,11 +487,10 @@ def _judge(logits_fn, images, labels, batch_size) -> Judgement:
     return judgement
 
 
-def _check(logits_fn, attacks, images, labels, indices, batch_size, seed):
-    """What a look at the first images says of the network, and its forwards and backwards."""
-    count = min(batch_size, NUM_CHECKED)
-    images, labels, indices = images[:count], labels[:count], indices[:count]
-    num_classes = count_classes(logits_fn, images)
+def _check(logits_fn, attacks, examples):
+    """What the first images show of the network, and the forwards and backwards that took."""
+    examples = examples.take(slice(NUM_CHECKED))
+    num_classes = count_classes(logits_fn, examples.images)
     findings: list[Finding] = []
     for attack in attacks.values():
         if isinstance(attack, Cascade):
@@ -549,14 +499,14 @@ def _check(logits_fn, attacks, images, labels, indices, batch_size, seed):
     findings += check_network(
         logits_fn,
         next(iter(attacks.values())).threat,
-        images,
-        labels,
+        examples.images,
+        examples.labels,
         followed=followed_losses(attacks.values()),
         for_randomised=for_randomised,
-        seed=seed,
-        indices=indices,
+        seed=examples.seed,
+        indices=examples.indices,
     )
-    cost = cost_of_checks(len(images), for_randomised=for_randomised)
+    cost = cost_of_checks(len(examples.images), for_randomised=for_randomised)
     return list(dict.fromkeys(findings)), cost
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.attacks.engine import low_precision as precision
-from logit_reg.attacks.engine.active_set import count_classes
+from logit_reg.attacks.engine.forward import count_classes
 from logit_reg.attacks.engine.low_precision import LowPrecision
 from logit_reg.commands.command_line import UsageError
 from logit_reg.durations import in_words

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from logit_reg.evaluation.ledger import Ledger
+from logit_reg.evaluation.ledger import Ledger, is_same_attack
 from logit_reg.evaluation.statistics import PairedDifference
 from logit_reg.report.tables import Table, notices_of
 
@@ -49,7 +49,9 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> Comparison:
     common = [
         name
         for name in ledger_a.correct
-        if name in ledger_b.correct and attacks_a.get(name) == attacks_b.get(name) is not None
+        if name in ledger_b.correct
+        and attacks_a.get(name) is not None
+        and is_same_attack(attacks_a[name], attacks_b.get(name))
     ]
     pairs = {"clean": (ledger_a.clean, ledger_b.clean)}
     pairs |= {name: (ledger_a.correct[name], ledger_b.correct[name]) for name in common}

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import is_fooled
 from logit_reg.attacks.engine.inference_copy import following_copy
+from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.pgd import PGD
 from logit_reg.objectives import Objective, class_indices, label_error
 from logit_reg.threat import ThreatModel

@@ -1,107 +1,147 @@
-"""The books of a run: who is misclassified clean, who still stands, what was found for the rest."""
+"""The active set: which examples are still robust, what was found for the others, the passes."""
 
-import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
-import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import (
-    AttackResult,
-    LogitsFn,
-    batch_spec,
-    call_logits,
-    check_classes,
-    compiled,
-)
+from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, run_attack
+from logit_reg.attacks.engine.examples import Examples, check_classes
+from logit_reg.attacks.engine.forward import LogitsFn, clean_logits
 
 
-class Standing:
-    """The examples that an attack has left, so that it works on nobody else.
+class ActiveSet:
+    """The examples that are still robust, so that attacks work on nobody else.
 
     Rows are places in the batch. An attack keeps its own state for the rows it works on and
     drops the others from it, between calls of its compiled steps: `rows = rows[keep]`.
     """
 
-    def __init__(self, logits_fn: LogitsFn, images: np.ndarray, labels: np.ndarray):
-        """Look at the clean images: whoever is misclassified there is broken already.
+    def __init__(self, adversarial: np.ndarray):
+        """Begin with all of N examples.
 
         Args:
-            logits_fn: images -> logits.
-            images: (N, H, W, C) float32, pixel units.
-            labels: (N,) int64.
+            adversarial: (N, H, W, C) float32 what to return where nothing is recorded; written to.
         """
-        self.adversarial = images.copy()
-        """(N, H, W, C) float32: what was recorded last, the image itself at first."""
-        self.clean_logits = clean_logits(logits_fn, images)
-        """(N, K) float."""
-        check_classes(labels, self.clean_logits.shape[1])
-        self.fooled = ~(clean_margin(self.clean_logits, labels) > 0)
+        self.adversarial = adversarial
+        """(N, H, W, C) float32: what was recorded last."""
+        self.fooled = np.zeros(len(adversarial), bool)
         """(N,) bool."""
-        self.forwards = len(images)
-        self.backwards = 0
+        self.last_iterate_fooled = np.zeros(len(adversarial), bool)
+        """(N,) bool."""
+        self.forwards = self.backwards = 0
+        self.stages: list[tuple[str, np.ndarray]] = []
+        """Of a cascade: see `AttackResult.stages`."""
 
     @property
     def rows(self) -> np.ndarray:
-        """(M,) int rows of those that still stand, in order."""
+        """(M,) int rows of those that are still robust, in order."""
         return np.flatnonzero(~self.fooled)
 
-    def record(self, rows: np.ndarray, candidates: np.ndarray, fooled: np.ndarray) -> np.ndarray:
-        """Note what was found for some rows.
+    def record(self, rows, candidates, fooled, last_iterate_fooled=None) -> np.ndarray:
+        """Take what was found for some rows.
 
         Args:
-            rows: (M,) int rows that still stood.
+            rows: (M,) int rows that were still robust.
             candidates: (M, H, W, C) float32 what to return for them.
             fooled: (M,) bool whether it fools.
+            last_iterate_fooled: (M,) bool; `fooled` if None, as where an image is left once it is
+                fooled.
 
         Returns:
             (M,) bool who goes on.
         """
         self.adversarial[rows] = candidates
         self.fooled[rows] = fooled
-        return ~fooled
+        self.last_iterate_fooled[rows] = (
+            fooled if last_iterate_fooled is None else last_iterate_fooled
+        )
+        return ~self.fooled[rows]
+
+    def add(self, rows: np.ndarray, found: AttackResult) -> None:
+        """Record what an attack found for some rows, with its passes."""
+        self.record(rows, found.adversarial, found.fooled, found.last_iterate_fooled)
+        self.count(1, forwards=found.forwards, backwards=found.backwards)
 
     def count(self, num_images: int, *, forwards: int = 0, backwards: int = 0) -> None:
-        """Add passes of each of `num_images` images to the books."""
+        """Count passes of each of `num_images` images."""
         self.forwards += num_images * forwards
         self.backwards += num_images * backwards
 
-    def result(self, stages: tuple = ()) -> AttackResult:
-        """The books as an `AttackResult`; an image is left when it fools, so its last iterate
-        is the one that fools.
-        """
+    def result(self) -> AttackResult:
+        """All of it as an `AttackResult`."""
         return AttackResult(
             self.adversarial,
             self.fooled,
-            self.fooled.copy(),
+            self.last_iterate_fooled,
             self.forwards,
             self.backwards,
-            stages,
+            tuple(self.stages),
         )
+
+
+class ActiveExamples(ActiveSet):
+    """The examples that an attack is to fool, those that are classified right at first."""
+
+    def __init__(self, logits_fn: LogitsFn, examples: Examples):
+        """Send the clean images through the network: who is misclassified there is done."""
+        super().__init__(examples.images.copy())
+        self.logits_fn, self.examples = logits_fn, examples
+        self.clean_logits = clean_logits(logits_fn, examples.images)
+        """(N, K) float."""
+        check_classes(examples.labels, self.num_classes)
+        self.fooled = ~(clean_margin(self.clean_logits, examples.labels) > 0)
+        self.last_iterate_fooled = self.fooled.copy()
+        self.forwards = len(examples.images)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.clean_logits.shape[1]
+
+    @property
+    def functions(self) -> tuple[LogitsFn, LogitsFn]:
+        """See `Examples.functions`."""
+        return self.examples.functions(self.logits_fn)
+
+    def run(self, attack: Attack, rows: np.ndarray) -> None:
+        """Run another attack on some rows and record what it finds."""
+        self.add(rows, run_attack(attack, self.logits_fn, self.examples.take(rows)))
+
+    def targets(self, num_targets: int) -> Iterator[tuple[str, np.ndarray]]:
+        """One target class after the other, the wrong ones with the largest clean logits first.
+
+        Args:
+            num_targets: how many classes, cut to K - 1.
+
+        Yields:
+            A name for random streams, and the (N,) int64 targets of that rank.
+
+        Source:
+            The targets of AutoAttack's APGD-T and FAB-T (Croce and Hein 2020).
+        """
+        others = self.clean_logits.astype(np.float64)
+        others[np.arange(len(others)), self.examples.labels] = -np.inf
+        order = np.argsort(-others, axis=1, kind="stable").astype(np.int64)
+        for rank in range(min(num_targets, self.num_classes - 1)):
+            yield f"target {rank}", order[:, rank]
+
+
+class ActiveSetAttack(ImageAttack):
+    """An attack that works on the active set only: it leaves an image once it is fooled."""
+
+    def _run(self, logits_fn, examples):
+        active = ActiveExamples(logits_fn, examples)
+        self._attack(active)
+        return active.result()
+
+    def _attack(self, active: ActiveExamples) -> None:
+        """Attack who is still robust, and record what is found."""
+        raise NotImplementedError
 
 
 def take(state, keep: np.ndarray) -> tuple[np.ndarray, ...]:
     """The kept rows of each tensor or array of a state."""
     return tuple(np.asarray(part)[keep] for part in state)
-
-
-def ranked_targets(logits: np.ndarray, labels: np.ndarray, num_targets: int) -> np.ndarray:
-    """The wrong classes, likeliest first.
-
-    Args:
-        logits: (N, K) float of the clean images.
-        labels: (N,) int.
-        num_targets: how many classes, cut to K - 1.
-
-    Returns:
-        (N, min(num_targets, K - 1)) int64.
-
-    Source:
-        The targets of AutoAttack's APGD-T and FAB-T (Croce and Hein 2020).
-    """
-    others = logits.astype(np.float64)
-    others[np.arange(len(labels)), labels] = -np.inf
-    order = np.argsort(-others, axis=1, kind="stable")
-    return order[:, : min(num_targets, logits.shape[1] - 1)].astype(np.int64)
 
 
 def clean_margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -111,57 +151,3 @@ def clean_margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     true_logit = others[np.arange(len(labels)), labels]
     others[np.arange(len(labels)), labels] = -np.inf
     return np.where(finite, true_logit - others.max(axis=1), -np.inf)
-
-
-def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
-    """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float.
-
-    Raises:
-        ValueError: if there is not one row of logits an image.
-    """
-    logits = _compiled_forward(logits_fn, images)(images).numpy()
-    if len(logits) != len(images):
-        raise ValueError(
-            f"logits_fn must return a row of logits for each image; it returns {len(logits)} for "
-            f"{len(images)} images."
-        )
-    return logits
-
-
-def count_classes(logits_fn: LogitsFn, images) -> int:
-    """K of a network, from its trace; by a look at an image where that does not say."""
-    traced = _compiled_forward(logits_fn, images).get_concrete_function()
-    return traced.structured_outputs.shape[1] or clean_logits(logits_fn, images[:1]).shape[1]
-
-
-def check_examples(logits_fn: LogitsFn, images, labels) -> None:
-    """Refuse labels that are no class of a network.
-
-    Args:
-        logits_fn: images -> logits.
-        images: (N, H, W, C) float, pixel units.
-        labels: (N,) int.
-
-    Raises:
-        ValueError: if there is one, or the network gives no logits.
-    """
-    if len(images):
-        check_classes(labels, count_classes(logits_fn, images))
-
-
-def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
-    """The graph of `clean_logits`, for images (N, H, W, C) of the same shape."""
-    return _compiled_forward(logits_fn, images).get_concrete_function().graph
-
-
-def _compiled_forward(logits_fn, images):
-    signature = (batch_spec(images.shape[1:]),)
-    return compiled(_Forward(), "_logits", (logits_fn,), signature)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Forward:
-    """One look at some images."""
-
-    def _logits(self, logits_fn, images):
-        return call_logits(logits_fn, images)

@@ -1,73 +1,71 @@
-"""What AutoAttack and the adaptive attack share: stages, each on what still stands."""
+"""Cascades: stages of attacks, each on what is still robust after the ones before."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
-from logit_reg.attacks.engine.active_set import Standing
-from logit_reg.attacks.engine.attack import Attack
+import numpy as np
+
+from logit_reg.attacks.engine.active_set import ActiveExamples, ActiveSet, ActiveSetAttack
+from logit_reg.attacks.engine.attack import Attack, Cascade
+from logit_reg.attacks.engine.checks import Finding, check_square, warn
 
 # By name of the stage: DLR takes three logits, its targeted form four.
 _LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 
 
-def stages_for(attacks: Mapping[str, Attack], num_classes: int) -> dict[str, Attack]:
-    """The stages that are defined for so many classes, in order.
+class CascadeAttack(ActiveSetAttack):
+    """A `Cascade` that can be run on one batch, too: its result has `stages`."""
 
-    Args:
-        attacks: stages by name.
-        num_classes: K, at least 2.
-    """
-    return {
-        name: attack
-        for name, attack in attacks.items()
-        if num_classes >= _LEAST_CLASSES.get(name, 2)
-    }
+    def attacks(self, num_classes: int) -> dict[str, Attack]:
+        """The stages by name, in order.
+
+        Args:
+            num_classes: K, at least 2; what is not defined for so few classes is left out.
+        """
+        return {
+            name: attack
+            for name, attack in self._all_attacks().items()
+            if num_classes >= _LEAST_CLASSES.get(name, 2)
+        }
+
+    def cost(self) -> tuple[int, int]:
+        """Return the most forwards and backwards that one image can take, with enough classes."""
+        costs = [attack.cost() for attack in self._all_attacks().values()]
+        # One more for the clean image.
+        return 1 + sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
+
+    def check_num_classes(self, num_classes: int) -> list[Finding]:
+        """See `Cascade.check_num_classes`."""
+        raise NotImplementedError
+
+    def _all_attacks(self) -> dict[str, Attack]:
+        """The stages by name, for any number of classes."""
+        raise NotImplementedError
+
+    def _attack(self, active: ActiveExamples) -> None:
+        warn(run_stages(self, active.num_classes, active, lambda _, *stage: active.run(*stage)))
 
 
 def run_stages(
-    attacks: Mapping[str, Attack],
-    standing: Standing,
-    logits_fn,
-    images,
-    labels,
-    *,
-    indices,
-    **options,
-) -> tuple:
-    """Run each stage on the images that still stand.
+    cascade: Cascade,
+    num_classes: int,
+    active: ActiveSet,
+    run_stage: Callable[[str, Attack, np.ndarray], None],
+) -> list[Finding]:
+    """Run each stage of a cascade on what is still robust.
 
     Args:
-        attacks: stages by name, in order.
-        standing: the books of these images; gets what is found.
-        logits_fn: images -> logits.
-        images: (N, H, W, C) float32, pixel units.
-        labels: (N,) int64.
-        indices: (N,) int64 places of the images in their data set.
-        options: further arguments of `Attack.run`.
+        cascade: what to run.
+        num_classes: K of the network.
+        active: gets the `stages`.
+        run_stage: attacks rows of the active set with the stage of a name, and records there what
+            it finds.
 
     Returns:
-        (name, (N,) bool still standing after it) of each stage, as `AttackResult.stages`.
+        What the stages show of the network.
     """
-    stages = []
-    for name, attack in attacks.items():
-        rows = standing.rows
-        if len(rows):
-            found = attack.run(
-                logits_fn, images[rows], labels[rows], indices=indices[rows], **options
-            )
-            standing.record(rows, found.adversarial, found.fooled)
-            standing.forwards += found.forwards
-            standing.backwards += found.backwards
-        stages.append((name, ~standing.fooled))
-    return tuple(stages)
-
-
-def cost_of_stages(
-    attacks: Mapping[str, Attack], cost_of_checks: tuple[int, int] = (0, 0)
-) -> tuple[int, int]:
-    """The most forwards and backwards that one image can take: checks, a clean look, stages."""
-    costs = [attack.cost() for attack in attacks.values()]
-    forwards, backwards = cost_of_checks
-    return (
-        forwards + 1 + sum(cost[0] for cost in costs),
-        backwards + sum(cost[1] for cost in costs),
-    )
+    before = ~active.fooled
+    for name, attack in cascade.attacks(num_classes).items():
+        if len(rows := active.rows):
+            run_stage(name, attack, rows)
+        active.stages.append((name, ~active.fooled))
+    return check_square(before, active.stages)

@@ -1,4 +1,4 @@
-"""Signs that a robustness evaluation cannot be trusted, as AutoAttack looks for them."""
+"""Signs that a robustness evaluation cannot be trusted, as AutoAttack checks for them."""
 
 import dataclasses
 import warnings
@@ -8,21 +8,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import clean_logits, forward_graph
-from logit_reg.attacks.engine.attack import (
-    LOSSES,
-    Cascade,
+from logit_reg.attacks.engine.attack import Cascade
+from logit_reg.attacks.engine.examples import attack_inputs
+from logit_reg.attacks.engine.forward import (
     LogitsFn,
-    attack_inputs,
-    attack_loss,
     batch_spec,
+    clean_logits,
     compiled,
-    is_finite,
-    margin,
-    random_direction,
-    random_stream,
+    forward_graph,
 )
-from logit_reg.attacks.engine.gradient_loop import logits_and_gradient
+from logit_reg.attacks.engine.gradients import logits_and_gradient
+from logit_reg.attacks.engine.losses import LOSSES, attack_loss, is_finite, margin
+from logit_reg.attacks.engine.random_numbers import random_direction, random_stream
 from logit_reg.threat import ThreatModel
 
 SAME_LOGITS = 1e-4
@@ -35,7 +32,7 @@ _LEAST_PROBABILITY = 1e-37
 _SCALED_SLACK = 1e-3
 _SURE = 0.99
 NUM_CHECKED = 100
-"""Images that `check_network` looks at."""
+"""Images that `check_network` sends through the network."""
 _NUM_PASSES = 5
 # Share of examples that Square may take from gradient attacks.
 _SQUARE_SHARE = 0.002
@@ -268,8 +265,8 @@ def check_square(before: np.ndarray, stages: Iterable[tuple[str, np.ndarray]]) -
     """Whether the attack without gradients breaks what those before it leave.
 
     Args:
-        before: (N,) bool standing before the first stage.
-        stages: (name, (N,) bool standing after it) of a cascade, in order.
+        before: (N,) bool robust before the first stage.
+        stages: (name, (N,) bool still robust after it) of a cascade, in order.
 
     Returns:
         A finding if the stage "square" breaks more than 0.2 % of the N examples.
@@ -281,7 +278,7 @@ def check_square(before: np.ndarray, stages: Iterable[tuple[str, np.ndarray]]) -
                 Finding(
                     "square_lowers",
                     f"Square breaks {100 * share:.1f} points that the attacks with gradients "
-                    "leave standing: these may be misled; run Square with more queries, or an "
+                    "leave robust: these may be misled; run Square with more queries, or an "
                     "adaptive attack.",
                     share,
                 )
@@ -305,8 +302,8 @@ def check_network(
 
     Args:
         logits_fn: images -> logits.
-        threat: gradients are looked at from the start of Auto-PGD in this threat model.
-        images: (N, H, W, C) float, pixel units; the first `NUM_CHECKED` are looked at.
+        threat: gradients are taken at the start of Auto-PGD in this threat model.
+        images: (N, H, W, C) float, pixel units; the first `NUM_CHECKED` are taken.
         labels: (N,) int.
         followed: the losses that the attacks follow, see `followed_losses`.
         for_randomised: the attacks are made for a network that is randomised.
@@ -360,7 +357,7 @@ def followed_losses(attacks: Iterable[Any]) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _GradientProbe:
-    """A look at the gradient of a loss, from a random point of the ball's surface."""
+    """The gradient of a loss at a random point of the ball's surface."""
 
     threat: ThreatModel
     loss: str

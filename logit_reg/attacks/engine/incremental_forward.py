@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import LogitsFn, call_logits
+from logit_reg.attacks.engine.forward import LogitsFn, call_logits
 from logit_reg.attacks.engine.inference_copy import (
+    FastConvolution,
     FoldedNormalization,
-    FrozenConvolution,
     activated,
     is_plain,
 )
@@ -30,18 +30,18 @@ _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeImages:
-    """A network that computes every image anew; what `windowed` gives where nothing else pays."""
+class FullForward:
+    """A network that computes every image anew, as where nothing else pays."""
 
     network: LogitsFn
 
     def features(self, images) -> tuple:
-        """See `WindowedImages.features`: there are none."""
+        """See `IncrementalForward.features`: there are none."""
         del images
         return ()
 
     def changed_features(self, images, features, starts, side) -> tuple:
-        """See `WindowedImages.changed_features`: there are none."""
+        """See `IncrementalForward.changed_features`: there are none."""
         del images, features, starts, side
         return ()
 
@@ -52,7 +52,7 @@ class WholeImages:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class WindowedImages:
+class IncrementalForward:
     """The leading blocks of a network, and the layers after them."""
 
     blocks: tuple["_Block", ...]
@@ -68,7 +68,7 @@ class WindowedImages:
             Outputs (N, H', W', C') of each block, padded as the next one wants them.
         """
         inputs, features = self.blocks[0].padded(images), []
-        for block, following in self._steps():
+        for block, following in self._pairs():
             inputs = following.padded(block.run(inputs))
             features.append(inputs)
         return tuple(features)
@@ -87,7 +87,7 @@ class WindowedImages:
         """
         inputs, sides = self.blocks[0].padded(images), [side, side]
         changed = []
-        for (block, following), outputs in zip(self._steps(), features, strict=True):
+        for (block, following), outputs in zip(self._pairs(), features, strict=True):
             starts, sides, patch = block.run_around(inputs, starts, sides)
             moved = [
                 start + axis.before for start, axis in zip(starts, following.axes, strict=True)
@@ -104,13 +104,15 @@ class WindowedImages:
             outputs = layer(outputs, training=False)
         return outputs
 
-    def _steps(self):
+    def _pairs(self):
         """Each block with the one that pads its outputs."""
         return zip(self.blocks, (*self.blocks[1:], _NOTHING), strict=True)
 
 
-def windowed(network: LogitsFn, shape: tuple[int, ...], side: int) -> WholeImages | WindowedImages:
-    """How to ask a network about images that change in squares of one size.
+def cheapest_forward(
+    network: LogitsFn, shape: tuple[int, ...], side: int
+) -> FullForward | IncrementalForward:
+    """The cheapest way to send images that change in squares of one size through a network.
 
     Args:
         network: images -> logits.
@@ -121,24 +123,24 @@ def windowed(network: LogitsFn, shape: tuple[int, ...], side: int) -> WholeImage
         The same object each time for the same network and number of blocks that pay.
     """
     if not isinstance(network, keras.Model):
-        return WholeImages(network)
+        return FullForward(network)
     known = _known.setdefault(network, {})
     if shape not in known:
         layers = _chain(network)
         blocks, ends = _leading_blocks(layers, shape)
         known[shape] = [
-            WindowedImages(tuple(blocks[:depth]), tuple(layers[end:]))
+            IncrementalForward(tuple(blocks[:depth]), tuple(layers[end:]))
             for depth, end in enumerate(ends, start=1)
         ]
-    answers: WholeImages | WindowedImages = WholeImages(network)
+    forward: FullForward | IncrementalForward = FullForward(network)
     sides = [side, side]
     for deeper in known[shape]:
         block = deeper.blocks[-1]
         sides = block.changed(sides)
         if np.prod(sides) > _MOST_CHANGED * np.prod(block.outputs):
             break
-        answers = deeper
-    return answers
+        forward = deeper
+    return forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +298,7 @@ def _block(layers, size) -> _Block:
 
 def _is_convolution(layer):
     return (
-        type(layer) in (keras.layers.Conv2D, FrozenConvolution)
+        type(layer) in (keras.layers.Conv2D, FastConvolution)
         and layer.data_format == "channels_last"
         and layer.groups == 1
         and {*layer.strides, *layer.dilation_rate} == {1}

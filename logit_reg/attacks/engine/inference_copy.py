@@ -1,4 +1,4 @@
-"""A copy of a network with frozen weights, which CPUs attack faster.
+"""The inference copy of a network, which CPUs attack faster.
 
 Its layers compute the same sums as Keras' own in forms that oneDNN has fast kernels for:
 
@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import LogitsFn, call_logits
+from logit_reg.attacks.engine.forward import LogitsFn, call_logits
 
 # Fewer weights stay in the cache, whatever their order.
 _MANY_WEIGHTS = 2**18
@@ -33,13 +33,12 @@ UNCOPIED = (TypeError, ValueError, NotImplementedError)
 _copies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def frozen_copy(network: Any, images) -> Any:
+def copy_for_inference(network: Any, images) -> Any:
     """A faster copy for attacks, with the weights that the network has now.
 
     Args:
         network: images (N, H, W, C) -> logits (N, K).
-        images: (N, H, W, C) float, pixel units, that will be attacked; the first few of them are
-            looked at.
+        images: (N, H, W, C) float, pixel units, that will be attacked; the first few are compared.
 
     Returns:
         The copy, the same object each time for the same network; or the network itself if it is no
@@ -77,7 +76,7 @@ def following_copy(network: Any) -> LogitsFn:
     def own(images):
         return network(images, training=False)
 
-    if not _is_known(network) or FrozenConvolution not in _kinds(network):
+    if not _is_known(network) or FastConvolution not in _kinds(network):
         return own
     try:
         copy = keras.models.clone_model(
@@ -121,7 +120,7 @@ def _is_known(network):
 def _kinds(network):
     """The classes of ours that compute its layers faster."""
     classes = {_class_of(layer) for layer in network.layers}
-    return classes & {FrozenConvolution, _Dense}
+    return classes & {FastConvolution, _Dense}
 
 
 def _copy(network, folded):
@@ -133,7 +132,7 @@ def _copy(network, folded):
         if layer in normalizations:
             return FoldedNormalization(name=layer.name)
         if layer in folded:
-            return FrozenConvolution.from_config(config | {"use_bias": True})
+            return FastConvolution.from_config(config | {"use_bias": True})
         return _class_of(layer).from_config(config)
 
     return keras.models.clone_model(network, clone_function=clone)
@@ -149,7 +148,7 @@ def _set_weights(copy, network, folded):
         is_folded = layer in folded
         own.set_weights(_folded_weights(layer, folded[layer]) if is_folded else layer.get_weights())
         if isinstance(own, _Dense):
-            own.turn()
+            own.transpose()
 
 
 def _folded_weights(convolution, normalization):
@@ -205,7 +204,7 @@ def _class_of(layer):
     """What computes the layer: one of ours, or its own class."""
     if type(layer) is keras.layers.Conv2D:
         is_fitting = _is_plain_convolution(layer) and layer.use_bias
-        return FrozenConvolution if is_fitting else type(layer)
+        return FastConvolution if is_fitting else type(layer)
     if type(layer) is keras.layers.Dense:
         is_fitting = layer.use_bias and layer.kernel.shape.num_elements() >= _MANY_WEIGHTS
         return _Dense if is_fitting else type(layer)
@@ -224,7 +223,7 @@ def copied_layer(layer, config: dict) -> keras.layers.Layer:
     return (_class_of(layer) if is_convolution else type(layer)).from_config(config)
 
 
-class FrozenConvolution(keras.layers.Conv2D):
+class FastConvolution(keras.layers.Conv2D):
     """A convolution in the copy; a faster form of the same sums."""
 
     def call(self, inputs):
@@ -250,16 +249,16 @@ class FoldedNormalization(keras.layers.Layer):
 class _Dense(keras.layers.Dense):
     def build(self, input_shape):
         super().build(input_shape)
-        self.turned = tf.Variable(tf.transpose(self.kernel), trainable=False)
+        self.transposed = tf.Variable(tf.transpose(self.kernel), trainable=False)
 
-    def turn(self):
+    def transpose(self):
         """Take the weights as they are now."""
-        self.turned.assign(tf.transpose(self.kernel))
+        self.transposed.assign(tf.transpose(self.kernel))
 
     def call(self, inputs, training=None):
         if inputs.shape.rank != 2:
             return super().call(inputs, training=training)
-        outputs = tf.matmul(inputs, self.turned, transpose_b=True)
+        outputs = tf.matmul(inputs, self.transposed, transpose_b=True)
         return activated(self, outputs)
 
 
@@ -279,7 +278,7 @@ def _has_blocks(images, strides, dilation_rate):
 def _convolve_one_channel(images, kernel, padding):
     """A convolution of stride 1 whose gradient comes in blocks of two by two pixels.
 
-    The gradient for the images is a convolution with the kernel turned round. For a block it is
+    The gradient for the images is a convolution with the flipped kernel. For a block it is
     one of stride 2 with four kernels, the same one moved by a row, a column or both.
     """
     pads = [[0, 0]]
@@ -293,9 +292,9 @@ def _convolve_one_channel(images, kernel, padding):
     @tf.custom_gradient
     def convolve(images, kernel):
         def gradients(gradient):
-            turned = tf.transpose(tf.reverse(kernel, axis=[0, 1]), [0, 1, 3, 2])
+            flipped = tf.transpose(tf.reverse(kernel, axis=[0, 1]), [0, 1, 3, 2])
             moved = [
-                tf.pad(turned, [[row, 1 - row], [column, 1 - column], [0, 0], [0, 0]])
+                tf.pad(flipped, [[row, 1 - row], [column, 1 - column], [0, 0], [0, 0]])
                 for row in (0, 1)
                 for column in (0, 1)
             ]

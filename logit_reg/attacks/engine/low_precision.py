@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import clean_logits
-from logit_reg.attacks.engine.attack import LogitsFn, call_logits, margin
+from logit_reg.attacks.engine.forward import LogitsFn, call_logits, clean_logits
 from logit_reg.attacks.engine.inference_copy import UNCOPIED, copied_layer, is_plain
+from logit_reg.attacks.engine.losses import margin
 
 ATTACK_DTYPES = ("auto", "float32", "bfloat16")
 """What attacks may compute directions in; "auto" is bfloat16 where it pays and agrees."""
@@ -21,7 +21,7 @@ NO_BFLOAT16 = "this processor has no bfloat16"
 
 # Of x86 processors: without them TensorFlow's bfloat16 is an order of magnitude slower.
 _PROCESSOR_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-# float32 looks again below this multiple of the largest difference seen between the precisions.
+# float32 checks again below this multiple of the largest difference seen between the precisions.
 _TOLERANCE = 4.0
 # The precisions agree if the tolerance is at most this share of a typical margin ...
 _LARGEST_TOLERANCE = 0.5
@@ -36,7 +36,7 @@ class PrecisionError(ValueError):
 class LowPrecision:
     """A copy of a network in bfloat16: a `gradient_logits_fn` that attacks know.
 
-    Attacks follow its logits; whoever they call fooled, or nearly so, is looked at again by the
+    Attacks follow its logits; what they call fooled, or nearly so, is checked again by the
     network itself, see `judged_logits`. A copy sees no later change of the weights.
     """
 
@@ -69,7 +69,7 @@ def has_bfloat16(cpuinfo: str | None = None) -> bool:
         cpuinfo: content of /proc/cpuinfo; this machine's if None.
 
     Returns:
-        True on x86 processors with AVX512-BF16 or AMX; GPUs are not looked at.
+        True on x86 processors with AVX512-BF16 or AMX; GPUs are not asked.
     """
     if cpuinfo is None:
         path = Path("/proc/cpuinfo")
@@ -169,33 +169,31 @@ def followed_dtype(gradient_logits_fn: LowPrecision | None) -> str:
     return "float32" if gradient_logits_fn is None else "bfloat16"
 
 
-def is_screened(gradient_logits_fn: LogitsFn | None) -> bool:
-    """Whether only doubtful iterates get a second look, not all of them."""
+def is_screened(gradient_logits_fn: LogitsFn) -> bool:
+    """Whether only doubtful iterates are checked again, not all of them."""
     return isinstance(gradient_logits_fn, LowPrecision)
 
 
-def num_looks(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> int:
-    """Forwards that one iterate takes: two if another function than the one followed judges it.
+def num_forwards(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> int:
+    """Forward passes of one iterate: two if another function than the one followed judges it.
 
-    Second looks at doubtful iterates come on top; `judged_logits` counts them.
+    Rechecks of doubtful iterates come on top; `judged_logits` counts them.
     """
     is_same = gradient_logits_fn is logits_fn
     return 1 if is_same or is_screened(gradient_logits_fn) else 2
 
 
-def query_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn | None) -> LogitsFn:
+def query_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> LogitsFn:
     """Where attacks without gradients send their queries: a lower precision or the network."""
-    return gradient_logits_fn if isinstance(gradient_logits_fn, LowPrecision) else logits_fn
+    return gradient_logits_fn if is_screened(gradient_logits_fn) else logits_fn
 
 
-def exact_gradient_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn | None) -> LogitsFn:
+def exact_gradient_fn(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn) -> LogitsFn:
     """What attacks follow that stay on the boundary itself, where a lower precision is lost.
 
     FAB in bfloat16 missed a tenth of the images that it finds in float32.
     """
-    if gradient_logits_fn is None or is_screened(gradient_logits_fn):
-        return logits_fn
-    return gradient_logits_fn
+    return logits_fn if is_screened(gradient_logits_fn) else gradient_logits_fn
 
 
 def judged_logits(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn, points, logits, labels, done):
@@ -204,7 +202,7 @@ def judged_logits(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn, points, log
     Args:
         logits_fn: the network that decides.
         gradient_logits_fn: the one that gave `logits`: the same, a `LowPrecision` copy, of which
-            only doubtful rows are looked at again, or another function, of which all are.
+            only doubtful rows are checked again, or another function, of which all are.
         points: (N, H, W, C) float, pixel units.
         logits: (N, K) float of `gradient_logits_fn` at the points.
         labels: (N,) int.
@@ -212,7 +210,7 @@ def judged_logits(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn, points, log
 
     Returns:
         (N, K) float: a row whose margin is at most the copy's tolerance, unless it is done, is
-        the network's own; and () int32, how many rows the network looked at again after the copy.
+        the network's own; and () int32, how many rows were checked again.
     """
     if gradient_logits_fn is logits_fn:
         return logits, 0
@@ -221,11 +219,11 @@ def judged_logits(logits_fn: LogitsFn, gradient_logits_fn: LogitsFn, points, log
     is_clear = margin(logits, labels) > gradient_logits_fn.tolerance
     rows = tf.where(tf.logical_not(tf.logical_or(is_clear, done)))
 
-    def look_again():
+    def recheck():
         exact = call_logits(logits_fn, tf.gather_nd(points, rows))
         return tf.tensor_scatter_nd_update(logits, rows, tf.cast(exact, logits.dtype))
 
-    return tf.cond(tf.size(rows) > 0, look_again, lambda: logits), tf.shape(rows)[0]
+    return tf.cond(tf.size(rows) > 0, recheck, lambda: logits), tf.shape(rows)[0]
 
 
 def _measured_tolerance(network, copy, images):

@@ -7,7 +7,11 @@ import tensorflow as tf
 from keras import layers
 
 from logit_reg.attacks import PGD
-from logit_reg.attacks.engine.inference_copy import FoldedNormalization, following_copy, frozen_copy
+from logit_reg.attacks.engine.inference_copy import (
+    FoldedNormalization,
+    copy_for_inference,
+    following_copy,
+)
 from logit_reg.evaluation.run import evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn, wide_resnet
@@ -59,7 +63,7 @@ def gradient(network, images):
 
 
 def assert_same(network, images):
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     assert copy is not network
     np.testing.assert_allclose(copy(images), network(images), rtol=1e-4, atol=1e-4)
     for found, expected in zip(gradient(copy, images), gradient(network, images), strict=True):
@@ -79,9 +83,9 @@ def test_a_large_dense_layer_and_the_challenge_network():
 
 def test_the_copy_is_one_object_that_follows_the_weights():
     network, images = small_network(units=600), batch()
-    first = frozen_copy(network, images)
+    first = copy_for_inference(network, images)
     network.set_weights([2 * weights for weights in network.get_weights()])
-    assert frozen_copy(network, images) is first
+    assert copy_for_inference(network, images) is first
     np.testing.assert_allclose(first(images), network(images), rtol=1e-4, atol=1e-4)
 
 
@@ -107,7 +111,7 @@ def with_random_weights(network):
 
 
 def num_folded(network, images):
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     return sum(isinstance(layer, FoldedNormalization) for layer in copy.layers)
 
 
@@ -116,7 +120,7 @@ def num_folded(network, images):
 def test_a_normalization_becomes_part_of_the_convolution_before_it(convolution, normalization):
     network = with_normalization(convolution=convolution, normalization=normalization)
     images = batch((12, 12, 2))
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     assert num_folded(network, images) == 1
     np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
     for found, expected in zip(
@@ -125,7 +129,7 @@ def test_a_normalization_becomes_part_of_the_convolution_before_it(convolution, 
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     # A later look at other weights finds those.
     network.set_weights([0.5 * weights for weights in network.get_weights()])
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
 
 
@@ -141,7 +145,7 @@ def test_a_normalization_becomes_part_of_the_convolution_before_it(convolution, 
 def test_a_normalization_of_anything_else_stays(settings):
     network, images = with_normalization(**settings), batch((12, 12, 2))
     assert num_folded(network, images) == 0
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     assert copy is not network
     np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
 
@@ -151,7 +155,7 @@ def test_half_of_the_challenge_s_normalizations_are_folded():
     network = with_random_weights(wide_resnet(1))
     images = 255 * batch((32, 32, 3))
     assert num_folded(network, images) == 16
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     expected = network(images, training=False)
     np.testing.assert_allclose(copy(images), expected, atol=1e-4 * np.abs(expected).max())
 
@@ -164,7 +168,7 @@ def test_a_sequential_network_of_convolution_normalization_and_relu_is_folded():
     with_random_weights(network)
     images = batch((12, 12, 2))
     assert num_folded(network, images) == 1
-    copy = frozen_copy(network, images)
+    copy = copy_for_inference(network, images)
     np.testing.assert_allclose(copy(images), network(images, training=False), rtol=1e-4, atol=1e-4)
 
 
@@ -177,7 +181,7 @@ def test_only_a_few_images_are_compared(monkeypatch):
         return network(images, training=False)
 
     monkeypatch.setattr("logit_reg.attacks.engine.inference_copy.call_logits", noted)
-    frozen_copy(small_network(), batch(count=500))
+    copy_for_inference(small_network(), batch(count=500))
     assert seen == [4, 4]
 
 
@@ -228,11 +232,11 @@ def test_what_is_no_plain_network_is_attacked_itself():
     nested = keras.Sequential([keras.Input((12, 12, 1)), small_network()])
     no_layers_of_ours = keras.Sequential([keras.Input((12, 12, 1)), layers.Flatten()])
     for one in (network.call, foreign, nested, no_layers_of_ours, None):
-        assert frozen_copy(one, images) is one
+        assert copy_for_inference(one, images) is one
     double = keras.Sequential(
         [keras.Input((12, 12, 1)), layers.Conv2D(2, 3, dtype="float64"), layers.Flatten()]
     )
-    assert frozen_copy(double, images) is double
+    assert copy_for_inference(double, images) is double
 
 
 def test_a_network_that_keras_cannot_copy_is_attacked_itself():
@@ -240,13 +244,13 @@ def test_a_network_that_keras_cannot_copy_is_attacked_itself():
         [keras.Input((12, 12, 1)), layers.Conv2D(2, 3), layers.Lambda(lambda x: 2 * x)]
         + [layers.Flatten(), layers.Dense(3)]
     )
-    assert frozen_copy(network, batch()) is network
+    assert copy_for_inference(network, batch()) is network
 
 
 def test_a_network_whose_logits_are_not_the_copy_s_is_attacked_itself():
     network, images = small_network(), batch()
     network.set_weights([np.full_like(weights, np.nan) for weights in network.get_weights()])
-    assert frozen_copy(network, images) is network
+    assert copy_for_inference(network, images) is network
 
 
 def test_an_evaluation_attacks_the_copy_and_the_network_decides(monkeypatch):
@@ -264,7 +268,7 @@ def test_an_evaluation_attacks_the_copy_and_the_network_decides(monkeypatch):
 
         return wrong
 
-    monkeypatch.setattr("logit_reg.evaluation.run.frozen_copy", wrong_copy)
+    monkeypatch.setattr("logit_reg.evaluation.run.copy_for_inference", wrong_copy)
     found = evaluate(network, {"attack": attack}, images, labels)
     assert seen
     assert found.records["attack"].correct.all()

@@ -7,8 +7,12 @@ import tensorflow as tf
 from keras import layers
 
 from logit_reg.attacks import Square
-from logit_reg.attacks.engine.incremental_forward import WholeImages, WindowedImages, windowed
-from logit_reg.attacks.engine.inference_copy import frozen_copy
+from logit_reg.attacks.engine.incremental_forward import (
+    FullForward,
+    IncrementalForward,
+    cheapest_forward,
+)
+from logit_reg.attacks.engine.inference_copy import copy_for_inference
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn
 
@@ -82,8 +86,8 @@ def corners_and_middle(shape, side):
 
 def assert_follows_changes(network, shape, side):
     """Change a window, and then another one on top of it."""
-    answers = windowed(network, shape, side)
-    assert isinstance(answers, WindowedImages)
+    answers = cheapest_forward(network, shape, side)
+    assert isinstance(answers, IncrementalForward)
     images = np.random.default_rng(1).random((6, *shape), dtype=np.float32)
     features = answers.features(images)
     for places in (slice(None), slice(None, None, -1)):
@@ -104,10 +108,10 @@ def test_logits_are_those_of_the_changed_images(blocks, side):
 
 
 @pytest.mark.parametrize("side", [1, 3, 6])
-def test_the_challenge_network_and_its_frozen_copy(side):
+def test_the_challenge_network_and_its_copy_for_inference(side):
     network, shape = mnist_cnn(), (28, 28, 1)
     assert_follows_changes(network, shape, side)
-    copy = frozen_copy(network, np.zeros((2, *shape), np.float32))
+    copy = copy_for_inference(network, np.zeros((2, *shape), np.float32))
     assert copy is not network
     assert_follows_changes(copy, shape, side)
 
@@ -127,25 +131,25 @@ def test_a_convolution_with_a_normalization_folded_into_it(use_bias):
     )
     generator = np.random.default_rng(0)
     network.set_weights([generator.uniform(0.1, 1, w.shape) for w in network.get_weights()])
-    copy = frozen_copy(network, np.zeros((2, *SHAPE), np.float32))
+    copy = copy_for_inference(network, np.zeros((2, *SHAPE), np.float32))
     assert copy is not network
-    assert windowed(copy, SHAPE, 2).rest[0].name.startswith("flatten")
+    assert cheapest_forward(copy, SHAPE, 2).rest[0].name.startswith("flatten")
     assert_follows_changes(copy, SHAPE, 2)
 
 
 def test_as_many_blocks_as_pay():
     network = mnist_cnn()
-    found = [windowed(network, (28, 28, 1), side) for side in (1, 9, 28)]
+    found = [cheapest_forward(network, (28, 28, 1), side) for side in (1, 9, 28)]
     assert [len(answers.blocks) for answers in found[:2]] == [2, 1]
-    assert isinstance(found[2], WholeImages)
-    assert windowed(network, (28, 28, 1), 10) is found[1]
+    assert isinstance(found[2], FullForward)
+    assert cheapest_forward(network, (28, 28, 1), 10) is found[1]
 
 
 @pytest.mark.parametrize("blocks", UNFIT.values(), ids=UNFIT)
 def test_layers_that_do_not_fit_are_run_as_a_whole(blocks):
     network = network_of(blocks)
-    answers = windowed(network, SHAPE, 1)
-    assert isinstance(answers, WholeImages)
+    answers = cheapest_forward(network, SHAPE, 1)
+    assert isinstance(answers, FullForward)
     images = np.random.default_rng(1).random((2, *SHAPE), dtype=np.float32)
     np.testing.assert_array_equal(answers.logits(images, ()), network(images))
 
@@ -167,7 +171,7 @@ def test_networks_that_are_no_chain_are_run_as_a_whole():
     inverted = Inverted(network_of(BLOCKS["same"]).layers)
     inverted.build((None, *SHAPE))
     for network in (forked, used_twice, double, inverted, lambda images: images[:, 0, :, 0]):
-        assert isinstance(windowed(network, SHAPE, 1), WholeImages)
+        assert isinstance(cheapest_forward(network, SHAPE, 1), FullForward)
 
 
 def test_the_square_attack_finds_the_same(monkeypatch):
@@ -177,12 +181,12 @@ def test_the_square_attack_finds_the_same(monkeypatch):
     attack, asked = Square(ThreatModel("linf", 0.02, 0.0, 1.0), 150), []
 
     def noted(network, shape, side):
-        asked.append(windowed(network, shape, side))
+        asked.append(cheapest_forward(network, shape, side))
         return asked[-1]
 
-    monkeypatch.setattr("logit_reg.attacks.square.windowed", noted)
+    monkeypatch.setattr("logit_reg.attacks.square.cheapest_forward", noted)
     found = attack.run(network, images, labels, seed=0)
-    assert {type(answers) for answers in asked} == {WholeImages, WindowedImages}
+    assert {type(answers) for answers in asked} == {FullForward, IncrementalForward}
     expected = attack.run(lambda images: network(images), images, labels, seed=0)
     np.testing.assert_array_equal(found.fooled, expected.fooled)
     assert 0 < found.fooled.sum() < len(images)
