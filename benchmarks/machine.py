@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from logit_reg.experiments.runs import commit
+from logit_reg.experiments.provenance import commit
 
 # Columns of /proc/stat: user nice system idle iowait irq softirq steal; guests are part of user.
 _NUM_COLUMNS = 8

@@ -25,7 +25,7 @@ def adversarial_training_ours(problem: Problem) -> Callable[[], Outcome]:
     """The same with `PGDAdversary`."""
     from logit_reg.attacks import PGD
     from logit_reg.threat import ThreatModel
-    from logit_reg.training.model import PGDAdversary
+    from logit_reg.training.adversaries.pgd import PGDAdversary
 
     case = problem.case
     threat = ThreatModel("linf", case.epsilon, 0.0, case.upper)
@@ -144,7 +144,8 @@ def _steps_of_ours(problem, adversary):
     import keras
 
     from logit_reg.objectives import Objective
-    from logit_reg.training.loop import BatchOrder, repeatable_steps, traced_train_step
+    from logit_reg.training.feeding import BatchOrder, traced_train_step
+    from logit_reg.training.loop import repeatable_steps
     from logit_reg.training.model import RegularizedModel
     from madry_compat.optimizers import TF1Adam
 

@@ -12,19 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
-REGULARIZERS = (
-    "none",
-    "squeeze",
-    "squeeze_example",
-    "similarity",
-    "clip_xent",
-    "clip_xent_batch",
-    "pairing",
-)
-REDUCTIONS = ("mean", "sum")
+from logit_reg.regularizers import REGULARIZERS, taking
 
-_CLIPPING = ("clip_xent", "clip_xent_batch")
-_WITH_BETA = ("squeeze", "squeeze_example", "similarity", "pairing")
+REDUCTIONS = ("mean", "sum")
 
 
 class LossTerms(NamedTuple):
@@ -261,24 +251,25 @@ class Objective:
         for name in ("beta", "gamma", "smoothing", "omega"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number; got {getattr(self, name)}.")
+        settings = REGULARIZERS[self.reg]
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0; got {self.beta:g}.")
-        if self.beta > 0 and self.reg not in _WITH_BETA:
+        if self.beta > 0 and "beta" not in settings:
             raise ValueError(
-                f"beta weighs the penalty of {', '.join(_WITH_BETA)}; reg {self.reg!r} has none: "
-                f"leave beta at 0 (got {self.beta:g}) or choose one of these."
+                f"beta weighs the penalty of {', '.join(taking('beta'))}; reg {self.reg!r} has "
+                f"none: leave beta at 0 (got {self.beta:g}) or choose one of these."
             )
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1); got {self.smoothing:g}.")
-        if (self.gamma != 0) != (self.reg == "similarity"):
+        if (self.gamma != 0) != ("gamma" in settings):
             raise ValueError(
-                f"gamma must be non-zero with reg 'similarity' (1 in the paper) and 0 otherwise; "
-                f"got gamma {self.gamma:g} with reg {self.reg!r}."
+                f"gamma must be non-zero with reg {_named('gamma')} (1 in the paper) and 0 "
+                f"otherwise; got gamma {self.gamma:g} with reg {self.reg!r}."
             )
-        if (self.omega > 0) != (self.reg in _CLIPPING) or self.omega < 0:
+        if (self.omega > 0) != ("omega" in settings) or self.omega < 0:
             raise ValueError(
-                f"omega must be above 0 with reg 'clip_xent' or 'clip_xent_batch' (1.5 in the "
-                f"paper) and 0 otherwise; got omega {self.omega:g} with reg {self.reg!r}."
+                f"omega must be above 0 with reg {_named('omega')} (1.5 in the paper) and 0 "
+                f"otherwise; got omega {self.omega:g} with reg {self.reg!r}."
             )
 
     def __call__(self, logits, labels) -> LossTerms:
@@ -350,6 +341,11 @@ def _at_least_float32(x):
     x = ops.convert_to_tensor(x)
     is_wide = keras.backend.standardize_dtype(x.dtype) in ("float32", "float64")
     return x if is_wide else ops.cast(x, "float32")
+
+
+def _named(setting):
+    """The regularisers that take a setting, as an error names them."""
+    return " or ".join(repr(reg) for reg in taking(setting))
 
 
 def _check_choice(name, value, choices):

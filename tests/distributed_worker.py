@@ -26,7 +26,9 @@ def tiny_model(kind, dtype="float64"):
     from logit_reg.attacks import PGD
     from logit_reg.objectives import Objective
     from logit_reg.threat import ThreatModel
-    from logit_reg.training.model import FreeAdversary, PGDAdversary, RegularizedModel
+    from logit_reg.training.adversaries.free import FreeAdversary
+    from logit_reg.training.adversaries.pgd import PGDAdversary
+    from logit_reg.training.model import RegularizedModel
 
     keras.utils.set_random_seed(0)
     keras.config.set_floatx(dtype)
@@ -51,7 +53,7 @@ def tiny_model(kind, dtype="float64"):
     model = RegularizedModel(
         network,
         objective,
-        noise_stddev=0.1,
+        sigma=0.1,
         bounds=(0.0, 1.0),
         adversary=adversary,
         augment=kind == "decay",

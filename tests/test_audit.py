@@ -22,7 +22,8 @@ from logit_reg.audit.records import DECISIVE, Cost, WorstCase, verdict
 from logit_reg.audit.run import DIAGNOSTICS, prepare, run_test
 from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 from logit_reg.experiments import controls
-from logit_reg.experiments.runs import read_run, resolve_settings
+from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.runs import read_run
 from logit_reg.threat import ThreatModel
 from madry_compat import data
 

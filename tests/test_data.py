@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logit_reg.experiments.runs import resolve_settings
+from logit_reg.experiments.defaults import resolve_settings
 from madry_compat import data
 from madry_compat.challenges import IMAGE_SETS, MNIST
 

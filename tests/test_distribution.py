@@ -23,7 +23,8 @@ from logit_reg.training.distribution import (
     own_slice,
     whole_batch,
 )
-from logit_reg.training.loop import LOG_COLUMNS, traced_train_step
+from logit_reg.training.feeding import traced_train_step
+from logit_reg.training.records import LOG_COLUMNS
 from logit_reg.training.state import saved_steps, state_path
 from logit_reg.training.supervisor import INTERRUPTED, supervise
 from madry_compat.data import load, to_pixels

@@ -45,7 +45,8 @@ _RESOLVE = """
 import dataclasses, json, sys
 from logit_reg.commands import train
 from logit_reg.commands.command_line import FLAGS
-from logit_reg.experiments.runs import RunSettings, resolve_settings
+from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.settings import RunSettings
 from madry_compat.challenges import CIFAR10, MNIST
 names = {field.name for field in dataclasses.fields(RunSettings)}
 for words in json.loads(sys.argv[1]):

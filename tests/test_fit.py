@@ -13,8 +13,11 @@ from test_training import THREAT, small_model, small_network, some_data
 from logit_reg.attacks import PGD
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
-from logit_reg.training.loop import LOG_COLUMNS, LoopSettings, train
-from logit_reg.training.model import FreeAdversary, PGDAdversary, RegularizedModel
+from logit_reg.training.adversaries.free import FreeAdversary
+from logit_reg.training.adversaries.pgd import PGDAdversary
+from logit_reg.training.loop import LoopSettings, train
+from logit_reg.training.model import RegularizedModel
+from logit_reg.training.records import LOG_COLUMNS
 
 IMAGES, LABELS = some_data(32)
 FLAT = [keras.Input((6, 6, 1)), keras.layers.Flatten()]
@@ -94,7 +97,7 @@ def test_labels_of_shape_n_1_train_and_evaluate_as_those_of_shape_n(adversary, d
 
 
 def test_all_sources_of_data_train_alike():
-    settings = {"noise_stddev": 0.1, "augment": True}
+    settings = {"sigma": 0.1, "augment": True}
     model = small_model(**settings)
     expected = fit(model, IMAGES, LABELS)
     for source in SOURCES.values():
@@ -204,12 +207,12 @@ def test_images_within_bounds_pass_silently(scale):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(small_model(), whole, LABELS)
-        fit(small_model(bounds=(0, 255), noise_stddev=20.0), np.uint8(255 * whole), LABELS)
+        fit(small_model(bounds=(0, 255), sigma=20.0), np.uint8(255 * whole), LABELS)
 
 
 def test_what_is_likely_in_other_units_is_told():
     for settings, named in (
-        ({"noise_stddev": 20.0}, "noise_stddev 20"),
+        ({"sigma": 20.0}, "sigma 20"),
         ({"adversary": FreeAdversary(ThreatModel("linf", 8.0), 8)}, "epsilon 8"),
         ({"adversary": FreeAdversary(ThreatModel("linf", 1e-4), 8)}, "epsilon 0.0001"),
     ):
@@ -348,7 +351,7 @@ def test_float16_takes_the_steps_of_float32(adversary):
     assert np.abs(moves[1]).max() > 1e-4
     np.testing.assert_allclose(moves[0], moves[1], rtol=0.05, atol=0.02 * np.abs(moves[1]).max())
     if adversary == "free":
-        signs = [np.sign(model.perturbation.numpy()) for model in models]
+        signs = [np.sign(model.adversary_state.numpy()) for model in models]
         assert (signs[0] == signs[1]).mean() > 0.98 and np.abs(signs[1]).mean() > 0.5
 
 
@@ -356,7 +359,7 @@ def test_a_step_that_overflows_in_float16_leaves_weights_and_perturbation_as_the
     model, fresh = (half_model(scale=1e30, adversary=ADVERSARIES["free"]) for _ in range(2))
     model.train_on_batch(IMAGES[:8], LABELS[:8])
     assert_same_weights(model, fresh)
-    assert not model.perturbation.numpy().any()
+    assert not model.adversary_state.numpy().any()
     assert int(model.optimizer.iterations) == 0
 
 
@@ -473,7 +476,7 @@ def test_a_checkpoint_of_keras_is_the_bare_network_and_loads_without_this_projec
     other = small_model(adversary=ADVERSARIES["free"])
     other.load_weights(tmp_path / "x.weights.h5")
     assert_same_weights(model, other)
-    np.testing.assert_array_equal(model.perturbation.numpy(), other.perturbation.numpy())
+    np.testing.assert_array_equal(model.adversary_state.numpy(), other.adversary_state.numpy())
     with pytest.raises(NotImplementedError, match="save its network"):
         keras.saving.save_model(model, tmp_path / "whole.keras")
 
@@ -486,7 +489,7 @@ def test_backup_and_restore_goes_on_where_training_was_interrupted(tmp_path):
 
     def model():
         adam = keras.optimizers.Adam(0.01)
-        return small_model(adam, adversary=ADVERSARIES["free"], noise_stddev=0.1)
+        return small_model(adam, adversary=ADVERSARIES["free"], sigma=0.1)
 
     whole = model()
     fit(whole, IMAGES, LABELS, epochs=4)

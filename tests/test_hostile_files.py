@@ -22,8 +22,9 @@ import pytest
 from fuzz.mutations import read_table, write_table
 from tensorflow.core.protobuf import tensor_bundle_pb2
 
+from logit_reg.experiments.defaults import resolve_settings
 from logit_reg.experiments.keras_files import read_keras
-from logit_reg.experiments.runs import read_run, resolve_settings
+from logit_reg.experiments.runs import read_run
 from logit_reg.experiments.sources import load_own_images
 from logit_reg.experiments.submissions import prepare_output
 from logit_reg.files import (

@@ -17,8 +17,11 @@ import pytest
 
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
-from logit_reg.training.loop import BatchOrder, LoopSettings, TrainingError, run_folder, train
-from logit_reg.training.model import FREE_GRADIENT, FreeAdversary, RegularizedModel
+from logit_reg.training.adversaries.free import FreeAdversary
+from logit_reg.training.feeding import BatchOrder
+from logit_reg.training.folder import TrainingError, run_folder
+from logit_reg.training.loop import LoopSettings, train
+from logit_reg.training.model import RegularizedModel
 from logit_reg.training.state import restore_newest_state, save_state, saved_steps, state_path
 
 SETTINGS = LoopSettings(
@@ -30,7 +33,7 @@ SETTINGS = LoopSettings(
 )
 
 
-def fresh_model(adversary=None, noise_stddev=0.1):
+def fresh_model(adversary=None, sigma=0.1):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4, 4, 1))
     network = keras.Model(
@@ -39,7 +42,7 @@ def fresh_model(adversary=None, noise_stddev=0.1):
     model = RegularizedModel(
         network,
         Objective("squeeze", beta=0.5),
-        noise_stddev=noise_stddev,
+        sigma=sigma,
         clip_noise=False,
         bounds=(0.0, 1.0),
         adversary=adversary,
@@ -97,7 +100,7 @@ def test_a_run_in_two_parts_ends_bit_identical_to_one(tmp_path, stop, kind):
     for one, other in zip(weights(whole), weights(rest), strict=True):
         np.testing.assert_array_equal(one, other)
     if kind == "free":
-        np.testing.assert_array_equal(whole.perturbation.numpy(), rest.perturbation.numpy())
+        np.testing.assert_array_equal(whole.adversary_state.numpy(), rest.adversary_state.numpy())
     # A part ends with a row of its own, which the whole run does not have.
     of_parts = [row for row in rows(tmp_path / "parts") if int(row["step"]) != stop]
     of_whole = [row for row in rows(tmp_path / "whole") if int(row["step"]) != stop]
@@ -189,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_last_good_checkpo
     before = state_path(tmp_path, 5).read_bytes()
     message = r"finite at step 6 \(total .*checkpoint, of step 5, stays in .* smaller learning rate"
     with pytest.raises(TrainingError, match=message):
-        run(tmp_path, model=fresh_model(noise_stddev=1e38), num_output_steps=4)
+        run(tmp_path, model=fresh_model(sigma=1e38), num_output_steps=4)
     assert saved_steps(tmp_path) == [5]
     assert state_path(tmp_path, 5).read_bytes() == before
 
@@ -337,7 +340,7 @@ def test_going_on_under_another_rule_of_training_says_so(tmp_path, caplog):
     state_path(tmp_path, 5).touch()
     with run_folder(tmp_path, {"settings": {}, "rules": {}}):
         assert not caplog.text
-    with run_folder(tmp_path, {"settings": {}, "rules": {"free gradient": FREE_GRADIENT}}):
+    with run_folder(tmp_path, {"settings": {}, "rules": dict(FreeAdversary.rules)}):
         pass
     expected = "not bit-exactly: free gradient None -> 'with respect to the perturbation'"
     assert expected in caplog.text
@@ -402,7 +405,8 @@ _REAL = """
 import sys
 import numpy as np
 from pathlib import Path
-from logit_reg.experiments.runs import resolve_settings, train_run
+from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.runs import train_run
 given = {"max_num_training_steps": int(sys.argv[3]), "num_checkpoint_steps": 5,
          "num_output_steps": 1, "num_summary_steps": 10, "training_batch_size": 8}
 kinds = {

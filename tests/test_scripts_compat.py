@@ -22,12 +22,13 @@ from logit_reg.attacks import FGSM, PGD, Restarts
 from logit_reg.commands.command_line import UsageError
 from logit_reg.evaluation.protocols import threat_of
 from logit_reg.experiments import evaluations
+from logit_reg.experiments.defaults import resolve_settings
 from logit_reg.experiments.evaluations import evaluate_protocols, print_result, published_beside
 from logit_reg.experiments.exports import export_model
-from logit_reg.experiments.runs import resolve_settings, train_run
+from logit_reg.experiments.runs import train_run
 from logit_reg.experiments.sources import load_model
 from logit_reg.experiments.submissions import score_files
-from logit_reg.training.loop import BatchOrder
+from logit_reg.training.feeding import BatchOrder
 from madry_compat.archives import unpack
 from madry_compat.challenges import CIFAR10, IMAGE_SETS, MNIST
 from madry_compat.config import load_config

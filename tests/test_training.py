@@ -9,22 +9,16 @@ import pytest
 import tensorflow as tf
 
 from logit_reg.attacks import PGD
-from logit_reg.experiments.runs import (
-    build_model,
-    build_network,
-    read_run,
-    resolve_settings,
-    train_run,
-)
+from logit_reg.experiments.building import build_model, build_network
+from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.runs import read_run, train_run
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
-from logit_reg.training.loop import traced_train_step
-from logit_reg.training.model import (
-    FreeAdversary,
-    PGDAdversary,
-    RegularizedModel,
-    random_crop_and_flip,
-)
+from logit_reg.training.adversaries.free import FreeAdversary
+from logit_reg.training.adversaries.pgd import PGDAdversary
+from logit_reg.training.augmentation import random_crop_and_flip
+from logit_reg.training.feeding import traced_train_step
+from logit_reg.training.model import RegularizedModel
 from madry_compat.tf1_checkpoints import load_network
 
 THREAT = ThreatModel("linf", 0.3, 0.0, 1.0)
@@ -93,13 +87,13 @@ def test_evaluate_uses_neither_noise_nor_adversary():
     images, labels = some_data()
     results = [
         small_model(**settings).evaluate(images, labels, verbose=0, return_dict=True)
-        for settings in ({}, {"noise_stddev": 5.0, "adversary": adversary})
+        for settings in ({}, {"sigma": 5.0, "adversary": adversary})
     ]
     assert results[0] == results[1]
 
 
 def test_noise_has_its_deviation_and_is_new_at_every_step():
-    model, seen = model_that_remembers(512, noise_stddev=0.5, clip_noise=False)
+    model, seen = model_that_remembers(512, sigma=0.5, clip_noise=False)
     images = np.full((512, 6, 6, 1), 0.5, np.float32)
     noises = []
     for _ in range(2):
@@ -111,7 +105,7 @@ def test_noise_has_its_deviation_and_is_new_at_every_step():
 
 
 def test_clipped_noise_stays_in_the_pixel_range():
-    model, seen = model_that_remembers(noise_stddev=0.5)
+    model, seen = model_that_remembers(sigma=0.5)
     model.update(*some_data())
     assert seen.images.numpy().min() == 0.0 and seen.images.numpy().max() == 1.0
 
@@ -181,14 +175,14 @@ def test_batch_norm_averages_move_with_attack_passes_only_in_training_mode(mode,
 def test_free_adversary_moves_one_persistent_perturbation_by_epsilon():
     model, seen = model_that_remembers(8, adversary=FreeAdversary(THREAT, 8))
     images, labels = some_data(8)
-    assert not model.perturbation.numpy().any()
+    assert not model.adversary_state.numpy().any()
     model.update(images, labels)
-    first = model.perturbation.numpy()
+    first = model.adversary_state.numpy()
     np.testing.assert_allclose(np.abs(first), 0.3, rtol=1e-6)
     model.update(images, labels)
     # The second step trains on what the first left behind.
     np.testing.assert_allclose(seen.images.numpy(), np.clip(images + first, 0, 1), atol=1e-6)
-    assert np.abs(model.perturbation.numpy()).max() <= 0.3 * (1 + 1e-6)
+    assert np.abs(model.adversary_state.numpy()).max() <= 0.3 * (1 + 1e-6)
 
 
 def test_the_ramp_raises_the_perturbation_of_free_training_linearly():
@@ -197,7 +191,7 @@ def test_the_ramp_raises_the_perturbation_of_free_training_linearly():
     reached = []
     for _ in range(4):
         model.update(images, labels)
-        reached.append(np.abs(model.perturbation.numpy()).max())
+        reached.append(np.abs(model.adversary_state.numpy()).max())
     np.testing.assert_allclose(reached, [0.1, 0.2, 0.3, 0.3], rtol=1e-6)
 
 
@@ -207,10 +201,10 @@ def test_free_adversary_takes_a_smaller_last_batch():
     images, labels = some_data(20)
     for begin in (0, 8):
         model.update(images[begin : begin + 8], labels[begin : begin + 8])
-    before = model.perturbation.numpy()
+    before = model.adversary_state.numpy()
     weights = model.network.get_weights()
     model.update(images[16:], labels[16:])
-    after = model.perturbation.numpy()
+    after = model.adversary_state.numpy()
     np.testing.assert_array_equal(after[4:], before[4:])
     assert (after[:4] != before[:4]).mean() > 0.1
     assert np.abs(model.network.get_weights()[0] - weights[0]).max() > 0
@@ -249,7 +243,7 @@ def test_free_adversary_moves_as_the_published_code_over_24_replays():
             weights, images[batch], labels[batch], before, epsilon=0.3
         )
         model.update(images[batch], labels[batch])
-        np.testing.assert_allclose(model.perturbation.numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(model.adversary_state.numpy(), expected, atol=1e-6)
         stayed.append(np.mean((expected == before) & (np.abs(before) > 0)))
     # The rule matters: a gradient after the clip would move more of them.
     assert np.mean(stayed) > 0.1
@@ -269,9 +263,7 @@ def test_all_replays_of_a_minibatch_have_one_crop_and_the_next_one_another():
 
 def test_one_trace_after_fifty_steps():
     adversary = PGDAdversary(PGD(THREAT, num_steps=2, step_size=0.1), ramp_steps=5)
-    model = small_model(
-        objective=Objective("squeeze", beta=2.0), noise_stddev=0.5, adversary=adversary
-    )
+    model = small_model(objective=Objective("squeeze", beta=2.0), sigma=0.5, adversary=adversary)
     images, labels = some_data(40)
     model.optimizer.build(model.network.trainable_variables)
     step = traced_train_step(model, (images * 255).astype(np.uint8), labels, 16)
@@ -298,7 +290,7 @@ def test_dropout_is_on_in_training_and_off_in_attacks():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"noise_stddev": -1.0}, "noise_stddev must be at least 0"),
+        ({"sigma": -1.0}, "sigma must be at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0"),
         ({"bounds": (1.0, 0.0)}, "bounds must be increasing"),
     ],

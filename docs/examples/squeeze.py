@@ -19,7 +19,7 @@ def train(objective: Objective, *, epochs: int, noise: float) -> keras.Model:
     images = to_pixels(digits.images, "mnist_5k")
     keras.utils.set_random_seed(0)
     network = mnist_cnn()
-    model = RegularizedModel(network, objective, noise_stddev=noise, bounds=(0.0, 1.0))
+    model = RegularizedModel(network, objective, sigma=noise, bounds=(0.0, 1.0))
     model.compile(optimizer=keras.optimizers.Adam(1e-3))
     model.fit(images, digits.labels, batch_size=128, epochs=epochs, verbose=2)
     return network

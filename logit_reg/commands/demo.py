@@ -49,8 +49,9 @@ _NUM_STRONG_EXAMPLES = 100
 def main() -> None:
     """Train, evaluate, report."""
     from logit_reg.evaluation.protocols import protocol_attacks
+    from logit_reg.experiments.defaults import resolve_settings
     from logit_reg.experiments.evaluations import TestImages, evaluate_protocols
-    from logit_reg.experiments.runs import resolve_settings, train_run
+    from logit_reg.experiments.runs import train_run
     from logit_reg.experiments.sources import load_keras, load_split
     from logit_reg.files import write_text
     from logit_reg.report.run_page import write_page

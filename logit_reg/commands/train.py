@@ -24,8 +24,15 @@ from logit_reg.commands import command_line
 from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import DATASETS, LARGEST_SEED, apply_config
 from logit_reg.experiments import flag_effects
+from logit_reg.regularizers import REGULARIZERS
 from logit_reg.training import supervisor
+from logit_reg.training.adversaries import ADVERSARIES, taking
 from madry_compat.config import load_config
+
+
+def _with(flag: str) -> str:
+    return f"--adversary={'|'.join(taking(flag))}"
+
 
 flags.DEFINE_enum(
     "dataset",
@@ -42,15 +49,7 @@ flags.DEFINE_string("model_dir", None, "folder of the run; runs/<name from setti
 flags.DEFINE_enum(
     "reg",
     None,
-    [
-        "none",
-        "squeeze",
-        "squeeze_example",
-        "similarity",
-        "clip_xent",
-        "clip_xent_batch",
-        "pairing",
-    ],
+    list(REGULARIZERS),
     "what regularises the logits: Eq. 5, Eq. 2, Eq. 7, Eq. 6 (two variants) or CLP",
 )
 flags.DEFINE_float("beta", None, "weight of the penalty")
@@ -59,16 +58,16 @@ flags.DEFINE_float("smoothing", None, "lambda of label smoothing, Eq. 8, in [0, 
 flags.DEFINE_float("omega", None, "floor of the cross-entropy of --reg=clip_xent* (1.5)")
 flags.DEFINE_enum("loss_reduction", None, ["mean", "sum"], "reduction of the cross-entropy (mean)")
 flags.DEFINE_float(
-    "sigma", None, "stddev of the Gaussian noise, pixel units (.5 MNIST, 20 CIFAR with a reg)"
+    "sigma", None, "standard deviation of the noise, pixel units (0.5 MNIST, 20 CIFAR with a reg)"
 )
 flags.DEFINE_bool("clip_noise", None, "clip noisy images to the pixel range (on)")
 
-flags.DEFINE_enum("adversary", None, ["none", "pgd", "free"], "adversarial training")
-flags.DEFINE_float("epsilon", None, "linf budget of the adversary, pixel units (.3 or 8)")
-flags.DEFINE_integer("num_steps", None, "steps of --adversary=pgd (7)")
-flags.DEFINE_float("step_size", None, "step size of --adversary=pgd, pixel units")
-flags.DEFINE_enum("loss_func", None, ["xent", "cw"], "loss of --adversary=pgd (xent)")
-flags.DEFINE_bool("random_start", None, "random start of --adversary=pgd (on)")
+flags.DEFINE_enum("adversary", None, list(ADVERSARIES), "adversarial training")
+flags.DEFINE_float("epsilon", None, "linf budget of the adversary, pixel units (0.3 or 8)")
+flags.DEFINE_integer("num_steps", None, f"steps of {_with('num_steps')} (7 with pgd)")
+flags.DEFINE_float("step_size", None, f"step size of {_with('step_size')}, pixel units")
+flags.DEFINE_enum("loss_func", None, ["xent", "cw"], f"loss of {_with('loss_func')} (xent)")
+flags.DEFINE_bool("random_start", None, f"random start of {_with('random_start')} (on)")
 flags.DEFINE_integer(
     "ramp_steps", None, "steps over which epsilon grows from 0 (a tenth of them on MNIST)"
 )
@@ -76,16 +75,16 @@ flags.DEFINE_enum(
     "attack_batch_norm",
     None,
     ["evaluation", "training"],
-    "mode of BatchNorm while --adversary=pgd attacks (evaluation)",
+    f"mode of BatchNorm while {_with('attack_batch_norm')} attacks (evaluation)",
 )
-flags.DEFINE_integer("replays", None, "replays of each minibatch with --adversary=free (8)")
+flags.DEFINE_integer("replays", None, f"replays of each minibatch with {_with('replays')} (8)")
 
 flags.DEFINE_integer("width", None, "width of CIFAR's network (10; 1 is narrow)")
 flags.DEFINE_integer("max_num_training_steps", None, "number of optimiser steps")
 flags.DEFINE_integer("training_batch_size", None, "images a step (128)")
 flags.DEFINE_string("step_size_schedule", None, "learning rates, as [[0, 0.1], [40000, 0.01]]")
 flags.DEFINE_float("weight_decay", None, "weight decay of kernels (CIFAR 2e-4)")
-flags.DEFINE_float("momentum", None, "momentum (CIFAR .9)")
+flags.DEFINE_float("momentum", None, "momentum (CIFAR 0.9)")
 flags.DEFINE_integer(
     "random_seed",
     None,
@@ -163,7 +162,9 @@ def main() -> None:
 
 def _train() -> None:
     from logit_reg.attacks.engine.low_precision import NO_BFLOAT16, has_bfloat16
-    from logit_reg.experiments.runs import RunSettings, resolve_settings, train_run
+    from logit_reg.experiments.defaults import resolve_settings
+    from logit_reg.experiments.runs import train_run
+    from logit_reg.experiments.settings import RunSettings
     from logit_reg.experiments.sources import RUNS, choose_dataset, load_split
     from logit_reg.training.distribution import Workers, make_strategy
     from madry_compat.challenges import MNIST, challenge_for
@@ -245,11 +246,11 @@ def _checkpoint_in_model_dir() -> str | None:
 def _unit_notices(settings):
     from logit_reg.evaluation import units
 
-    threat, shape = settings.threat, settings.challenge.image_shape
-    found = [*units.noise_notices(settings.sigma, threat.lower, threat.upper)]
-    if settings.adversary != "none":
-        found += units.threat_notices(threat, shape)
-    if settings.adversary == "pgd":
+    challenge, threat = settings.challenge, settings.training_adversary.threat
+    found = [*units.noise_notices(settings.sigma, challenge.lower, challenge.upper)]
+    if threat is not None:
+        found += units.threat_notices(threat, challenge.image_shape)
+    if settings.adversary in taking("step_size"):
         found += units.step_notices(threat, settings.num_steps, settings.step_size)
     return found
 

@@ -29,7 +29,7 @@ from logit_reg.experiments.controls import (
 )
 from logit_reg.experiments.evaluations import network_name, refuse_other_settings
 from logit_reg.experiments.own_models import load_own_model
-from logit_reg.experiments.runs import commit, versions
+from logit_reg.experiments.provenance import commit, versions
 from logit_reg.experiments.sources import (
     RUNS,
     Model,

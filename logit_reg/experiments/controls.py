@@ -10,16 +10,12 @@ import tensorflow as tf
 
 from logit_reg.audit import Control
 from logit_reg.durations import in_words
-from logit_reg.experiments.runs import (
-    RunSettings,
-    build_model,
-    build_network,
-    read_run,
-    resolve_settings,
-    train_run,
-)
+from logit_reg.experiments.building import build_model, build_network
+from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.runs import read_run, train_run
+from logit_reg.experiments.settings import RunSettings
 from logit_reg.experiments.sources import RUNS, load_keras
-from logit_reg.training.loop import traced_train_step
+from logit_reg.training.feeding import traced_train_step
 from logit_reg.training.state import saved_steps
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.data import Dataset

@@ -32,7 +32,7 @@ from logit_reg.evaluation.run import (
 )
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.evaluation.units import attack_notices
-from logit_reg.experiments.runs import commit, versions
+from logit_reg.experiments.provenance import commit, versions
 from logit_reg.files import read_json, write_arrays, write_json
 from logit_reg.report.published import published_accuracies
 from logit_reg.text_columns import aligned

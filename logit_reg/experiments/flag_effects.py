@@ -9,8 +9,10 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from logit_reg import regularizers
 from logit_reg.commands.command_line import FLAGS, UsageError
 from logit_reg.commands.flag_groups import PGD_FLAGS, THREAT_FLAGS
+from logit_reg.training import adversaries
 
 Values = Mapping[str, Any]
 
@@ -67,7 +69,22 @@ class _Values(dict):
 
 def _adversary(values: Values) -> str:
     # A challenge's config.json trains as the challenge does.
-    return values["adversary"] or ("pgd" if values["config"] else "none")
+    return values["adversary"] or (adversaries.OF_CHALLENGES if values["config"] else "none")
+
+
+def _with_a_regularizer(setting: str) -> Effect:
+    """A setting of the objective has an effect with those regularisers that take it."""
+    names = regularizers.taking(setting)
+    return Effect(
+        (setting,), lambda v: (v["reg"] or "none") in names, f"with --reg={' or '.join(names)}"
+    )
+
+
+def _with_an_adversary(flag: str) -> Effect:
+    """A setting of the adversary has an effect with those adversaries that read it."""
+    names = adversaries.taking(flag)
+    words = " or ".join(f"--adversary={name}" for name in names)
+    return Effect((flag,), lambda v: _adversary(v) in names, f"with {words}")
 
 
 def _has_noise(values: Values) -> bool:
@@ -113,29 +130,9 @@ _OWN = (
 TRAINING = (
     _DATA,
     _DATA_PATH,
-    Effect(
-        ("beta",),
-        lambda v: v["reg"] in ("squeeze", "squeeze_example", "similarity", "pairing"),
-        "with a penalty to weigh: --reg=squeeze, squeeze_example, similarity or pairing",
-    ),
-    Effect(("gamma",), lambda v: v["reg"] == "similarity", "with --reg=similarity"),
-    Effect(
-        ("omega",),
-        lambda v: v["reg"] in ("clip_xent", "clip_xent_batch"),
-        "with --reg=clip_xent or clip_xent_batch",
-    ),
+    *map(_with_a_regularizer, regularizers.SETTINGS),
     Effect(("clip_noise",), _has_noise, "with noise: --sigma above 0"),
-    Effect(
-        ("epsilon", "ramp_steps"),
-        lambda v: _adversary(v) != "none",
-        "with --adversary=pgd or --adversary=free",
-    ),
-    Effect(
-        ("num_steps", "step_size", "loss_func", "random_start", "attack_batch_norm"),
-        lambda v: _adversary(v) == "pgd",
-        "with --adversary=pgd",
-    ),
-    Effect(("replays",), lambda v: _adversary(v) == "free", "with --adversary=free"),
+    *map(_with_an_adversary, adversaries.FLAGS),
     Effect(("width",), _is_cifar, "on CIFAR; MNIST's network has one size"),
     Effect(("momentum",), _is_cifar, "on CIFAR; MNIST's networks are trained with Adam"),
     Effect(("attack_batch_norm",), _is_cifar, "on CIFAR; MNIST's network has no BatchNorm"),

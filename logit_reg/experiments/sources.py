@@ -9,7 +9,8 @@ import numpy as np
 
 from logit_reg.commands.command_line import FLAGS, UsageError, advice, existing_path, notice
 from logit_reg.experiments.keras_files import read_keras
-from logit_reg.experiments.runs import RunSettings, read_run, step_of_network
+from logit_reg.experiments.runs import read_run, step_of_network
+from logit_reg.experiments.settings import RunSettings
 from logit_reg.files import read_arrays, read_json
 from logit_reg.training.state import saved_steps
 from madry_compat.bundle_index import is_bundle_file

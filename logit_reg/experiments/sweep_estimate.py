@@ -19,7 +19,9 @@ from logit_reg.commands import command_line, eval_challenge
 from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import TRIAL_EXAMPLES
 from logit_reg.evaluation.run import estimate_seconds
-from logit_reg.experiments.runs import RunSettings, as_tuples, build_network, resolve_settings
+from logit_reg.experiments.building import build_network
+from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.settings import RunSettings, as_tuples
 
 # A gradient costs about two forwards; a step of training is a forward and a gradient.
 _PASSES_OF_STEP = 3

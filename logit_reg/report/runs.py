@@ -24,7 +24,7 @@ from logit_reg.files import (
     read_json,
     write_json,
 )
-from logit_reg.training.loop import LOG_COLUMNS, TIMING_COLUMNS
+from logit_reg.training.records import LOG_COLUMNS, TIMING_COLUMNS
 from logit_reg.training.state import saved_steps
 
 _MAX_LOG_BYTES = 16 * 2**20

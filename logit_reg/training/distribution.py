@@ -174,6 +174,11 @@ def lost_workers(workers: Workers) -> Iterator[None]:
         raise WorkerLost(f"worker {workers.number} lost another one.") from error
 
 
+def num_replicas() -> int:
+    """How many replicas share a batch; to be asked inside a step."""
+    return tf.distribute.get_replica_context().num_replicas_in_sync
+
+
 def own_slice(batch):
     """The part of this replica of a batch that every replica knows whole."""
     context = tf.distribute.get_replica_context()

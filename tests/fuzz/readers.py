@@ -173,8 +173,8 @@ def _read_zip(folder, outside):
 
 
 def _seed_run(folder):
-    from logit_reg.experiments.runs import resolve_settings
-    from logit_reg.training.loop import TIMING_COLUMNS
+    from logit_reg.experiments.defaults import resolve_settings
+    from logit_reg.training.records import TIMING_COLUMNS
 
     settings = resolve_settings({"dataset": "mnist_5k", "reg": "squeeze", "beta": 2.0})
     record = {"schema": 1, "name": "squeeze", "settings": dataclasses.asdict(settings), "seed": 0}

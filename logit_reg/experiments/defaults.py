@@ -1,0 +1,77 @@
+"""What a run's settings are where the user gives none: the paper's, then the challenge's."""
+
+from typing import Any
+
+from logit_reg.experiments import flag_effects
+from logit_reg.experiments.settings import PAPER_BATCH_SIZE, RunSettings, check_settings
+from logit_reg.regularizers import REGULARIZERS
+from logit_reg.training.adversaries import OF_CHALLENGES, adversary_class
+from madry_compat.challenges import challenge_for, image_set
+
+
+def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False) -> RunSettings:
+    """Fill in what was not given: the paper's settings, then the data set's challenge defaults.
+
+    Args:
+        given: fields of `RunSettings`; "dataset" is required.
+        is_challenge_config: the rest comes from a challenge's config.json, so that everything
+            not given is the challenge's own training: its adversary, batch size and loss.
+
+    Returns:
+        Settings without holes.
+
+    Raises:
+        ValueError: if settings contradict each other or are out of range.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    challenge = challenge_for(given["dataset"])
+    training, paper = challenge.training, challenge.paper
+    reg = given.get("reg", "none")
+    adversary = given.get("adversary", OF_CHALLENGES if is_challenge_config else "none")
+    is_regularized = reg != "none" or given.get("smoothing", 0.0) > 0
+
+    defaults: dict[str, Any] = {
+        "width": paper.width,
+        "epsilon": challenge.epsilon,
+        "weight_decay": training.weight_decay,
+        "momentum": training.momentum,
+        "augment": training.augmentation,
+        "num_output_steps": training.num_output_steps,
+        "num_summary_steps": training.num_summary_steps,
+        "num_checkpoint_steps": training.num_checkpoint_steps,
+        "max_num_training_steps": training.max_num_training_steps,
+        "step_size_schedule": training.step_size_schedule,
+        "adversary": adversary,
+    }
+    if is_challenge_config:
+        defaults |= {
+            "training_batch_size": training.training_batch_size,
+            "loss_reduction": training.reduction,
+            "first_example": image_set(given["dataset"]).validation_examples,
+            "attack_batch_norm": "training",
+        }
+    else:
+        defaults["training_batch_size"] = PAPER_BATCH_SIZE
+        if is_regularized and adversary == "none":
+            defaults["max_num_training_steps"] *= paper.stretch
+            defaults["step_size_schedule"] = tuple(
+                (step * paper.stretch, rate) for step, rate in training.step_size_schedule
+            )
+    if is_regularized:
+        defaults["sigma"] = paper.noise_stddev
+    for name, usual in REGULARIZERS.get(reg, {}).items():
+        if usual is not None:
+            defaults[name] = usual
+        elif name not in given:
+            raise ValueError(
+                f"--reg={reg} needs --{name}, the weight of its penalty (2 is the paper's choice "
+                f"on MNIST; `squeeze` collapses from 10.73 on at batch {PAPER_BATCH_SIZE})."
+            )
+    defaults |= adversary_class(adversary).defaults(
+        challenge, defaults | given, is_challenge_config=is_challenge_config
+    )
+    if not is_challenge_config:
+        flag_effects.check_effects(flag_effects.TRAINING, given, given)
+    settings = RunSettings(**(defaults | given))
+    check_settings(settings)
+    return settings
