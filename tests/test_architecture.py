@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up; rooms on one floor do not know each other.
 FLOORS = (
-    ("version", "files", "durations", "progress", "text_columns"),
+    ("version", "files", "durations", "progress", "text_columns", "messages"),
     ("array_files",),
     ("threat", "objectives"),
     ("attacks.engine",),

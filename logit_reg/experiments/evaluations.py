@@ -13,7 +13,6 @@ from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.attacks.engine import low_precision as precision
 from logit_reg.attacks.engine.active_set import count_classes
 from logit_reg.attacks.engine.low_precision import LowPrecision
-from logit_reg.commands.command_line import UsageError
 from logit_reg.durations import in_words
 from logit_reg.evaluation.ledger import (
     build_result,
@@ -34,6 +33,7 @@ from logit_reg.evaluation.state import EvaluationState
 from logit_reg.evaluation.units import attack_notices
 from logit_reg.experiments.runs import commit, versions
 from logit_reg.files import read_json, write_arrays, write_json
+from logit_reg.messages import UsageError
 from logit_reg.report.published import published_accuracies
 from logit_reg.text_columns import aligned
 from madry_compat.data import Dataset

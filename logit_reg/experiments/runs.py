@@ -21,7 +21,7 @@ import tensorflow as tf
 import logit_reg
 from logit_reg.attacks import PGD
 from logit_reg.attacks.engine.low_precision import bfloat16_copy
-from logit_reg.experiments import flag_effects
+from logit_reg.experiments.effects import TRAINING, check_effects
 from logit_reg.files import atomic_path, read_json
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
@@ -243,7 +243,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     elif adversary == "free":
         defaults |= {"replays": _FREE_REPLAYS, "step_size": challenge.epsilon, "num_steps": 1}
     if not is_challenge_config:
-        flag_effects.check_effects(flag_effects.TRAINING, given, given)
+        check_effects(TRAINING, given, given)
     settings = RunSettings(**(defaults | given))
     _check_settings(settings)
     return settings
