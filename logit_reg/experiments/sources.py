@@ -233,8 +233,9 @@ def load_keras(path: Path) -> keras.Model:
             f"{path}: the network's output has shape {logits.shape}, expected logits (N, K) of at "
             f"least two classes."
         )
-    if isinstance(network.input, keras.KerasTensor) and isinstance(
-        network.output, keras.KerasTensor
+    # What was loaded as a Sequential has no `input`; it cannot have a dictionary or list there.
+    if isinstance(network, keras.Sequential) or all(
+        isinstance(tensor, keras.KerasTensor) for tensor in (network.input, network.output)
     ):
         return network
     return keras.Model(images, logits, name=network.name)
