@@ -14,17 +14,6 @@ from commands import ENVIRONMENT, ROOT
 
 import logit_reg
 
-# What DESIGN promises.
-PROMISED = [
-    "Objective",
-    "RegularizedModel",
-    "ThreatModel",
-    "PGD",
-    "AutoAttack",
-    "evaluate",
-    "load_model",
-    "load_run",
-]
 LISTED = [
     alias.asname
     for node in ast.parse((ROOT / "logit_reg" / "__init__.pyi").read_text()).body
@@ -56,7 +45,8 @@ def test_every_public_name_is_there_when_it_is_first_used(name):
 
 
 def test_the_public_names_are_those_that_were_promised():
-    assert set(LISTED) >= PROMISED
+    promised = "Objective RegularizedModel ThreatModel PGD AutoAttack evaluate load_model load_run"
+    assert set(promised.split()) <= set(LISTED)
     packages = {path.parent.name for path in (ROOT / "logit_reg").glob("*/__init__.py")}
     assert packages and not packages & set(LISTED)
     from logit_reg.audit import audit

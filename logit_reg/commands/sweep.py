@@ -134,7 +134,7 @@ def _check_and_estimate(plan) -> None:
         training = _training_of(job)
         for step in pending[job.name]:
             if step is job.steps[0]:
-                asked["trainings"].append(training)
+                asked["trainings"].append((job.name, training))
             else:
                 asked["evaluations"].append((training, step.arguments[2:]))
     command = [sys.executable, "-m", "logit_reg.commands.sweep_checks"]

@@ -1,9 +1,9 @@
 """What a sweep asks of the flags of its evaluations, and how long all of it takes.
 
 A process of its own: it has the flags of eval_challenge.py, and alone starts TensorFlow. Reads
-JSON from its input: "datasets" and "lines", the flags of evaluations to check; "trainings", the
-flags of each; and "evaluations", pairs of those of a training and a line. Prints the seconds of all
-trainings and of all evaluations.
+JSON from its input: "datasets" and "lines", the flags of evaluations to check; "trainings", pairs
+of a run's name and flags; and "evaluations", pairs of those of a training and a line. Prints the
+seconds of all trainings and of all evaluations.
 """
 
 import dataclasses
@@ -34,8 +34,11 @@ def main() -> None:
         except (ValueError, command_line.flags.Error) as error:
             raise UsageError(f"--evaluate: {' '.join(str(error).split())}") from error
     seconds = [0.0, 0.0]
-    for training in asked["trainings"]:
-        seconds[0] += training_seconds(_settings(training))
+    for name, training in asked["trainings"]:
+        try:
+            seconds[0] += training_seconds(_settings(training))
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
     for training, line in asked["evaluations"]:
         _parse(line)
         count = FLAGS.num_eval_examples
