@@ -227,7 +227,8 @@ class ImageSet:
             of pickles as unpacked. Looked up at every load.
         folder: where the published archive unpacks them.
         labels_key: of a pickle's labels.
-        num_examples: by split, where TFDS's ids count them; elsewhere TFDS's shuffle is undone.
+        num_examples: by split, where TFDS's ids count them or nothing else tells them; elsewhere
+            TFDS's shuffle is undone.
         validation_examples: so many first training images the challenge's reader kept back.
         taken_from: the data set whose training images these are.
     """
@@ -247,11 +248,22 @@ class ImageSet:
         """Stored values, of 0 to 255, over this are in the challenge's pixel units."""
         return 255.0 / self.challenge.upper
 
+    @property
+    def num_test_examples(self) -> int:
+        """How many images the test split has."""
+        return self.num_examples.get("test", self.challenge.num_test_examples)
+
 
 IMAGE_SETS = {
     record.name: record
     for record in (
-        ImageSet("mnist_5k", MNIST, "embedded", taken_from="mnist"),
+        ImageSet(
+            "mnist_5k",
+            MNIST,
+            "embedded",
+            num_examples={"train": 4_000, "test": 1_000},
+            taken_from="mnist",
+        ),
         ImageSet(
             "mnist",
             MNIST,

@@ -1,12 +1,6 @@
 """Write adversarial images for a network, as the challenges' pgd_attack.py does."""
 
-import sys
-from pathlib import Path
-
-# The clone comes first, whether or not the project is installed.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from logit_reg.commands.start import start  # noqa: E402
+from _start import start
 
 if __name__ == "__main__":
     start("attack")

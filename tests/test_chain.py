@@ -13,12 +13,12 @@ from test_report import ATTACKS, first, save_evaluation, save_run, save_strong, 
 
 from logit_reg.attacks import PGD, AutoAttack, Restarts
 from logit_reg.commands import command_line
-from logit_reg.commands.command_line import UsageError
 from logit_reg.evaluation.ledger import evaluation_label, evaluation_name, planned_result
 from logit_reg.evaluation.protocols import protocol_attacks
 from logit_reg.experiments import evaluations
 from logit_reg.experiments.evaluations import TestImages, claim_file, evaluate_protocols, note_file
 from logit_reg.files import read_json, write_json
+from logit_reg.messages import UsageError
 from logit_reg.report.runs import load_run, run_folders
 from logit_reg.report.tables import results_table, split_by_dataset
 from logit_reg.threat import ThreatModel

@@ -67,7 +67,7 @@ def test_a_release_evaluated_again_gives_the_committed_numbers(name, tfds_dir):
     count = 100
     dataset = load("mnist", "test", str(tfds_dir))
     images, labels = to_pixels(dataset.images[:count], "mnist"), dataset.labels[:count]
-    network = load_model(str(RELEASES / name)).network
+    network = load_model(RELEASES / name)
     ledger, _ = read_ledger(RELEASES / name / "evaluation")
     for protocol in ("paper-fgsm", "paper-mnist"):
         attacks = protocol_attacks(protocol, MNIST)

@@ -23,8 +23,7 @@ for words in lines:
         command_line.check_values()
         getattr(module, "check_flags", lambda: None)()
         if script == "sweep":
-            module._check_evaluations = lambda *arguments: None
-            module.sweep_jobs()
+            module.planned_sweep()
         print()
     except (ValueError, flags.Error) as error:
         print(" ".join(str(error).split()))
@@ -33,6 +32,7 @@ assert "tensorflow" not in sys.modules
 
 OWN = ("--model=m.keras", "--data=x.npz", "--bounds=0,1", "--epsilon=0.1")
 SWEEP = ("--sweep_dir=s",)
+WIDE = "on cifar10 and cifar100"
 
 # The last flag of each line has no effect, for the reason beside it.
 WITHOUT_EFFECT = {
@@ -49,9 +49,12 @@ WITHOUT_EFFECT = {
         (("--reg=squeeze", "--beta=2", "--omega=1.5"), "--reg=clip_xent"),
         (("--sigma=0", "--noclip_noise"), "--sigma above 0"),
         (("--clip_noise",), "--sigma above 0"),
-        (("--dataset=mnist", "--width=1"), "on CIFAR"),
-        (("--dataset=fashion_mnist", "--momentum=0.9"), "on CIFAR"),
-        (("--dataset=mnist", "--adversary=pgd", "--attack_batch_norm=training"), "on CIFAR"),
+        (("--dataset=mnist", "--width=1"), WIDE),
+        (("--dataset=fashion_mnist", "--momentum=0.9"), WIDE),
+        (
+            ("--dataset=mnist", "--adversary=pgd", "--attack_batch_norm=training"),
+            WIDE,
+        ),
         (("--dataset=mnist_5k", "--data_dir=d"), "mnist_5k is embedded"),
         (("--dataset=mnist_5k", "--download"), "mnist_5k is embedded"),
         (("--data_dir=d", "--data_path=p"), "without --data_dir"),
@@ -106,7 +109,7 @@ WITHOUT_EFFECT = {
         ((*SWEEP, "--evaluation_grid=num_steps=1,2"), "--evaluate"),
         ((*SWEEP, "--grid=adversary=none,free", "--replays=4"), "--adversary=free"),
         ((*SWEEP, "--grid=sigma=0,0.5;clip_noise=true"), "--sigma above 0"),
-        ((*SWEEP, "--dataset=mnist", "--grid=width=1,10"), "on CIFAR"),
+        ((*SWEEP, "--dataset=mnist", "--grid=width=1,10"), WIDE),
     ],
 }
 
@@ -213,7 +216,7 @@ def test_values_that_a_flag_cannot_have_are_refused_before_any_work(script, tmp_
 
 
 def test_every_table_is_of_flags_that_its_command_has():
-    from logit_reg.experiments import flag_effects
+    from logit_reg.commands import flag_effects
 
     tables = {
         "train": flag_effects.TRAINING,

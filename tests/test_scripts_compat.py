@@ -19,15 +19,15 @@ from test_tf1_checkpoints import assert_same_values, keep_away_from_kinks, read_
 from tf1_challenge_graphs import mnist_graph
 
 from logit_reg.attacks import FGSM, PGD, Restarts
-from logit_reg.commands.command_line import UsageError
 from logit_reg.evaluation.protocols import threat_of
 from logit_reg.experiments import evaluations
 from logit_reg.experiments.defaults import resolve_settings
 from logit_reg.experiments.evaluations import evaluate_protocols, print_result, published_beside
 from logit_reg.experiments.exports import export_model
 from logit_reg.experiments.runs import train_run
-from logit_reg.experiments.sources import load_model
+from logit_reg.experiments.sources import find_model
 from logit_reg.experiments.submissions import score_files
+from logit_reg.messages import UsageError
 from logit_reg.training.feeding import BatchOrder
 from madry_compat.archives import unpack
 from madry_compat.challenges import CIFAR10, IMAGE_SETS, MNIST
@@ -99,7 +99,7 @@ def few(digits_5k):
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory, run, few):
     folder = tmp_path_factory.mktemp("ledger")
-    evaluate_cheaply(load_model(str(run)).network, few, folder)
+    evaluate_cheaply(find_model(str(run)).network, few, folder)
     return folder
 
 
@@ -116,9 +116,9 @@ def share(rows, *columns):
 
 
 def test_an_exported_run_is_the_same_network_and_can_be_trained_on(run, few, tmp_path):
-    model = load_model(str(run))
+    model = find_model(str(run))
     export_model(model, tmp_path / "bundle")
-    exported = load_model(str(tmp_path / "bundle"))
+    exported = find_model(str(tmp_path / "bundle"))
     np.testing.assert_array_equal(exported.network(few.images), model.network(few.images))
     assert read_step(tmp_path / "bundle") == STEPS
     assert has_training_state(tmp_path / "bundle")
@@ -137,13 +137,13 @@ def test_an_exported_run_is_the_same_network_and_can_be_trained_on(run, few, tmp
 
 
 def test_slots_can_be_left_out(run, tmp_path):
-    export_model(load_model(str(run)), tmp_path, slots=False)
+    export_model(find_model(str(run)), tmp_path, slots=False)
     assert read_step(tmp_path) == STEPS
     assert not has_training_state(tmp_path)
 
 
 def test_a_keras_file_has_no_slots_to_export(run, tmp_path):
-    model = load_model(str(run / "model.keras"))
+    model = find_model(str(run / "model.keras"))
     with pytest.raises(UsageError, match="--slots: this model has no optimiser's state"):
         export_model(model, tmp_path / "bundle", slots=True)
     assert not (tmp_path / "bundle").exists()
@@ -154,7 +154,7 @@ def test_a_keras_file_has_no_slots_to_export(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_bundle_is_evaluated_like_the_run_that_it_came_from(run, ledger, tmp_path):
-    export_model(load_model(str(run)), tmp_path / "bundle")
+    export_model(find_model(str(run)), tmp_path / "bundle")
     process = command(
         "eval_challenge",
         "--model_dir=bundle",
@@ -178,7 +178,7 @@ def test_a_bundle_is_evaluated_like_the_run_that_it_came_from(run, ledger, tmp_p
 
 
 def test_an_export_never_lands_among_other_checkpoints(run, tmp_path):
-    model = load_model(str(run))
+    model = find_model(str(run))
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     with pytest.raises(UsageError, match="holds the model itself"):
         export_model(model, run)
@@ -193,13 +193,13 @@ def test_a_run_whose_checkpoint_is_of_another_step_is_refused(run, tmp_path):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     save_network(mnist_cnn(), tmp_path, STEPS)
     with pytest.raises(UsageError, match=r"model\.keras and the newest checkpoint differ"):
-        export_model(load_model(str(tmp_path)), tmp_path / "bundle")
+        export_model(find_model(str(tmp_path)), tmp_path / "bundle")
 
 
 def test_the_archive_has_the_layout_of_a_release_and_always_the_same_bytes(
     run, few, tmp_path, capsys
 ):
-    model = load_model(str(run))
+    model = find_model(str(run))
     for place in ("a", "b"):
         export_model(model, tmp_path / place, archive=tmp_path / place / "tiny.zip")
     archive = tmp_path / "a" / "tiny.zip"
@@ -234,7 +234,7 @@ def test_a_name_that_is_no_file_name_is_refused(run, tmp_path):
 
 
 def test_the_numbers_of_a_card_are_those_of_the_ledger(run, ledger, tmp_path):
-    export_model(load_model(str(run)), tmp_path, evaluations=[ledger], link="https://example.org")
+    export_model(find_model(str(run)), tmp_path, evaluations=[ledger], link="https://example.org")
     card = json.loads((tmp_path / "model_card.json").read_text())
     rows = rows_of(ledger)
     clean = 100 * np.mean([row["broken_by"] != "clean" for row in rows])
@@ -252,7 +252,7 @@ def test_the_numbers_of_a_card_are_those_of_the_ledger(run, ledger, tmp_path):
 
 
 def test_a_card_without_ledgers_has_no_numbers(run, tmp_path):
-    export_model(load_model(str(run / "model.keras")), tmp_path)
+    export_model(find_model(str(run / "model.keras")), tmp_path)
     card = json.loads((tmp_path / "model_card.json").read_text())
     assert card["clean_acc"] is card["reported"] is card["autoattack_acc"] is None
     assert card["evaluations"] == []
@@ -262,7 +262,7 @@ def test_a_card_without_ledgers_has_no_numbers(run, tmp_path):
 def test_a_card_takes_no_ledger_of_another_network(run, few, tmp_path):
     evaluate_cheaply(mnist_cnn(), few, tmp_path / "other")
     with pytest.raises(UsageError, match="evaluates the network .*, not this one"):
-        export_model(load_model(str(run)), tmp_path / "out", evaluations=[tmp_path / "other"])
+        export_model(find_model(str(run)), tmp_path / "out", evaluations=[tmp_path / "other"])
     assert not (tmp_path / "out").exists()
 
 
@@ -281,7 +281,7 @@ def test_a_card_takes_no_ledger_that_says_nothing(run, ledger, tmp_path, change,
     (tmp_path / "ledger.csv").write_bytes((ledger / "ledger.csv").read_bytes())
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match=expected):
-        export_model(load_model(str(run)), tmp_path / "out", evaluations=[tmp_path])
+        export_model(find_model(str(run)), tmp_path / "out", evaluations=[tmp_path])
 
 
 # Releases
@@ -291,7 +291,7 @@ def test_a_card_takes_no_ledger_that_says_nothing(run, ledger, tmp_path, change,
 def release(run, tmp_path):
     """A made-up release in a cache, and the models known by the hash of their archives."""
     cache = tmp_path / "cache" / "mnist"
-    export_model(load_model(str(run)), tmp_path / "bundle", archive=cache / "tiny.zip")
+    export_model(find_model(str(run)), tmp_path / "bundle", archive=cache / "tiny.zip")
     unpack(cache / "tiny.zip", cache / "tiny")
     return cache, {"mnist/tiny": Release("", sha256_of(cache / "tiny.zip"))}
 
@@ -354,7 +354,7 @@ def test_published_numbers_stand_beside_those_of_the_release_only(
     attack = PGD(threat, "xent", 1, 0.1)
     names = ("madry-pgd100-xent", "madry-pgd100-cw")
     _, result = evaluate_protocols(
-        load_model(str(run)).network,
+        find_model(str(run)).network,
         few,
         {"madry-mnist-100": dict.fromkeys(names, attack), "autoattack": {"autoattack": attack}},
         tmp_path / "out",
@@ -492,7 +492,7 @@ def test_going_on_with_another_network_is_a_clear_error(run, tmp_path):
 
 
 def test_weights_alone_start_at_step_0(run, few, tmp_path, digits_5k):
-    export_model(load_model(str(run)), tmp_path / "bundle", slots=False)
+    export_model(find_model(str(run)), tmp_path / "bundle", slots=False)
     settings = resolve_settings(
         {
             "dataset": "mnist_5k",
@@ -513,7 +513,7 @@ def test_weights_alone_start_at_step_0(run, few, tmp_path, digits_5k):
 
 @pytest.mark.slow
 def test_the_challenges_own_training_goes_on_with_nothing_but_its_config(run, tmp_path):
-    export_model(load_model(str(run)), tmp_path / "bundle")
+    export_model(find_model(str(run)), tmp_path / "bundle")
     config = MNIST_CONFIG.replace("100000", str(STEPS + 1))
     (tmp_path / "config.json").write_text(config)
     flags = ["--dataset=mnist_5k", "--init_checkpoint=bundle", "--noprogress"]
@@ -529,7 +529,7 @@ def test_the_challenges_own_training_goes_on_with_nothing_but_its_config(run, tm
 
 @pytest.mark.slow
 def test_training_in_the_folder_of_a_challenge_checkpoint_goes_on_from_it(run, tmp_path):
-    export_model(load_model(str(run)), tmp_path / "challenge")
+    export_model(find_model(str(run)), tmp_path / "challenge")
     (tmp_path / "challenge" / "config.json").write_text(MNIST_CONFIG)
     flags = ["--dataset=mnist_5k", "--model_dir=challenge", "--noprogress"]
     flags += ["--training_batch_size=8", f"--max_num_training_steps={STEPS + 2}"]
@@ -548,7 +548,7 @@ def test_training_in_the_folder_of_a_challenge_checkpoint_goes_on_from_it(run, t
 
 @pytest.mark.slow
 def test_attacking_one_model_and_scoring_on_another_is_one_command(run, few, tmp_path):
-    export_model(load_model(str(run)), tmp_path / "target")
+    export_model(find_model(str(run)), tmp_path / "target")
     process = command(
         "attack",
         f"--model_dir={run}",
@@ -836,7 +836,7 @@ def test_an_exported_cifar10_network_has_the_challenges_names(tmp_path):
     settings = type(settings)(**(vars(settings) | {"max_num_training_steps": 1}))
     images, labels = digits(4, shape=(32, 32, 3))
     train_run(settings, images, labels, tmp_path / "run", show_progress=False)
-    export_model(load_model(str(tmp_path / "run")), tmp_path / "bundle")
+    export_model(find_model(str(tmp_path / "run")), tmp_path / "bundle")
     names = dict(tf.train.list_variables(str(tmp_path / "bundle")))
     assert len(names) == 157 + 95 + 1
     assert names["unit_3_4/sub2/conv2/DW/Momentum"] == [64, 64, 3, 3][::-1]

@@ -269,6 +269,7 @@ def test_without_ray_the_message_says_how_to_get_it(tmp_path):
         (["--sweep_dir=s", "--grid=betta=1"], "betta is no flag of train.py"),
         (["--sweep_dir=s", "--grid=beta=one"], "--grid: beta=one: could not convert"),
         (["--sweep_dir=s", "--grid=beta=1", "--beta=2"], "leave one out"),
+        (["--sweep_dir=s", "--reg=squeeze", "--grid=beta=1,-1"], "error: beta--1: beta must be"),
         (["--sweep_dir=s", "--grid=beta=1", "--grid=beta=1"], "have a run in common"),
         (["--sweep_dir=s", "--evaluate=autoattack"], "--evaluate looks like"),
         (["--sweep_dir=s", "--evaluate=a: --protocol=paper-99"], "got 'paper-99'"),
@@ -317,14 +318,16 @@ def test_a_real_sweep_trains_evaluates_and_is_skipped_the_second_time(tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_run_is_reported_with_its_last_words_and_status_1(tmp_path):
-    words = ["--sweep_dir=s", "--dataset=mnist_5k", "--max_num_training_steps=2"]
-    words += ["--training_batch_size=16", "--grid=beta=-1,1", "--reg=squeeze"]
+    words = ["--sweep_dir=s", "--dataset=mnist_5k", "--max_num_training_steps=2", "--retries=0"]
+    words += ["--training_batch_size=16", "--grid=beta=1,2", "--reg=squeeze"]
+    (tmp_path / "s" / "beta-1").mkdir(parents=True)
+    (tmp_path / "s" / "beta-1" / "run.json").write_text("{}")
 
     process = command("sweep", *words, cwd=tmp_path)
 
     assert process.returncode == 1
     *_, words, error = process.stderr.strip().splitlines()
-    assert words.startswith("beta--1: error: beta must be at least 0; got -1")
+    assert words.startswith("beta-1: error: s/beta-1/run.json: no settings of a run")
     assert error == "error: 1 of 2 runs failed; the same command goes on."
 
 

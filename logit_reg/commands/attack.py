@@ -9,9 +9,9 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg.commands import command_line, flag_groups
+from logit_reg.commands import command_line, flag_effects, flag_groups
 from logit_reg.commands.command_line import FLAGS
-from logit_reg.experiments import flag_effects
+from logit_reg.messages import tell
 
 flag_groups.define_model_flag()
 flags.DEFINE_string("target_model_dir", None, "another network to score the images on")
@@ -32,7 +32,7 @@ def check_flags() -> None:
 
 def main() -> None:
     """Attack as the flags say."""
-    from logit_reg.commands.attack_flags import attack_from_flags, challenge_threat
+    from logit_reg.commands import records
     from logit_reg.evaluation.ledger import FLAGS_PROTOCOL, evaluation_identity
     from logit_reg.evaluation.run import evaluate, network_hash, predict
     from logit_reg.evaluation.state import EvaluationState
@@ -44,29 +44,32 @@ def main() -> None:
         plan_evaluation,
         read_attack_dtype,
     )
-    from logit_reg.experiments.sources import dataset_for, load_model, load_split
+    from logit_reg.experiments.sources import dataset_for, load_split, num_examples
     from logit_reg.experiments.submissions import prepare_output, write_adversarial
     from madry_compat.challenges import challenge_for
     from madry_compat.data import to_pixels
 
     path = Path(FLAGS.store_adv_path)
     prepare_output(path)
-    model = load_model(FLAGS.model_dir)
-    data_dir = FLAGS.data_dir or FLAGS.data_path or model.usable_data_dir
+    model = records.given_model(FLAGS.model_dir)
+    data_dir = records.data_dir(model)
     name = dataset_for(model, FLAGS.dataset, data_dir)
     flag_effects.refuse_without_effect(flag_effects.ATTACK, dataset=name)
-    target = FLAGS.target_model_dir and load_model(FLAGS.target_model_dir, "target_model_dir")
-    if target:
+    scored = {"attacked": model}
+    if FLAGS.target_model_dir:
+        target = records.given_model(FLAGS.target_model_dir, "target_model_dir")
         dataset_for(target, name, data_dir)
+        scored["target"] = target
     challenge = challenge_for(name)
     batch_size = FLAGS.eval_batch_size or challenge.eval_batch_size
     dataset = load_split(name, "test", data_dir, download=FLAGS.download)
-    count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
+    count = num_examples(FLAGS.num_eval_examples, len(dataset.images))
     images = to_pixels(dataset.images[:count], name)
     labels = dataset.labels[:count]
 
-    attacks = attack_from_flags(challenge_threat(challenge), challenge)
-    command_line.tell(attack_notices(attacks.values(), images.shape[1:]))
+    choice = records.attack_choice()
+    attacks = choice.attack(choice.threat(challenge), challenge)
+    tell(attack_notices(attacks.values(), images.shape[1:]))
     lower = read_attack_dtype(FLAGS.attack_dtype, model.network, images, batch_size)
     plan = plan_evaluation(
         model.network,
@@ -91,7 +94,6 @@ def main() -> None:
     write_adversarial(path, found.adversarial, dataset, challenge)
     note_file(path, evaluation_identity(plan))
     state.clear()
-    scored = {"attacked": model} | ({"target": target} if target else {})
     for role, scored_model in scored.items():
         clean = predict(scored_model.network, images, batch_size=batch_size) == labels
         wrong = predict(scored_model.network, found.adversarial, batch_size=batch_size) != labels

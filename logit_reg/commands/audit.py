@@ -14,11 +14,13 @@ CIFAR.
 An interrupted audit goes on when the same command is given again.
 """
 
+import dataclasses
+
 from absl import flags
 
-from logit_reg.commands import command_line, flag_groups
-from logit_reg.commands.command_line import FLAGS, UsageError
-from logit_reg.experiments import flag_effects
+from logit_reg.commands import command_line, flag_effects, flag_groups
+from logit_reg.commands.command_line import FLAGS
+from logit_reg.messages import UsageError
 
 flag_groups.define_model_flag()
 flag_groups.define_data_flags()
@@ -52,10 +54,38 @@ def check_flags() -> None:
 
 def main() -> None:
     """Run the command."""
-    from logit_reg.experiments.audits import audited_challenge, audited_own, run_audit
+    from logit_reg.commands import records
+    from logit_reg.experiments.audits import (
+        AuditSettings,
+        audited_challenge,
+        audited_own,
+        run_audit,
+    )
+    from logit_reg.experiments.sources import dataset_for
 
-    is_own = FLAGS.model or FLAGS.data
-    run_audit(audited_own() if is_own else audited_challenge())
+    settings = AuditSettings(
+        claim=FLAGS.claim / 100,
+        claimed_by=FLAGS.claimed_by,
+        attack=records.attack_choice(),
+        budget=FLAGS.budget,
+        seed=FLAGS.random_seed,
+        controls=tuple(FLAGS.controls),
+        control_steps=FLAGS.control_steps,
+        num_examples=FLAGS.num_eval_examples,
+        batch_size=FLAGS.eval_batch_size,
+        output_dir=records.optional_path("output_dir"),
+        download=FLAGS.download,
+        show_progress=FLAGS.progress,
+    )
+    if FLAGS.model or FLAGS.data:
+        audited = audited_own(records.own_model(), settings)
+    else:
+        model = records.given_model(FLAGS.model_dir)
+        settings = dataclasses.replace(settings, data_dir=records.data_dir(model))
+        name = dataset_for(model, FLAGS.dataset, settings.data_dir)
+        flag_effects.refuse_without_effect(flag_effects.AUDIT, dataset=name)
+        audited = audited_challenge(model, name, settings)
+    run_audit(audited, settings)
 
 
 def run() -> None:

@@ -7,15 +7,15 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from absl import flags
 
-if TYPE_CHECKING:
-    # It starts TensorFlow.
-    from logit_reg.attacks.engine.checks import Finding
+from logit_reg.messages import UsageError as UsageError
+from logit_reg.messages import notice as notice
+from logit_reg.messages import tell as tell
 
 FLAGS = flags.FLAGS
 
@@ -35,10 +35,6 @@ FAILURE = 1
 INTERRUPTED = 130
 # "logit-reg-eval" for eval_challenge, and so on.
 _ENTRY_POINT = "logit-reg-"
-
-
-class UsageError(ValueError):
-    """The user's mistake; the message says what came, what was expected and what to do."""
 
 
 def run(
@@ -94,6 +90,8 @@ def run(
         if os.environ.get("LOGIT_REG_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UsageError):
+            message = _with_advice(message, error.advice)
         _fail(message, USAGE_ERROR if isinstance(error, ValueError) else FAILURE)
     except Exception as error:
         # Of a machine that is too small, mostly; TensorFlow's errors are none of Python's kinds.
@@ -168,30 +166,6 @@ def apply_config(values: Mapping[str, object]) -> None:
         FLAGS[name].value = value
 
 
-def notice(message: str) -> None:
-    """Tell the user something on standard error."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def tell(findings: "Iterable[Finding]") -> None:
-    """Tell the user what may mislead about the numbers to come."""
-    for finding in findings:
-        notice(f"notice: {finding.message}.")
-
-
-def advice(words: Mapping[str, str]) -> str:
-    """What a user can do, with those flags that this command has.
-
-    Args:
-        words: advice by the flag it rests on, as it follows a semicolon.
-
-    Returns:
-        The pieces joined by "or" behind "; ", or nothing where the command has none of the flags.
-    """
-    found = [said for name, said in words.items() if name in FLAGS]
-    return f"; {' or '.join(found)}" if found else ""
-
-
 def print_next(command: str, flags: Mapping[str, object]) -> None:
     """Print the command that comes next, ready to paste, started as this one was.
 
@@ -232,25 +206,16 @@ def existing_path(name: str, value: str) -> Path:
     return path
 
 
-def num_examples(wanted: int | None, available: int) -> int:
-    """How many of the available images --num_eval_examples asks for.
-
-    Raises:
-        UsageError: if it is not positive.
-    """
-    if wanted is None:
-        return available
-    if wanted < 1:
-        raise UsageError(f"--num_eval_examples must be at least 1; got {wanted}.")
-    if wanted > available:
-        notice(f"--num_eval_examples={wanted}: there are {available} images, all are taken.")
-    return min(wanted, available)
-
-
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """One line for what concerns the user; a library's own deprecations do not."""
     if not issubclass(category, DeprecationWarning | FutureWarning):
         notice(f"warning: {message}")
+
+
+def _with_advice(message: str, advice: Mapping[str, str]) -> str:
+    """What came and was expected, and what to do with those flags that this command has."""
+    found = [said for name, said in advice.items() if name in FLAGS]
+    return f"{message.removesuffix('.')}; {' or '.join(found)}." if found else message
 
 
 def _fail(message: str, status: int) -> NoReturn:

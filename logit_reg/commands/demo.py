@@ -60,7 +60,7 @@ def main() -> None:
     from madry_compat.data import load, to_pixels
 
     demo_dir = Path(FLAGS.demo_dir)
-    training_set = load_split(_DATASET, "train", None, download=False)
+    training_set = load_split(_DATASET, "train", None, download=False, is_chosen=False)
     test_set = load(_DATASET, "test")
     pixels = to_pixels(test_set.images, _DATASET)
     challenge = challenge_for(_DATASET)

@@ -10,7 +10,8 @@ from pathlib import Path
 from absl import flags
 
 from logit_reg.commands import command_line
-from logit_reg.commands.command_line import FLAGS, UsageError
+from logit_reg.commands.command_line import FLAGS
+from logit_reg.messages import UsageError
 
 flags.DEFINE_string(
     "model_dir", None, "a run, a .keras file, or folder or prefix of a TF1 checkpoint; newest run"
@@ -29,13 +30,13 @@ flags.DEFINE_string("link", None, "where the model is described, for the card")
 
 def main() -> None:
     """Export as the flags say."""
+    from logit_reg.commands import records
     from logit_reg.experiments.exports import export_model
-    from logit_reg.experiments.sources import load_model
 
     if not FLAGS.output_dir:
         raise UsageError("--output_dir is missing; name the folder to write.")
     export_model(
-        load_model(FLAGS.model_dir),
+        records.given_model(FLAGS.model_dir),
         Path(FLAGS.output_dir).expanduser(),
         archive=Path(FLAGS.zip).expanduser() if FLAGS.zip else None,
         slots=FLAGS.slots,

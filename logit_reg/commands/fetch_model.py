@@ -16,7 +16,8 @@ from absl import flags
 from tqdm import tqdm
 
 from logit_reg.commands import command_line
-from logit_reg.commands.command_line import FLAGS, UsageError
+from logit_reg.commands.command_line import FLAGS
+from logit_reg.messages import UsageError
 from madry_compat.files import default_cache_dir
 from madry_compat.releases import RELEASES, Release, fetch, sha256_of
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from logit_reg.commands import command_line
-from logit_reg.commands.command_line import FLAGS, UsageError
-from logit_reg.experiments import flag_effects
+from logit_reg.commands import command_line, flag_effects
+from logit_reg.commands.command_line import FLAGS
+from logit_reg.messages import UsageError
 
 flags.DEFINE_list("runs", None, "folders of runs, or one folder whose subfolders are runs")
 flags.DEFINE_string("title", "Cheap defences against adversarial examples", "title of the page")

@@ -20,10 +20,9 @@ from pathlib import Path
 
 from absl import flags
 
-from logit_reg.commands import command_line
+from logit_reg.commands import command_line, flag_effects
 from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import DATASETS, LARGEST_SEED, apply_config
-from logit_reg.experiments import flag_effects
 from logit_reg.regularizers import REGULARIZERS
 from logit_reg.training import supervisor
 from logit_reg.training.adversaries import ADVERSARIES, taking

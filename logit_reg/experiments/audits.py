@@ -1,4 +1,4 @@
-"""What `audit.py` works on, and the audit from its announcement to the verdict."""
+"""What an audit works on, and the audit from its announcement to the verdict."""
 
 import dataclasses
 from pathlib import Path
@@ -10,16 +10,12 @@ import numpy as np
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.bench import CONTROL_KINDS
-from logit_reg.commands import command_line
-from logit_reg.commands.attack_flags import attack_from_flags, challenge_threat
-from logit_reg.commands.command_line import FLAGS, UsageError
-from logit_reg.commands.flag_groups import THREAT_FLAGS, given_attack_flags
 from logit_reg.evaluation import units
 from logit_reg.evaluation.ledger import attack_settings
 from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.evaluation.run import content_hash, network_hash
 from logit_reg.evaluation.state import EvaluationState
-from logit_reg.experiments import flag_effects
+from logit_reg.experiments.attack_choice import AttackChoice
 from logit_reg.experiments.controls import (
     KINDS,
     LEAST_STEPS,
@@ -28,16 +24,17 @@ from logit_reg.experiments.controls import (
     trained_controls,
 )
 from logit_reg.experiments.evaluations import network_name, refuse_other_settings
-from logit_reg.experiments.own_models import load_own_model
+from logit_reg.experiments.own_models import OwnModel
 from logit_reg.experiments.provenance import commit, versions
 from logit_reg.experiments.sources import (
     RUNS,
     Model,
-    dataset_for,
-    load_model,
+    find_model,
     load_split,
+    num_examples,
 )
 from logit_reg.files import read_json, write_json
+from logit_reg.messages import UsageError, notice, tell
 from logit_reg.objectives import collapse_threshold
 from logit_reg.report.audit_page import write_audit_page
 from logit_reg.threat import ThreatModel
@@ -46,6 +43,42 @@ from madry_compat.data import to_pixels
 
 # Of --controls, beside names of models: train what is missing, and train nothing.
 _TRAIN, _NONE = "train", "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditSettings:
+    """What is claimed, and how it is tested.
+
+    Attributes:
+        claim: claimed robust accuracy, a fraction.
+        claimed_by: the protocol that the claim rests on; None if none was named.
+        attack: the claimant's attack, and the threat model.
+        budget: "quick", "standard" or "full".
+        seed: of the attacks.
+        controls: names of models as DIR, KIND:DIR or reference:PER CENT:PATH; "train" asks for
+            those that are missing, "none" does without.
+        control_steps: training steps of each trained control; the recipe's if None.
+        num_examples: how many images, from the first; all if None.
+        batch_size: images at once; the challenge's if None.
+        output_dir: gets `audit.json` and `audit.html`; a folder of the model's if None.
+        data_dir: where the data are.
+        download: whether to download what is not there.
+        show_progress: draw progress bars.
+    """
+
+    claim: float
+    claimed_by: str | None = None
+    attack: AttackChoice = AttackChoice()
+    budget: str = "quick"
+    seed: int = 0
+    controls: tuple[str, ...] = ()
+    control_steps: int | None = None
+    num_examples: int | None = None
+    batch_size: int | None = None
+    output_dir: Path | None = None
+    data_dir: str | None = None
+    download: bool = False
+    show_progress: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +98,24 @@ class Audited:
     collapse_threshold: float | None = None
 
 
-def audited_challenge() -> Audited:
-    """The model of --model_dir on its challenge's images."""
-    model = load_model(FLAGS.model_dir)
-    name = dataset_for(model, FLAGS.dataset, FLAGS.data_dir or model.usable_data_dir)
-    flag_effects.refuse_without_effect(flag_effects.AUDIT, dataset=name)
+def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audited:
+    """A model on its challenge's images.
+
+    Args:
+        model: to audit.
+        name: of the data set.
+        settings: claim and tests.
+    """
     challenge = challenge_for(name)
-    dataset = load_split(
-        name, "test", FLAGS.data_dir or model.usable_data_dir, download=FLAGS.download
-    )
-    count = command_line.num_examples(FLAGS.num_eval_examples, len(dataset.images))
-    threat = challenge_threat(challenge)
-    attacks = {} if not _is_attack_given() else attack_from_flags(threat, challenge)
-    if FLAGS.claimed_by in PROTOCOLS:
-        attacks |= protocol_attacks(FLAGS.claimed_by, challenge)
-    elif FLAGS.claimed_by:
-        _tell_record_only(f"none of this project's protocols, {', '.join(PROTOCOLS)}")
+    dataset = load_split(name, "test", settings.data_dir, download=settings.download)
+    count = num_examples(settings.num_examples, len(dataset.images))
+    choice, claimed_by = settings.attack, settings.claimed_by
+    threat = choice.threat(challenge)
+    attacks = choice.attack(threat, challenge) if choice.describes_attack else {}
+    if claimed_by in PROTOCOLS:
+        attacks |= protocol_attacks(claimed_by, challenge)
+    elif claimed_by:
+        _tell_record_only(claimed_by, f"none of this project's protocols, {', '.join(PROTOCOLS)}")
     folder = model.folder or RUNS / "audits" / network_name(model.path, model.network, name)
     audited = Audited(
         network=model.network,
@@ -88,9 +123,9 @@ def audited_challenge() -> Audited:
         images=to_pixels(dataset.images[:count], name),
         labels=dataset.labels[:count],
         attacks=attacks,
-        controls=_controls(model, name),
-        batch_size=FLAGS.eval_batch_size or challenge.eval_batch_size,
-        output_dir=Path(FLAGS.output_dir or folder / "audits" / FLAGS.budget),
+        controls=_controls(model, name, settings),
+        batch_size=settings.batch_size or challenge.eval_batch_size,
+        output_dir=settings.output_dir or folder / "audits" / settings.budget,
         settings={
             "model": str(model.path),
             "method": model.run.description if model.run is not None else None,
@@ -111,49 +146,50 @@ def audited_challenge() -> Audited:
     return dataclasses.replace(audited, beta=run.beta, collapse_threshold=threshold)
 
 
-def audited_own() -> Audited:
-    """The network of --model on the images of --data."""
-    own = load_own_model()
-    if FLAGS.claimed_by:
-        _tell_record_only("no protocol whose attacks are run on data of your own")
-    default = RUNS / "audits" / own.name / FLAGS.budget
+def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
+    """A network on images of the user's own."""
+    choice = settings.attack
+    if settings.claimed_by:
+        _tell_record_only(
+            settings.claimed_by, "no protocol whose attacks are run on data of your own"
+        )
     return Audited(
         network=own.network,
         threat=own.threat,
         images=own.images,
         labels=own.labels,
-        attacks=attack_from_flags(own.threat, None) if _is_attack_given() else {},
-        controls=_controls(None, None),
-        batch_size=FLAGS.eval_batch_size or 200,
-        output_dir=Path(FLAGS.output_dir or default),
-        settings={"model": FLAGS.model, "dataset": FLAGS.data},
+        attacks=choice.attack(own.threat, None) if choice.describes_attack else {},
+        controls=_controls(None, None, settings),
+        batch_size=settings.batch_size or 200,
+        output_dir=settings.output_dir or RUNS / "audits" / own.name / settings.budget,
+        settings={"model": str(own.model), "dataset": str(own.data)},
     )
 
 
-def run_audit(audited: Audited) -> Audit:
+def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
     shape = audited.images.shape[1:]
     # A protocol of the claim's may have another threat model than the audit.
     told = dict.fromkeys(
         (
-            *units.claim_notices(FLAGS.claim),
+            *units.claim_notices(100 * settings.claim),
             *units.threat_notices(audited.threat, shape),
             *units.attack_notices(audited.attacks.values(), shape),
         )
     )
-    command_line.tell(told)
-    _refuse_other_audit(audited)
+    tell(told)
+    _refuse_other_audit(audited, settings)
     state_dir = audited.output_dir / ".state"
     found = audit(
         audited.network,
         audited.threat,
         audited.images,
         audited.labels,
-        claim=FLAGS.claim / 100,
-        claimed_by=FLAGS.claimed_by,
+        claim=settings.claim,
+        claimed_by=settings.claimed_by,
         controls=audited.controls,
-        budget=FLAGS.budget,
-        seed=FLAGS.random_seed,
+        budget=settings.budget,
+        seed=settings.seed,
         attacks=audited.attacks,
         beta=audited.beta,
         collapse_threshold=audited.collapse_threshold,
@@ -166,7 +202,7 @@ def run_audit(audited: Audited) -> Audit:
         },
         state_dir=state_dir,
         announce=lambda line: print(line, flush=True),
-        show_progress=FLAGS.progress,
+        show_progress=settings.show_progress,
     )
     path = audited.output_dir / "audit.json"
     write_json(path, found.to_json())
@@ -178,7 +214,7 @@ def run_audit(audited: Audited) -> Audit:
     return found
 
 
-def _refuse_other_audit(audited: Audited) -> None:
+def _refuse_other_audit(audited: Audited, asked: AuditSettings) -> None:
     """A folder holds one audit: the same command may write it again, and no other."""
     path = audited.output_dir / "audit.json"
     if not path.exists():
@@ -191,10 +227,10 @@ def _refuse_other_audit(audited: Audited) -> None:
     }
     wanted: dict[str, Any] = {
         "num_eval_examples": len(audited.images),
-        "claim": FLAGS.claim / 100,
-        "claimed_by": FLAGS.claimed_by,
-        "budget": FLAGS.budget,
-        "seed": FLAGS.random_seed,
+        "claim": asked.claim,
+        "claimed_by": asked.claimed_by,
+        "budget": asked.budget,
+        "seed": asked.seed,
         "threat": dataclasses.asdict(audited.threat),
         "network_sha256": network_hash(audited.network),
         "data_sha256": content_hash(audited.images, audited.labels),
@@ -224,16 +260,19 @@ def _print_verdict(found: Audit) -> None:
     )
 
 
-def _controls(audited: Model | None, dataset: str | None) -> tuple[Control, ...]:
+def _controls(
+    audited: Model | None, dataset: str | None, settings: AuditSettings
+) -> tuple[Control, ...]:
     """The controls that are named, and those that are trained.
 
     Args:
         audited: the audited model, if it is that of a challenge.
         dataset: the data set of the audit, if it is one of the project's.
+        settings: say which.
     """
-    values = [value.strip() for value in FLAGS.controls or ()]
+    values = [value.strip() for value in settings.controls]
     named = tuple(_control(value, audited) for value in values if value not in (_TRAIN, _NONE))
-    if FLAGS.budget not in KINDS or _NONE in values:
+    if settings.budget not in KINDS or _NONE in values:
         return named
     if dataset is None:
         if _TRAIN in values:
@@ -241,26 +280,28 @@ def _controls(audited: Model | None, dataset: str | None) -> tuple[Control, ...]
         return named
     if _TRAIN not in values and (values or not is_cheap(dataset)):
         if not values:
-            command_line.notice(
+            notice(
                 f"controls: none, so the tests that need them are skipped; --controls=train trains "
                 f"them on {dataset}, which may take hours."
             )
         return named
-    return named + _missing_controls(audited, dataset, {control.kind for control in named})
+    given = {control.kind for control in named}
+    return named + _missing_controls(audited, dataset, given, settings)
 
 
-def _missing_controls(audited: Model | None, dataset: str, given: set[str]) -> tuple[Control, ...]:
-    num_steps = FLAGS.control_steps
+def _missing_controls(
+    audited: Model | None, dataset: str, given: set[str], settings: AuditSettings
+) -> tuple[Control, ...]:
+    num_steps, data_dir = settings.control_steps, settings.data_dir
     if num_steps is not None and num_steps < LEAST_STEPS:
         raise UsageError(f"--control_steps must be at least {LEAST_STEPS}; got {num_steps}.")
-    data_dir = FLAGS.data_dir or (audited.usable_data_dir if audited else None)
-    settings = control_settings(dataset, num_steps, audited.run if audited else None)
+    trained = control_settings(dataset, num_steps, audited.run if audited else None)
     return trained_controls(
-        {kind: settings[kind] for kind in KINDS[FLAGS.budget] if kind not in given},
-        lambda: load_split(dataset, "train", data_dir, download=FLAGS.download),
+        {kind: trained[kind] for kind in KINDS[settings.budget] if kind not in given},
+        lambda: load_split(dataset, "train", data_dir, download=settings.download),
         data_dir=data_dir and str(Path(data_dir).resolve()),
         announce=lambda line: print(line, flush=True),
-        show_progress=FLAGS.progress,
+        show_progress=settings.show_progress,
     )
 
 
@@ -269,8 +310,8 @@ def _control(value: str, audited: Model | None) -> Control:
     if separator and kind == "reference":
         return _reference(value, path)
     if separator and kind in CONTROL_KINDS:
-        return Control(value, kind, load_model(path, "controls").network)
-    model = load_model(value, "controls")
+        return Control(value, kind, _find(path).network)
+    model = _find(value)
     known = _kind(model, audited)
     if known is None:
         raise UsageError(
@@ -292,7 +333,7 @@ def _reference(value: str, rest: str) -> Control:
             f"--controls={value}: a reference needs its published accuracy under APGD-CE in per "
             f"cent, as reference:93.60:PATH."
         )
-    return Control(path, "reference", load_model(path, "controls").network, published)
+    return Control(path, "reference", _find(path).network, published)
 
 
 def _kind(model: Model, audited: Model | None) -> str | None:
@@ -311,11 +352,9 @@ def _kind(model: Model, audited: Model | None) -> str | None:
     return "noise_only" if run.sigma else "natural"
 
 
-def _tell_record_only(reason: str) -> None:
-    command_line.notice(
-        f"notice: --claimed_by={FLAGS.claimed_by} stands for the record only: it is {reason}."
-    )
+def _find(path: str) -> Model:
+    return find_model(path, f"--controls={path}")
 
 
-def _is_attack_given() -> bool:
-    return not set(THREAT_FLAGS).issuperset(given_attack_flags())
+def _tell_record_only(claimed_by: str, reason: str) -> None:
+    notice(f"notice: --claimed_by={claimed_by} stands for the record only: it is {reason}.")

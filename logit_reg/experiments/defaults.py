@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from logit_reg.experiments import flag_effects
+from logit_reg.experiments.effects import TRAINING, check_effects
 from logit_reg.experiments.settings import PAPER_BATCH_SIZE, RunSettings, check_settings
 from logit_reg.regularizers import REGULARIZERS
 from logit_reg.training.adversaries import OF_CHALLENGES, adversary_class
@@ -71,7 +71,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
         challenge, defaults | given, is_challenge_config=is_challenge_config
     )
     if not is_challenge_config:
-        flag_effects.check_effects(flag_effects.TRAINING, given, given)
+        check_effects(TRAINING, given, given)
     settings = RunSettings(**(defaults | given))
     check_settings(settings)
     return settings

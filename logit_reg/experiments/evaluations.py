@@ -11,9 +11,9 @@ import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.attacks.engine import low_precision as precision
+from logit_reg.attacks.engine.attack import Cascade
 from logit_reg.attacks.engine.forward import count_classes
 from logit_reg.attacks.engine.low_precision import LowPrecision
-from logit_reg.commands.command_line import UsageError
 from logit_reg.durations import in_words
 from logit_reg.evaluation.ledger import (
     build_result,
@@ -34,6 +34,7 @@ from logit_reg.evaluation.state import EvaluationState
 from logit_reg.evaluation.units import attack_notices
 from logit_reg.experiments.provenance import commit, versions
 from logit_reg.files import read_json, write_arrays, write_json
+from logit_reg.messages import UsageError
 from logit_reg.report.published import published_accuracies
 from logit_reg.text_columns import aligned
 from madry_compat.data import Dataset
@@ -408,9 +409,15 @@ def print_estimate(
     """
     attacks = _attacks(protocols)
     seconds = estimate_seconds(network, attacks, test.images, test.labels, batch_size=batch_size)
+    # Only what is right clean is attacked; the first images say how much of it there is.
+    sample = test.first(batch_size)
+    share = np.mean(predict(network, sample.images, batch_size=batch_size) == sample.labels)
+    is_exact = not any(isinstance(attack, Cascade) for attack in attacks.values())
     print(
-        f"estimate: at most {in_words(seconds)} for {len(attacks)} attacks on "
-        f"{len(test.images)} images (kept batch by batch; the same command goes on)",
+        f"estimate: at most {in_words(seconds * share)} for {len(attacks)} "
+        f"attack{'s' if len(attacks) > 1 else ''} on {len(test.images)} images"
+        f"{'' if is_exact else ', far less where the first attacks break most'} "
+        f"(kept batch by batch; the same command goes on)",
         flush=True,
     )
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.commands.command_line import UsageError
 from logit_reg.experiments.model_cards import build_card
 from logit_reg.experiments.sources import Model, dataset_for
 from logit_reg.files import write_json
+from logit_reg.messages import UsageError
 from madry_compat.bundle_index import find_prefix
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.config import load_config, write_config

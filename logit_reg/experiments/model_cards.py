@@ -6,9 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from logit_reg.commands.command_line import UsageError
 from logit_reg.evaluation.ledger import read_ledger
 from logit_reg.evaluation.run import network_hash
+from logit_reg.messages import UsageError
 from madry_compat.challenges import Challenge
 from madry_compat.tf1_checkpoints import tf1_names
 

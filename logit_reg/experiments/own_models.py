@@ -1,4 +1,4 @@
-"""A network and images of your own: --model and --data, with --bounds and --epsilon."""
+"""A network and images of the user's own."""
 
 import dataclasses
 from pathlib import Path
@@ -6,26 +6,24 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.commands import command_line
-from logit_reg.commands.command_line import FLAGS, UsageError
 from logit_reg.evaluation.run import content_hash
 from logit_reg.experiments.evaluations import NAME_DIGITS, network_name
-from logit_reg.experiments.sources import load_keras, load_own_images
+from logit_reg.experiments.sources import load_keras, load_own_images, num_examples
+from logit_reg.messages import UsageError
 from logit_reg.threat import ThreatModel
-
-_NEEDED = ("model", "data", "bounds", "epsilon")
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnModel:
-    """What the flags name, checked to fit together.
+    """A network and images, checked to fit together.
 
     Args:
         network: images to logits.
         threat: norm, budget and pixel range.
         images: (N, H, W, C) float32, in the pixel units of the bounds.
         labels: (N,) int64.
-        path: the .npz file of the images.
+        model: the .keras file of the network.
+        data: the .npz file of the images.
         digest: of the content of that file.
     """
 
@@ -33,32 +31,32 @@ class OwnModel:
     threat: ThreatModel
     images: np.ndarray
     labels: np.ndarray
-    path: Path
+    model: Path
+    data: Path
     digest: str
 
     @property
     def name(self) -> str:
         """Name of the folder of its results: network and images, told apart by their content."""
-        return network_name(Path(FLAGS.model), self.network, f"{self.path.stem}-{self.digest}")
+        return network_name(self.model, self.network, f"{self.data.stem}-{self.digest}")
 
 
-def load_own_model() -> OwnModel:
-    """The network of --model and the first --num_eval_examples images of --data.
+def load_own_model(
+    model: Path, data: Path, threat: ThreatModel, count: int | None = None
+) -> OwnModel:
+    """A network and the first images of a file.
+
+    Args:
+        model: a .keras file.
+        data: an .npz file of images and labels, see `load_own_images`.
+        threat: norm, budget and pixel range.
+        count: how many images; None for all.
 
     Raises:
-        UsageError: if a flag is missing or the parts do not fit together.
+        UsageError: if the parts do not fit together.
     """
-    missing = [f"--{name}" for name in _NEEDED if FLAGS[name].value is None]
-    if missing:
-        raise UsageError(
-            f"your own model and data need --model, --data, --bounds and --epsilon together; "
-            f"missing {', '.join(missing)}."
-        )
-    lower, upper = _bounds()
-    threat = ThreatModel(FLAGS.norm or "linf", FLAGS.epsilon, lower, upper)
-    network = load_keras(command_line.existing_path("model", FLAGS.model))
-    path = command_line.existing_path("data", FLAGS.data)
-    images, labels = load_own_images(path, (lower, upper))
+    network = load_keras(model)
+    images, labels = load_own_images(data, (threat.lower, threat.upper))
     takes = network.input_shape[1:]
     # A size that the network leaves open is None.
     fits = len(takes) == 3 and all(
@@ -66,27 +64,17 @@ def load_own_model() -> OwnModel:
     )
     if not fits:
         raise UsageError(
-            f"{path}: images have shape {images.shape[1:]}, the network takes {tuple(takes)}."
+            f"{data}: images have shape {images.shape[1:]}, the network takes {tuple(takes)}."
         )
     num_classes = network.output_shape[-1]
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         from_one = labels.min() == 1 and labels.max() == num_classes
         raise UsageError(
-            f"{path}: image {wrong[0]} has the label {labels[wrong[0]]}, the network has "
+            f"{data}: image {wrong[0]} has the label {labels[wrong[0]]}, the network has "
             f"{num_classes} classes, whose labels are 0 to {num_classes - 1}"
             f"{'; these count from 1: subtract 1' if from_one else ''}."
         )
-    count = command_line.num_examples(FLAGS.num_eval_examples, len(images))
+    count = num_examples(count, len(images))
     digest = content_hash(images, labels)[:NAME_DIGITS]
-    return OwnModel(network, threat, images[:count], labels[:count], path, digest)
-
-
-def _bounds() -> tuple[float, float]:
-    try:
-        lower, upper = (float(value) for value in FLAGS.bounds)
-    except ValueError as error:
-        raise UsageError(
-            f"--bounds must be two numbers, as 0,1; got {','.join(FLAGS.bounds)!r}."
-        ) from error
-    return lower, upper
+    return OwnModel(network, threat, images[:count], labels[:count], model, data, digest)

@@ -7,11 +7,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.commands.command_line import FLAGS, UsageError, advice, existing_path, notice
 from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import read_run, step_of_network
 from logit_reg.experiments.settings import RunSettings
 from logit_reg.files import read_arrays, read_json
+from logit_reg.messages import UsageError, notice
 from logit_reg.training.state import saved_steps
 from madry_compat.bundle_index import is_bundle_file
 from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
@@ -77,26 +77,50 @@ def choose_dataset(name: str | None, data_dir: str | None, challenge: Challenge 
     return stand_ins[0]
 
 
-def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -> Dataset:
+def load_split(
+    name: str, split: str, data_dir: str | None, *, download: bool, is_chosen: bool = True
+) -> Dataset:
     """Load a data set and say in one line what it is.
 
+    Args:
+        name: of the data set.
+        split: "train" or "test".
+        data_dir: folder of its files; None for the usual places.
+        download: whether to download what is not there.
+        is_chosen: whether another set can be chosen; how to get the full one is then said.
+
     Raises:
-        UsageError: if --data_dir does not exist.
+        UsageError: if `data_dir` does not exist.
         ValueError: from `madry_compat.data.load`.
     """
     full_set = image_set(name).taken_from
-    if data_dir is not None and not full_set and not download:
-        existing_path("data_dir", data_dir)
+    if data_dir and not (full_set or download or Path(data_dir).expanduser().exists()):
+        raise UsageError(f"--data_dir={data_dir}: no such file or folder.")
     dataset = load(name, split, data_dir, download=download)
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:
         print(f"      {dataset.note}")
-    if full_set and "data_dir" in FLAGS:
+    if full_set and is_chosen:
         print(
             f"      The full set: --dataset={full_set} with --data_dir=FOLDER (TFDS or original "
             "files) or --download."
         )
     return dataset
+
+
+def num_examples(wanted: int | None, available: int) -> int:
+    """How many of the available images --num_eval_examples asks for.
+
+    Raises:
+        UsageError: if it is not positive.
+    """
+    if wanted is None:
+        return available
+    if wanted < 1:
+        raise UsageError(f"--num_eval_examples must be at least 1; got {wanted}.")
+    if wanted > available:
+        notice(f"--num_eval_examples={wanted}: there are {available} images, all are taken.")
+    return min(wanted, available)
 
 
 def newest_run() -> Path:
@@ -114,39 +138,50 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: (run / "model.keras").stat().st_mtime)
 
 
-def load_model(value: str | None, flag: str = "model_dir") -> Model:
-    """Load what --model_dir, or another flag, names.
+def load_model(path: Path | str) -> keras.Model:
+    """The network of a run or a file.
 
     Args:
-        value: a run's folder, a `.keras` file, a folder or prefix of a TF1 bundle, or None for
-            the newest run.
-        flag: what it was named with, for messages.
+        path: a run's folder, a `.keras` file, or a folder or prefix of a TF1 bundle, such as a
+            release unpacked.
 
     Returns:
-        The network with its provenance.
+        Images (N, H, W, C) in pixel units -> logits (N, K).
+
+    Raises:
+        ValueError: if there is no model there, or what is there cannot be read.
+    """
+    return find_model(path).network
+
+
+def find_model(path: Path | str, named: str | None = None) -> Model:
+    """A network with where it comes from.
+
+    Args:
+        path: as in `load_model`.
+        named: what messages call it; the path if None.
 
     Raises:
         UsageError: if there is no model there.
         ValueError: if what is there cannot be read.
     """
-    path = newest_run() if value is None else Path(value).expanduser()
+    path = Path(path).expanduser()
+    named = named or str(path)
     if path.is_file() and not is_bundle_file(path):
         return Model(load_keras(path), path, None)
-    if value is None:
-        notice(f"model: {path}, the newest run (choose with --model_dir)")
     if (path / "model.keras").is_file():
         if not (path / "run.json").is_file():
             return Model(load_keras(path / "model.keras"), path, None)
         network, step = _load_with_step(path)
         return _model_of_run(network, path, path, step)
     if not path.exists() and not Path(f"{path}.index").exists():
-        raise UsageError(f"--{flag}={value}: no such file, folder or checkpoint prefix.")
+        raise UsageError(f"{named}: no such file, folder or checkpoint prefix.")
     if (path / "saved_model.pb").is_file():
         # Says what it is.
         read_keras(path)
     if path.is_dir() and not any(path.rglob("*.index")):
         raise UsageError(
-            f"--{flag}={value}: no model there; expected model.keras (a run) or "
+            f"{named}: no model there; expected model.keras (a run) or "
             f"checkpoint-N.index (a challenge checkpoint). An unfinished run has its first model "
             f"at its first checkpoint."
         )
@@ -199,8 +234,9 @@ def load_keras(path: Path) -> keras.Model:
             f"{path}: the network's output has shape {logits.shape}, expected logits (N, K) of at "
             f"least two classes."
         )
-    if isinstance(network.input, keras.KerasTensor) and isinstance(
-        network.output, keras.KerasTensor
+    # What was loaded as a Sequential has no `input`; it cannot have a dictionary or list there.
+    if isinstance(network, keras.Sequential) or all(
+        isinstance(tensor, keras.KerasTensor) for tensor in (network.input, network.output)
     ):
         return network
     return keras.Model(images, logits, name=network.name)
@@ -226,7 +262,8 @@ def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
         raise UsageError(
             f"the network takes {shape} images and has {num_classes} classes; "
             f"{name or 'no data set here fits: mnist'} has {wanted.image_shape} and "
-            f"{wanted.num_classes}{advice(choose or {'data': own})}."
+            f"{wanted.num_classes}.",
+            choose or {"data": own},
         )
     return name
 

@@ -11,7 +11,6 @@ from madry_compat.challenges import ImageSet
 from madry_compat.data.sources import Arrays, DataError, Source, one_line
 
 _SEED = 20180
-_TRAIN_SIZE = 4_000
 
 
 def find_mnist_5k(image_set: ImageSet, split: str, root: Path) -> Source:
@@ -57,7 +56,8 @@ def read_mnist_5k(source: Source) -> Arrays:
     columns = [generator.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
     blocks = [generator.permutation(block) for block in np.stack(columns, axis=1)]
     order = np.concatenate(blocks)
-    order = order[:_TRAIN_SIZE] if source.split == "train" else order[_TRAIN_SIZE:]
+    num_train = source.image_set.num_examples["train"]
+    order = order[:num_train] if source.split == "train" else order[num_train:]
     return Arrays(
         images=images[order].reshape(-1, *source.shape),
         labels=labels[order],

@@ -1,31 +1,16 @@
 """Flags that another choice leaves without effect: they are refused, never ignored.
 
-A table for each command: flags, the condition under which they have an effect, and that condition
-in words. Only flags that were given count, with their default value too; a challenge's config.json
-may say more than a command uses.
+A table for each command, as in `logit_reg.experiments.effects`, which has that of training. A
+challenge's config.json may say more than a command uses.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
-from logit_reg import regularizers
-from logit_reg.commands.command_line import FLAGS, UsageError
+from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import PGD_FLAGS, THREAT_FLAGS
-from logit_reg.training import adversaries
-
-Values = Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """When flags have an effect."""
-
-    flags: tuple[str, ...]
-    condition: Callable[[Values], bool]
-    """Of the values by flag; None stands for what is not given or not known yet."""
-    words: str
-    """The condition, as it goes on after "has an effect only"."""
+from logit_reg.experiments.effects import DATA, DATA_PATH, Effect, Values, check_effects
+from logit_reg.experiments.effects import TRAINING as TRAINING
 
 
 def refuse_without_effect(effects: Collection[Effect], **known: Any) -> None:
@@ -42,62 +27,6 @@ def refuse_without_effect(effects: Collection[Effect], **known: Any) -> None:
     check_effects(effects, values, {name for name in FLAGS if FLAGS[name].present})
 
 
-def check_effects(effects: Collection[Effect], values: Values, given: Collection[str]) -> None:
-    """Refuse a setting that has no effect.
-
-    Args:
-        effects: a table.
-        values: settings by flag; those that are missing are not given.
-        given: the flags to judge.
-
-    Raises:
-        UsageError: if there is one, with what it would need.
-    """
-    looked_up = _Values(values)
-    for effect in effects:
-        for name in effect.flags:
-            if name in given and not effect.condition(looked_up):
-                raise UsageError(f"--{name} has an effect only {effect.words}.")
-
-
-class _Values(dict):
-    """A flag that a command does not have is one that is not given."""
-
-    def __missing__(self, name: str) -> None:
-        return None
-
-
-def _adversary(values: Values) -> str:
-    # A challenge's config.json trains as the challenge does.
-    return values["adversary"] or (adversaries.OF_CHALLENGES if values["config"] else "none")
-
-
-def _with_a_regularizer(setting: str) -> Effect:
-    """A setting of the objective has an effect with those regularisers that take it."""
-    names = regularizers.taking(setting)
-    return Effect(
-        (setting,), lambda v: (v["reg"] or "none") in names, f"with --reg={' or '.join(names)}"
-    )
-
-
-def _with_an_adversary(flag: str) -> Effect:
-    """A setting of the adversary has an effect with those adversaries that read it."""
-    names = adversaries.taking(flag)
-    words = " or ".join(f"--adversary={name}" for name in names)
-    return Effect((flag,), lambda v: _adversary(v) in names, f"with {words}")
-
-
-def _has_noise(values: Values) -> bool:
-    if values["sigma"] is not None:
-        return values["sigma"] > 0
-    # The paper's noise comes with its regularisers.
-    return (values["reg"] or "none") != "none" or bool(values["smoothing"])
-
-
-def _is_cifar(values: Values) -> bool:
-    return values["dataset"] is None or values["dataset"].startswith("cifar")
-
-
 def _is_own(values: Values) -> bool:
     return bool(values["model"] or values["data"])
 
@@ -105,16 +34,6 @@ def _is_own(values: Values) -> bool:
 def _has_workers(values: Values) -> bool:
     return values["num_workers"] > 1 or values["worker"]
 
-
-_DATA = Effect(
-    ("data_dir", "data_path", "download"),
-    lambda v: v["dataset"] != "mnist_5k",
-    "with a data set that is a file: mnist_5k is embedded (--dataset=mnist is the full set)",
-)
-
-_DATA_PATH = Effect(
-    ("data_path",), lambda v: not v["data_dir"], "without --data_dir, which it stands for"
-)
 
 _CONFIDENCE = Effect(("confidence",), lambda v: v["loss_func"] == "cw", "with --loss_func=cw")
 
@@ -127,23 +46,12 @@ _OWN = (
     Effect(("bounds",), _is_own, "with --model and --data, a network and images of your own"),
 )
 
-TRAINING = (
-    _DATA,
-    _DATA_PATH,
-    *map(_with_a_regularizer, regularizers.SETTINGS),
-    Effect(("clip_noise",), _has_noise, "with noise: --sigma above 0"),
-    *map(_with_an_adversary, adversaries.FLAGS),
-    Effect(("width",), _is_cifar, "on CIFAR; MNIST's network has one size"),
-    Effect(("momentum",), _is_cifar, "on CIFAR; MNIST's networks are trained with Adam"),
-    Effect(("attack_batch_norm",), _is_cifar, "on CIFAR; MNIST's network has no BatchNorm"),
-)
-
-ATTACK = (_DATA, _DATA_PATH, _CONFIDENCE)
+ATTACK = (DATA, DATA_PATH, _CONFIDENCE)
 
 EVALUATION = (
     *_OWN,
-    _DATA,
-    _DATA_PATH,
+    DATA,
+    DATA_PATH,
     Effect(
         ("attack_file",), lambda v: not _is_own(v), "on a challenge, without --model and --data"
     ),
@@ -182,7 +90,7 @@ EVALUATION = (
 
 AUDIT = (
     *_OWN,
-    _DATA,
+    DATA,
     _CONFIDENCE,
     Effect(
         ("controls", "control_steps"),
@@ -197,7 +105,7 @@ AUDIT = (
 )
 
 LANDSCAPE = (
-    _DATA,
+    DATA,
     Effect(
         (
             "model_dir",

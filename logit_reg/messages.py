@@ -1,0 +1,34 @@
+"""What the user is told: notices on standard error, and mistakes in one line."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # It starts TensorFlow.
+    from logit_reg.attacks.engine.checks import Finding
+
+
+class UsageError(ValueError):
+    """The user's mistake; the message says what came, what was expected and what to do."""
+
+    def __init__(self, message: str, advice: Mapping[str, str] | None = None):
+        """A mistake, and what to do about it where that depends on the command.
+
+        Args:
+            message: one line.
+            advice: by the flag that it rests on; a command adds what its own flags allow.
+        """
+        super().__init__(message)
+        self.advice = advice or {}
+
+
+def notice(message: str) -> None:
+    """Tell the user something on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def tell(findings: "Iterable[Finding]") -> None:
+    """Tell the user what may mislead about the numbers to come."""
+    for finding in findings:
+        notice(f"notice: {finding.message}.")
