@@ -229,7 +229,7 @@ class RegularizedModel(keras.Model):
                 tape.watch(found)
                 sources.append(found)
             noisy = self._add_noise(self.adversary.images(batch, found), batch.numbers)
-            clean = ()
+            clean: tuple = ()
             if self.adversary.wants_clean_logits:
                 clean = (self._logits(self._add_noise(batch.images, batch.numbers), training=True),)
             loss, measures = self._loss_and_measures(
