@@ -85,9 +85,8 @@ def _with_a_regularizer(setting: str) -> Effect:
 
 def _with_an_adversary(flag: str) -> Effect:
     """A setting of the adversary has an effect with those adversaries that read it."""
-    names = adversaries.taking(flag)
-    words = " or ".join(f"--adversary={name}" for name in names)
-    return Effect((flag,), lambda v: _adversary(v) in names, f"with {words}")
+    words = " or ".join(f"--adversary={name}" for name in adversaries.taking(flag))
+    return Effect((flag,), lambda v: _adversary(v) in adversaries.taking(flag), f"with {words}")
 
 
 def _has_noise(values: Values) -> bool:

@@ -233,7 +233,7 @@ class RegularizedModel(keras.Model):
                 tape.watch(found)
                 sources.append(found)
             noisy = self._add_noise(self.adversary.images(batch, found), batch.numbers)
-            clean = ()
+            clean: tuple = ()
             if self.adversary.wants_clean_logits:
                 noisy_clean = self._add_noise(batch.images, batch.numbers)
                 clean = self._forward(noisy_clean, training=True)[:1]

@@ -106,7 +106,7 @@ class Records:
             )
         if "summary" in due:
             with self._summaries.as_default(step=step):
-                for name, value in (row | {"examples_per_second": rate}).items():
+                for name, value in {**row, "examples_per_second": rate}.items():
                     if name != "step":
                         tf.summary.scalar(name, value)
         if "checkpoint" in due:

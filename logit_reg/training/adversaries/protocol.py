@@ -150,6 +150,7 @@ class Adversary(Protocol):
             gradient: of the loss with respect to `found`, of its shape. Under a loss scale it is
                 scaled, and not finite where a step overflows.
         """
+        del batch, found, gradient
 
 
 def check_ramp(ramp_steps: int) -> None:
