@@ -148,7 +148,7 @@ def _evaluate_challenge() -> None:
     print_result(result, published_beside(model.release, dataset))
     print(f"ledger: {output_dir / 'ledger.csv'}")
     is_strong = any(protocol.startswith(("autoattack", "adaptive")) for protocol in protocols)
-    if model.is_squeezed and not is_strong:
+    if model.is_squeezed and not is_strong and result["robust_accuracy"]:
         print("PGD flatters this family, run --protocol=autoattack")
     _print_next(is_strong, output_dir, count, {"model_dir": model.path}, model.folder)
 
@@ -242,6 +242,7 @@ def _store(plan, images, dataset=None, challenge=None) -> None:
         write_adversarial(path, images, dataset, challenge)
     else:
         write_array(path, images)
+        print(f"adversarial images: {path}")
     note_file(path, evaluation_identity(plan))
 
 
@@ -276,7 +277,7 @@ def challenge_protocols(challenge):
     if names and not given:
         return {name: protocol_attacks(name, challenge) for name in names}
     if names:
-        _refuse_frozen(names, given)
+        _refuse_frozen(names, f"leave out --{given[0]}")
         threat = challenge_threat(challenge)
         suffix = f"{threat.norm}-{threat.epsilon:g}"
         # Another threat model is another attack: it never shares a column with the protocol's.
@@ -303,20 +304,24 @@ def _own_protocols(threat, num_classes):
     if not FLAGS.protocol:
         return {FLAGS_PROTOCOL: attack_from_flags(threat, None)}
     names = [name.strip() for name in FLAGS.protocol]
-    _refuse_frozen(names, flag_groups.given_attack_flags())
+    _refuse_frozen(names)
     return {name: any_threat_attacks(name, threat, num_classes) for name in names}
 
 
-def _refuse_frozen(names, given) -> None:
-    """The cascades alone take another threat model."""
-    from logit_reg.evaluation.protocols import ANY_THREAT
+def _refuse_frozen(names, *instead) -> None:
+    """The cascades alone take another threat model, or other images."""
+    from logit_reg.evaluation.protocols import ANY_THREAT, PROTOCOLS
 
-    frozen = [name for name in names if name not in ANY_THREAT]
+    frozen = [name for name in names if name in PROTOCOLS.keys() - ANY_THREAT.keys()]
     if frozen:
+        ways = [
+            *instead,
+            f"choose from {', '.join(ANY_THREAT)}",
+            "describe the attack with --num_steps, --step_size, --loss_func and --restarts",
+        ]
         raise UsageError(
-            f"--protocol={frozen[0]}: a protocol is frozen to its challenge's threat model; leave "
-            f"out --{given[0]}, choose from {', '.join(ANY_THREAT)}, or describe the attack with "
-            f"--num_steps, --step_size, --loss_func and --restarts."
+            f"--protocol={frozen[0]}: a protocol is frozen to its challenge's images and threat "
+            f"model; {', '.join(ways[:-1])} or {ways[-1]}."
         )
 
 

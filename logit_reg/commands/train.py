@@ -173,7 +173,9 @@ def _train() -> None:
     dataset = FLAGS.dataset
     named = config.challenge_name if config is not None else None
     name = choose_dataset(dataset, data_dir, challenge_for(named or MNIST.name))
-    flag_effects.refuse_without_effect(flag_effects.TRAINING, dataset=name)
+    flag_effects.refuse_without_effect(
+        flag_effects.TRAINING, dataset=name, stands_in=dataset is None
+    )
 
     names = {field.name for field in dataclasses.fields(RunSettings)} - {"dataset"}
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}

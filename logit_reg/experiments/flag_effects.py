@@ -89,10 +89,15 @@ def _has_workers(values: Values) -> bool:
     return values["num_workers"] > 1 or values["worker"]
 
 
-_DATA = Effect(
-    ("data_dir", "data_path", "download"),
-    lambda v: v["dataset"] != "mnist_5k",
-    "with a data set that is a file: mnist_5k is embedded (--dataset=mnist is the full set)",
+_FILE = "with a data set that is a file: mnist_5k is embedded (--dataset=mnist is the full set)"
+_DATA = (
+    Effect(("download",), lambda v: v["dataset"] != "mnist_5k", _FILE),
+    Effect(
+        ("data_dir", "data_path"),
+        # Without --dataset it was looked through.
+        lambda v: v["dataset"] != "mnist_5k" or v["stands_in"],
+        _FILE,
+    ),
 )
 
 _DATA_PATH = Effect(
@@ -111,7 +116,7 @@ _OWN = (
 )
 
 TRAINING = (
-    _DATA,
+    *_DATA,
     _DATA_PATH,
     Effect(
         ("beta",),
@@ -141,11 +146,11 @@ TRAINING = (
     Effect(("attack_batch_norm",), _is_cifar, "on CIFAR; MNIST's network has no BatchNorm"),
 )
 
-ATTACK = (_DATA, _DATA_PATH, _CONFIDENCE)
+ATTACK = (*_DATA, _DATA_PATH, _CONFIDENCE)
 
 EVALUATION = (
     *_OWN,
-    _DATA,
+    *_DATA,
     _DATA_PATH,
     Effect(
         ("attack_file",), lambda v: not _is_own(v), "on a challenge, without --model and --data"
@@ -185,7 +190,7 @@ EVALUATION = (
 
 AUDIT = (
     *_OWN,
-    _DATA,
+    *_DATA,
     _CONFIDENCE,
     Effect(
         ("controls", "control_steps"),
@@ -200,7 +205,7 @@ AUDIT = (
 )
 
 LANDSCAPE = (
-    _DATA,
+    *_DATA,
     Effect(
         (
             "model_dir",

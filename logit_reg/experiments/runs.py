@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import warnings
 import os
 import platform
 import re
@@ -299,17 +300,20 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
             settings.ramp_steps,
             settings.replays,
         )
-    model = RegularizedModel(
-        network,
-        settings.objective,
-        noise_stddev=settings.sigma,
-        clip_noise=settings.clip_noise,
-        bounds=(challenge.lower, challenge.upper),
-        adversary=adversary,
-        augment=settings.augment,
-        weight_decay=settings.weight_decay,
-        seed=settings.random_seed,
-    )
+    with warnings.catch_warnings():
+        # The commands notice it too, by the names of their flags.
+        warnings.filterwarnings("ignore", message=".* in the images' pixel units")
+        model = RegularizedModel(
+            network,
+            settings.objective,
+            noise_stddev=settings.sigma,
+            clip_noise=settings.clip_noise,
+            bounds=(challenge.lower, challenge.upper),
+            adversary=adversary,
+            augment=settings.augment,
+            weight_decay=settings.weight_decay,
+            seed=settings.random_seed,
+        )
     rate = piecewise_constant(settings.step_size_schedule)
     if challenge.training.optimizer == "adam":
         # A mean loss has gradients 1/b as large: with epsilon / b Adam takes the same steps.
