@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import warnings
 import os
 import platform
 import re
 import reprlib
 import subprocess
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
