@@ -210,11 +210,6 @@ def _train() -> None:
     )
     if step < settings.max_num_training_steps:
         raise KeyboardInterrupt
-    if Workers(strategy).is_chief and not (model_dir / "model.keras").is_file():
-        raise command_line.UsageError(
-            f"{settings.init_checkpoint} is of step {step} already: nothing was trained; give a "
-            f"larger --max_num_training_steps than {settings.max_num_training_steps}."
-        )
     print(f"done: {model_dir / 'model.keras'}")
     command_line.print_next("eval_challenge", {"model_dir": model_dir})
 
