@@ -31,4 +31,4 @@ def notice(message: str) -> None:
 def tell(findings: "Iterable[Finding]") -> None:
     """Tell the user what may mislead about the numbers to come."""
     for finding in findings:
-        notice(f"notice: {finding.message}.")
+        notice(f"notice: {finding.message}")

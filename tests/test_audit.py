@@ -93,6 +93,22 @@ def test_randomness_that_a_trace_would_freeze_is_seen():
     assert outcome(2, lambda x: model(x) + rng.normal(size=5).astype(np.float32)).status == "fail"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_blamed_on_nothing_else(value):
+    model, images, _ = linear_case()
+
+    def broken(x):
+        is_first = tf.reduce_all(x == images[0], axis=(1, 2, 3))
+        return tf.where(is_first[:, None], value, model(x))
+
+    found = outcome(6, broken)
+    assert found.status == "fail" and "1 of 40 clean images are not finite" in found.reason
+    assert outcome(2, broken).status == outcome(33, broken).status == "pass"
+    # Finite in one pass and not in another is noise.
+    calls = iter(range(100))
+    assert outcome(2, lambda x: model(x) if next(calls) % 2 else broken(x)).status == "fail"
+
+
 def test_dropout_left_on_is_seen():
     network, case = small_network(dropout=0.3)
     assert outcome(2, lambda x: network(x, training=True), **case).status == "fail"

@@ -38,6 +38,29 @@ def bare(tmp_path_factory):
     return folder, process
 
 
+def test_without_dataset_the_digits_stand_in_for_a_set_that_data_dir_lacks(tmp_path):
+    (tmp_path / "empty").mkdir()
+    few = ("--max_num_training_steps=1", "--training_batch_size=4", "--model_dir=a")
+    for flag in ("data_dir", "data_path"):
+        process = command("train", f"--{flag}=empty", *few, "--noprogress", cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        assert "empty has no mnist: mnist_5k stands in for it" in process.stderr
+    lacking = [
+        ("train", "--dataset=mnist_5k", "--data_dir=empty", *few),
+        ("train", "--data_dir=nowhere", *few),
+        ("train", "--data_dir=empty", "--dataset=mnist", *few),
+        # A challenge's network says nothing of its images: those of the folder are meant.
+        (
+            "eval_challenge",
+            f"--model_dir={ROOT / 'checkpoints' / 'mnist-natural'}",
+            "--data_dir=empty",
+        ),
+    ]
+    words = ("mnist_5k is embedded", "no such file or folder", "mnist is not in", "no mnist there")
+    for (script, *flags), word in zip(lacking, words, strict=True):
+        assert_one_line_error(command(script, *flags, cwd=tmp_path), word)
+
+
 def the_run(folder):
     (run,) = (folder / "runs").iterdir()
     return run

@@ -156,8 +156,8 @@ def test_pixels_beyond_a_rounding_are_refused_with_all_their_digits(tmp_path, pi
     [
         ({"labels": np.eye(6)}, "save labels.argmax(axis=1)"),
         ({"labels": np.arange(5)}, "labels are int64 (5,), expected (6,)"),
-        ({"labels": np.ones(6)}, "labels are float64 (6,), expected (6,) integers"),
-        ({"images": np.zeros((6, 8, 8), np.float32)}, "images are float32 (6, 8, 8)"),
+        ({"labels": np.ones(6)}, "expected (6,) integers; save labels.astype(int)."),
+        ({"images": np.zeros((6, 8, 8), np.float32)}, "save images[..., None]."),
     ],
 )
 def test_arrays_of_another_kind_are_refused(tmp_path, arrays, words):
@@ -257,6 +257,12 @@ def test_a_budget_in_other_units_stands_in_the_terminal_and_in_the_result(files,
     assert found["name"] == "budget_large" and found["value"] == 8.0
     zero = command("eval_challenge", *own, "--epsilon=0", cwd=tmp_path)
     assert_one_line_error(zero, "epsilon must be above 0", "got 0")
+    for name, words in (("paper-fgsm", "is frozen to its challenge's images"), ("no", "got 'no'")):
+        process = command(
+            "eval_challenge", *own, "--epsilon=0.1", f"--protocol={name}", cwd=tmp_path
+        )
+        assert_one_line_error(process, "autoattack, autoattack-each, adaptive", words)
+        assert "leave out" not in process.stderr
     label = own_images(tmp_path, labels=np.array([0, 1, 7, 1, 2, 9]))[0]
     outside = command("eval_challenge", *own, "--epsilon=0.1", cwd=label.parent)
     assert_one_line_error(outside, "image 2 has the label 7, the network has 4 classes")

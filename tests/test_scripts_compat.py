@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import command
+from commands import assert_one_line_error, command
 from test_data import digits, write_idx, write_test_batch
 from test_tf1_checkpoints import assert_same_values, keep_away_from_kinks, read_bundle
 from tf1_challenge_graphs import mnist_graph
@@ -525,6 +526,36 @@ def test_the_challenges_own_training_goes_on_with_nothing_but_its_config(run, tm
     expected = {"loss_reduction": "sum", "training_batch_size": 50, "adversary": "pgd"}
     expected |= {"num_steps": 40, "step_size": 0.01, "epsilon": 0.3, "random_seed": 4557077}
     assert settings == settings | expected
+
+
+@pytest.mark.slow
+def test_a_start_from_a_checkpoint_is_told_and_one_that_cannot_be_leaves_no_run(run, tmp_path):
+    export_model(load_model(str(run)), tmp_path / "slots")
+    save_network(mnist_cnn(), tmp_path / "weights", 7)
+    (tmp_path / "empty").mkdir()
+
+    def train(start, steps):
+        flags = ["--dataset=mnist_5k", "--model_dir=run", "--training_batch_size=4"]
+        flags += [f"--init_checkpoint={start}", f"--max_num_training_steps={steps}"]
+        return command("train", *flags, "--noprogress", cwd=tmp_path)
+
+    refused = {
+        "nowhere": "no such checkpoint",
+        "empty": "no checkpoint inside",
+        "slots": f"is of step {STEPS} already, so that nothing is left to train",
+    }
+    for start, words in refused.items():
+        assert_one_line_error(train(start, STEPS), words)
+        assert not (tmp_path / "run").exists()
+    told = {
+        "weights": "start: step 0 with the weights of weights, which holds no optimiser's state",
+        "slots": f"start: step {STEPS} of slots, with its optimiser's state",
+    }
+    for start, words in told.items():
+        process = train(start, STEPS + 1)
+        assert process.returncode == 0, process.stderr
+        assert words in process.stdout.splitlines()
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.slow

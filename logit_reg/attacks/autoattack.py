@@ -157,7 +157,8 @@ class AutoAttack(CascadeAttack):
             findings.append(
                 Finding(
                     "num_targets",
-                    f"{self.num_targets} targets are cut to the {num_classes - 1} wrong classes.",
+                    f"AutoAttack aims at {self.num_targets} wrong classes, of which {num_classes} "
+                    f"classes leave {num_classes - 1}: each is aimed at.",
                     num_classes - 1,
                 )
             )

@@ -198,8 +198,8 @@ def _squeeze(bench: Bench) -> Outcome:
     num_broken = int(np.sum(~np.isfinite(bench.logits).all(axis=1)))
     if num_broken:
         warnings.append(
-            f"the clean logits are not finite for {num_broken} of {len(bench.logits)} images, "
-            f"which count as wrong"
+            f"the logits of {num_broken} of {len(bench.logits)} clean images are not finite, which "
+            f"count as wrong"
         )
     elif median >= _COLLAPSED * found.log_num_classes:
         warnings.append(
@@ -305,6 +305,8 @@ def _batch_independence(bench: Bench) -> Outcome:
 
 def _unit(logits):
     logits = logits.astype(np.float64)
+    # What is not finite is another finding: here it differs from finite logits alone.
+    logits = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits, 0.0)
     logits = logits - logits.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(logits, axis=1, keepdims=True)
     return logits / np.where(lengths > 0, lengths, 1.0)

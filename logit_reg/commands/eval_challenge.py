@@ -149,7 +149,7 @@ def _evaluate(subject, protocols, published, of_model) -> None:
     output_dir, result = found
     print_result(result, published())
     print(f"ledger: {output_dir / 'ledger.csv'}")
-    if subject.pgd_flatters and not any(map(is_strong, protocols)):
+    if subject.pgd_flatters and not any(map(is_strong, protocols)) and result["robust_accuracy"]:
         print("PGD flatters this family, run --protocol=autoattack")
     command, needed = next_step(subject, result, output_dir)
     if command == "eval_challenge":

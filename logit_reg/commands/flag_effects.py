@@ -46,11 +46,11 @@ _OWN = (
     Effect(("bounds",), _is_own, "with --model and --data, a network and images of your own"),
 )
 
-ATTACK = (DATA, DATA_PATH, _CONFIDENCE)
+ATTACK = (*DATA, DATA_PATH, _CONFIDENCE)
 
 EVALUATION = (
     *_OWN,
-    DATA,
+    *DATA,
     DATA_PATH,
     Effect(
         ("attack_file",), lambda v: not _is_own(v), "on a challenge, without --model and --data"
@@ -90,7 +90,7 @@ EVALUATION = (
 
 AUDIT = (
     *_OWN,
-    DATA,
+    *DATA,
     _CONFIDENCE,
     Effect(
         ("controls", "control_steps"),
@@ -105,7 +105,7 @@ AUDIT = (
 )
 
 LANDSCAPE = (
-    DATA,
+    *DATA,
     Effect(
         (
             "model_dir",

@@ -173,7 +173,9 @@ def _train() -> None:
     dataset = FLAGS.dataset
     named = config.challenge_name if config is not None else None
     name = choose_dataset(dataset, data_dir, challenge_for(named or MNIST.name))
-    flag_effects.refuse_without_effect(flag_effects.TRAINING, dataset=name)
+    flag_effects.refuse_without_effect(
+        flag_effects.TRAINING, dataset=name, stands_in=dataset is None
+    )
 
     names = {field.name for field in dataclasses.fields(RunSettings)} - {"dataset"}
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
@@ -208,11 +210,6 @@ def _train() -> None:
     )
     if step < settings.max_num_training_steps:
         raise KeyboardInterrupt
-    if Workers(strategy).is_chief and not (model_dir / "model.keras").is_file():
-        raise command_line.UsageError(
-            f"{settings.init_checkpoint} is of step {step} already: nothing was trained; give a "
-            f"larger --max_num_training_steps than {settings.max_num_training_steps}."
-        )
     print(f"done: {model_dir / 'model.keras'}")
     command_line.print_next("eval_challenge", {"model_dir": model_dir})
 

@@ -76,7 +76,7 @@ def step_notices(threat: ThreatModel, num_steps: int, step_size: float) -> Itera
         return
     yield Finding(
         "step_size",
-        f"{told} {what}: give both in the images' own pixel units",
+        f"{told} {what}: give both in the images' own pixel units.",
         step_size / threat.epsilon,
     )
 
@@ -120,7 +120,7 @@ def claim_notices(claim: float) -> Iterator[Finding]:
     if 0 < claim <= 1:
         yield Finding(
             "claim",
-            f"the claim is {claim:g} %: if {100 * claim:g} % is meant, give it in per cent",
+            f"the claim is {claim:g} %: if {100 * claim:g} % is meant, give it in per cent.",
             claim,
         )
 
@@ -150,4 +150,4 @@ def _ask(name: str, width: float, *, large: bool) -> str:
     """Name the slip: the two ranges that images have are [0, 1] and [0, 255]."""
     other = "[0, 255]" if large and width <= 2 else "[0, 1]" if not large and width > 2 else None
     meant = f"is it meant for {other}? " if other else ""
-    return f"{meant}give {name} in the images' own pixel units"
+    return f"{meant}give {name} in the images' own pixel units."

@@ -7,6 +7,7 @@ from logit_reg.evaluation.ledger import FLAGS_PROTOCOL
 from logit_reg.evaluation.protocols import (
     ANY_THREAT,
     CHALLENGE_CONFIDENCE,
+    PROTOCOLS,
     any_threat_attacks,
     protocol_attacks,
     threat_of,
@@ -106,7 +107,7 @@ class AttackChoice:
             return {FLAGS_PROTOCOL: self.attack(self.threat(challenge), challenge)}
         if not self.given:
             return {name: protocol_attacks(name, challenge) for name in self.protocols}
-        self._refuse_frozen()
+        self._refuse_frozen(f"leave out --{self.given[0]}")
         threat = self.threat(challenge)
         suffix = f"{threat.norm}-{threat.epsilon:g}"
         # Another threat model is another attack: it never shares a column with the protocol's.
@@ -133,14 +134,18 @@ class AttackChoice:
         self._refuse_frozen()
         return {name: any_threat_attacks(name, threat, num_classes) for name in self.protocols}
 
-    def _refuse_frozen(self) -> None:
-        """The cascades alone take another threat model."""
-        frozen = [name for name in self.protocols if name not in ANY_THREAT]
+    def _refuse_frozen(self, *instead: str) -> None:
+        """The cascades alone take another threat model, or other images."""
+        frozen = [name for name in self.protocols if name in PROTOCOLS.keys() - ANY_THREAT.keys()]
         if frozen:
+            ways = [
+                *instead,
+                f"choose from {', '.join(ANY_THREAT)}",
+                "describe the attack with --num_steps, --step_size, --loss_func and --restarts",
+            ]
             raise UsageError(
-                f"--protocol={frozen[0]}: a protocol is frozen to its challenge's threat model; "
-                f"leave out --{self.given[0]}, choose from {', '.join(ANY_THREAT)}, or describe "
-                f"the attack with --num_steps, --step_size, --loss_func and --restarts."
+                f"--protocol={frozen[0]}: a protocol is frozen to its challenge's images and "
+                f"threat model; {', '.join(ways[:-1])} or {ways[-1]}."
             )
 
 

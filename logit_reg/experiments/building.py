@@ -1,6 +1,7 @@
 """Building what a run trains: its network, the model around it, and where it starts from."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,17 +48,20 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
     challenge = settings.challenge
     if settings.train_dtype == "bfloat16":
         network = bfloat16_copy(network, for_training=True)
-    model = RegularizedModel(
-        network,
-        settings.objective,
-        sigma=settings.sigma,
-        clip_noise=settings.clip_noise,
-        bounds=(challenge.lower, challenge.upper),
-        adversary=settings.training_adversary,
-        augment=settings.augment,
-        weight_decay=settings.weight_decay,
-        seed=settings.random_seed,
-    )
+    with warnings.catch_warnings():
+        # The commands notice it too, by the names of their flags.
+        warnings.filterwarnings("ignore", message=".* in the images' pixel units")
+        model = RegularizedModel(
+            network,
+            settings.objective,
+            sigma=settings.sigma,
+            clip_noise=settings.clip_noise,
+            bounds=(challenge.lower, challenge.upper),
+            adversary=settings.training_adversary,
+            augment=settings.augment,
+            weight_decay=settings.weight_decay,
+            seed=settings.random_seed,
+        )
     rate = piecewise_constant(settings.step_size_schedule)
     if challenge.training.optimizer == "adam":
         # A mean loss has gradients 1/b as large: with epsilon / b Adam takes the same steps.

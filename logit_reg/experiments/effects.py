@@ -98,13 +98,19 @@ def _has_noise(values: Values) -> bool:
 
 _EMBEDDED = [record for record in IMAGE_SETS.values() if record.format == "embedded"]
 
-DATA = Effect(
-    ("data_dir", "data_path", "download"),
-    lambda v: v["dataset"] not in [record.name for record in _EMBEDDED],
-    "with a data set that is a file: "
-    + ", ".join(
-        f"{record.name} is embedded (--dataset={record.taken_from} is the full set)"
-        for record in _EMBEDDED
+_EMBEDDED_NAMES = [record.name for record in _EMBEDDED]
+_FILE = "with a data set that is a file: " + ", ".join(
+    f"{record.name} is embedded (--dataset={record.taken_from} is the full set)"
+    for record in _EMBEDDED
+)
+
+DATA = (
+    Effect(("download",), lambda v: v["dataset"] not in _EMBEDDED_NAMES, _FILE),
+    Effect(
+        ("data_dir", "data_path"),
+        # Without --dataset it was looked through.
+        lambda v: v["dataset"] not in _EMBEDDED_NAMES or v["stands_in"],
+        _FILE,
     ),
 )
 
@@ -113,7 +119,7 @@ DATA_PATH = Effect(
 )
 
 TRAINING = (
-    DATA,
+    *DATA,
     DATA_PATH,
     *map(_with_a_regularizer, regularizers.SETTINGS),
     Effect(("clip_noise",), _has_noise, "with noise: --sigma above 0"),

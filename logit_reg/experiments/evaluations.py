@@ -179,7 +179,7 @@ def training_notices(training: Mapping[str, int] | None) -> list[dict]:
     done, planned = training["steps_done"], training["steps_planned"]
     message = (
         f"this run is unfinished: its network has {done:,} of {planned:,} training steps; "
-        f"the command that began it goes on"
+        f"the command that began it goes on."
     )
     return [{"name": "unfinished_run", "message": message, "value": done}]
 
@@ -477,9 +477,11 @@ def print_result(result: dict, published: Mapping[str, float] | None = None) -> 
     if published:
         print("published: on the whole test set; the leaderboard's PGD counts the last iterate")
     interval = result["interval"]
+    # A file of the user's own is called by its name.
+    own = result["settings"].get("data")
     print(
         f"\nrobust accuracy {100 * result['robust_accuracy']:.2f}% on {count} images of "
-        f"{result['dataset']}, worst case of all attacks "
+        f"{Path(own).name if own else result['dataset']}, worst case of all attacks "
         f"(95% interval {100 * interval['low']:.2f} to {100 * interval['high']:.2f}; "
         f"seed {result['seed']}, {result['forwards']} forwards, {result['backwards']} gradients, "
         f"{in_words(result['seconds'])})"

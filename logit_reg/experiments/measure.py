@@ -205,6 +205,7 @@ def measure(
     def store(images: np.ndarray) -> None:
         if adv_path is not None:
             subject.store(adv_path, images)
+            print(f"adversarial images: {adv_path}")
             note_file(adv_path, identity)
 
     _, result = evaluate_protocols(

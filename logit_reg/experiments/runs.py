@@ -54,7 +54,8 @@ def train_run(
 
     Raises:
         TrainingError: see `run_folder` and `train`.
-        ValueError: if this worker has other settings or data than the chief.
+        ValueError: if this worker has other settings or data than the chief, or the checkpoint to
+            start from is broken, of another network, or of the last step or a later one.
         WorkerLost: if another worker is gone.
     """
     strategy = strategy or tf.distribute.get_strategy()
@@ -63,26 +64,31 @@ def train_run(
     # Where training starts is the chief's business.
     same = dataclasses.asdict(settings) | {"init_checkpoint": ""}
     workers.check_same(same, images, labels)
+    with strategy.scope():
+        network = build_network(settings)
+        model = build_model(settings, network)
+    reduction: dict[str, Any] = {
+        "loss_reduction": settings.loss_reduction,
+        "batch_size": settings.training_batch_size,
+    }
+    folder = Path(model_dir)
+    # Before the folder belongs to a run that cannot start.
+    if workers.is_chief and settings.init_checkpoint and not saved_steps(folder):
+        start, planned = Path(settings.init_checkpoint), settings.max_num_training_steps
+        step = start_from_checkpoint(model, start, reduction)
+        if step >= planned:
+            raise ValueError(
+                f"{start} is of step {step} already, so that nothing is left to train; give a "
+                f"larger --max_num_training_steps than {planned}."
+            )
+        print(f"start: step {step} {_origin(start)}", flush=True)
     with contextlib.ExitStack() as stack:
-        folder = Path(model_dir)
         if workers.is_chief:
             record = run_record(settings, data_dir, execution(strategy, deterministic))
             held = run_folder(model_dir, record, extend=extend, defaults=DEFAULTS)
             folder = stack.enter_context(held)
-        with strategy.scope():
-            network = build_network(settings)
-            model = build_model(settings, network)
-        reduction: dict[str, Any] = {
-            "loss_reduction": settings.loss_reduction,
-            "batch_size": settings.training_batch_size,
-        }
-        if workers.is_chief:
             if extend or not (folder / "config.json").exists():
                 _write_challenge_config(folder, settings, str(model_dir))
-            if settings.init_checkpoint and not saved_steps(folder):
-                start = Path(settings.init_checkpoint)
-                step = start_from_checkpoint(model, start, reduction)
-                print(f"start: step {step} {_origin(start)}", flush=True)
 
         def export(step):
             if model.network is not network:

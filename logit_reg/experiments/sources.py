@@ -58,22 +58,40 @@ class Model:
         return self.run is not None and (self.run.reg != "none" or self.run.smoothing > 0)
 
 
-def choose_dataset(name: str | None, data_dir: str | None, challenge: Challenge = MNIST) -> str:
+def choose_dataset(
+    name: str | None,
+    data_dir: str | None,
+    challenge: Challenge = MNIST,
+    *,
+    may_stand_in: bool = True,
+) -> str:
     """The data set to take: the one named, else the challenge's where it is or nothing stands in.
 
     Args:
         name: value of --dataset or None.
         data_dir: value of --data_dir or None.
         challenge: whose data set to take; for MNIST's stand the embedded digits in.
+        may_stand_in: whether they do where the challenge's set is not in `data_dir`.
 
     Returns:
         A name of `madry_compat.data.NAMES`.
+
+    Raises:
+        UsageError: if `data_dir` does not exist, or has not the set and nothing may stand in.
     """
     if name is not None:
         return name
     stand_ins = [each.name for each in IMAGE_SETS.values() if each.taken_from == challenge.name]
     if not stand_ins or is_available(challenge.name, data_dir):
         return challenge.name
+    if data_dir is not None:
+        existing_path("data_dir", data_dir)
+        if not may_stand_in:
+            raise UsageError(
+                f"--data_dir={data_dir}: there is no {challenge.name} there; name the folder that "
+                f"has it, or choose --dataset={stand_ins[0]}, which is embedded."
+            )
+        notice(f"{data_dir} has no {challenge.name}: {stand_ins[0]} stands in for it.")
     return stand_ins[0]
 
 
@@ -254,7 +272,10 @@ def dataset_for(model: Model, name: str | None, data_dir: str | None) -> str:
         name = model.run.dataset
     fitting = [known for known in NAMES if _fits(challenge_for(known), shape, num_classes)]
     if name is None and fitting:
-        name = choose_dataset(None, data_dir, challenge_for(fitting[0]))
+        # Other images than those of a folder that was named would give other numbers.
+        name = choose_dataset(
+            None, data_dir, challenge_for(fitting[0]), may_stand_in=data_dir is None
+        )
     if name is None or name not in fitting:
         own = "give --model=FILE.keras with --data, --bounds and --epsilon for images of your own"
         choose = {"dataset": f"choose --dataset={' or '.join(fitting)}"} if fitting else {}
@@ -300,15 +321,18 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
     if labels.shape == (len(images), 1):
         labels = labels[:, 0]
     if images.ndim != 4 or images.dtype.kind not in "fu" or not len(images):
+        is_grey = images.ndim == 3 and images.dtype.kind in "fu"
         raise UsageError(
             f"{path}: images are {images.dtype} {images.shape}, expected float or uint8 (N, H, W, "
-            f"C) in pixel units."
+            f"C) in pixel units{'; save images[..., None]' if is_grey else ''}."
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         is_one_hot = labels.ndim == 2 and len(labels) == len(images)
+        is_float = labels.ndim == 1 and labels.dtype.kind == "f"
+        save = "labels.argmax(axis=1)" if is_one_hot else "labels.astype(int)" if is_float else ""
         raise UsageError(
             f"{path}: labels are {labels.dtype} {labels.shape}, expected {images.shape[:1]} "
-            f"integers{'; save labels.argmax(axis=1)' if is_one_hot else ''}."
+            f"integers{save and f'; save {save}'}."
         )
     images = images.astype(np.float32)
     broken = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
@@ -330,7 +354,8 @@ def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.n
     if excess > _ROUNDING * max(abs(lower), abs(upper)):
         raise UsageError(
             f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
-            f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel units."
+            f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel "
+            f"units, or save images within them."
         )
     notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
     return np.clip(images, lower, upper)
