@@ -5,6 +5,7 @@ Whatever differs between data sets stands here and nowhere else; `docs/adding.md
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isclose
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,23 @@ CIFAR10 = Challenge(
 CIFAR100 = replace(CIFAR10, name="cifar100", num_classes=100)
 
 
+@dataclass(frozen=True)
+class Ceiling:
+    """The best robust accuracy that was published under a threat model.
+
+    Attributes:
+        norm: "linf" or "l2".
+        epsilon: of the pixel range.
+        accuracy: a fraction.
+        source: who published it, and the attack.
+    """
+
+    norm: str
+    epsilon: float
+    accuracy: float
+    source: str
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """One data set: how it was published and which challenge's settings it takes.
@@ -230,6 +248,7 @@ class ImageSet:
         num_examples: by split, where TFDS's ids count them; elsewhere TFDS's shuffle is undone.
         validation_examples: so many first training images the challenge's reader kept back.
         taken_from: the data set whose training images these are.
+        ceilings: the best published robust accuracies; see `published_ceiling`.
     """
 
     name: str
@@ -241,11 +260,20 @@ class ImageSet:
     num_examples: Mapping[str, int] = field(default_factory=dict)
     validation_examples: int = 0
     taken_from: str = ""
+    ceilings: tuple[Ceiling, ...] = ()
 
     @property
     def pixel_divisor(self) -> float:
         """Stored values, of 0 to 255, over this are in the challenge's pixel units."""
         return 255.0 / self.challenge.upper
+
+    def published_ceiling(self, norm: str, epsilon: float) -> Ceiling | None:
+        """The best that was published for a norm and an epsilon in pixel units, if it is known."""
+        share = epsilon / (self.challenge.upper - self.challenge.lower)
+        same = (
+            c for c in self.ceilings if c.norm == norm and isclose(c.epsilon, share, rel_tol=0.02)
+        )
+        return next(same, None)
 
 
 IMAGE_SETS = {
@@ -268,6 +296,7 @@ IMAGE_SETS = {
             },
             folder="mnist",
             validation_examples=5_000,
+            ceilings=(Ceiling("linf", 0.3, 0.9634, "Gowal et al. 2020 (AutoAttack)"),),
         ),
         ImageSet(
             "fashion_mnist",
@@ -302,6 +331,11 @@ IMAGE_SETS = {
             folder="cifar-10-batches-py",
             labels_key="labels",
             num_examples={"train": 50_000, "test": 10_000},
+            ceilings=(
+                Ceiling("linf", 8 / 255, 0.7371, "Bartoldson et al. 2024 (RobustBench)"),
+                Ceiling("l2", 0.5, 0.8497, "Wang et al. 2023 (RobustBench)"),
+                Ceiling("l2", 1.5, 0.33, "l2 adversarial training, interpolated (MadryLab)"),
+            ),
         ),
         ImageSet(
             "cifar100",
@@ -314,6 +348,7 @@ IMAGE_SETS = {
             folder="cifar-100-python",
             labels_key="fine_labels",
             num_examples={"train": 50_000, "test": 10_000},
+            ceilings=(Ceiling("linf", 8 / 255, 0.4267, "Wang et al. 2023 (RobustBench)"),),
         ),
     )
 }

@@ -13,7 +13,7 @@ from commands import command
 
 from logit_reg.evaluation.ledger import read_ledger
 from logit_reg.evaluation.statistics import PairedDifference
-from logit_reg.report.compare import right_under, shared_rows
+from logit_reg.report.compare import shared_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -221,7 +221,7 @@ def test_what_the_text_compares_was_measured_on_the_same_images():
 
     def on_shared(run):
         rows, _ = shared_rows(runs[run, "evaluation"], runs[run, "strong"])
-        return right_under(runs[run, "evaluation"][0], pgd)[rows]
+        return runs[run, "evaluation"][0].right_under(pgd)[rows]
 
     squeezed, smoothed = (100 * on_shared(run).mean() for run in ("squeeze", "smoothing"))
     gap = PairedDifference.of(on_shared("free"), on_shared("adversarial"))
@@ -230,7 +230,7 @@ def test_what_the_text_compares_was_measured_on_the_same_images():
         f"of the same images PGD-40 leaves {squeezed:.1f} % and {smoothed:.1f} %",
         f"of the same 500 PGD-40 leaves {100 * on_shared('adversarial').mean():.1f} %",
         f"on the same 500 images: PGD-40 +{100 * gap.value:.1f} points ({low:.1f} to {high:.1f})",
-        f"{sum(right_under(runs['squeeze', 'evaluation'][0], pgd[:1])[:1000])} of them, the margin",
+        f"{sum(runs['squeeze', 'evaluation'][0].right_under(pgd[:1])[:1000])} of them, the margin",
     ):
         assert words in " ".join(RESULTS.split()), words
 

@@ -81,7 +81,7 @@ class Curve:
     x: tuple[float, ...]
     """Values of the knob, increasing."""
     accuracy: tuple[float, ...]
-    """Fraction that stands at each value."""
+    """Fraction robust at each value."""
     reported: float | None = None
     """The value that the claim's own attack uses, if it is one of a kind."""
 
@@ -113,7 +113,7 @@ class WorstCase:
 
     @property
     def accuracy(self) -> float:
-        """Fraction that stands."""
+        """Fraction robust."""
         return float(np.mean(self.robust))
 
     @property
@@ -137,7 +137,7 @@ class Audit:
     worst_case: WorstCase
     """Per example over all attacks within the threat model."""
     accuracy_by_attack: Mapping[str, float]
-    """Fraction that stands under each single attack within the threat model."""
+    """Fraction robust under each single attack within the threat model."""
     tests: tuple[TestRecord, ...]
     """All tests by number, those that did not run included."""
     squeeze: SqueezeDiagnostics
@@ -210,7 +210,7 @@ class Audit:
             "worst_case": {
                 "accuracy": self.worst_case.accuracy,
                 "interval": {"level": 0.95, "method": "wilson", "low": low, "high": high},
-                "robust": [bool(stands) for stands in self.worst_case.robust],
+                "robust": self.worst_case.robust.tolist(),
                 "strongest_attack": self.strongest_attack,
                 "accuracy_by_attack": dict(self.accuracy_by_attack),
             },

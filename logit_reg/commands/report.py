@@ -83,7 +83,7 @@ def _report() -> None:
     if FLAGS.export:
         _export(folders, Path(FLAGS.export))
     if FLAGS.page:
-        write_page(Path(FLAGS.page), FLAGS.title, runs)
+        write_page(Path(FLAGS.page), FLAGS.title, runs, num_classes=_num_classes(runs))
         print(f"page: {FLAGS.page}")
     if FLAGS.figure:
         _draw(runs)
@@ -103,10 +103,22 @@ def _draw(runs) -> None:
     from logit_reg.report.style import to_svg
     from logit_reg.report.sweep_figures import sweep_figure
 
-    figure = sweep_figure(runs, FLAGS.against) if FLAGS.against else accuracy_bars(runs)
+    figure = (
+        sweep_figure(runs, FLAGS.against, _num_classes(runs))
+        if FLAGS.against
+        else accuracy_bars(runs)
+    )
     with atomic_path(FLAGS.figure) as temporary:
         temporary.write_bytes(to_svg(figure))
     print(f"figure: {FLAGS.figure}")
+
+
+def _num_classes(runs) -> int:
+    """K of the data set that was trained on; 10 where that is none of the project's."""
+    from madry_compat.challenges import IMAGE_SETS
+
+    names = {run.settings.get("dataset") for run in runs} & IMAGE_SETS.keys()
+    return max((IMAGE_SETS[name].challenge.num_classes for name in names), default=10)
 
 
 def _compare() -> None:

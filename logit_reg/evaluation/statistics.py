@@ -108,6 +108,17 @@ class Proportion:
         """95 % Wilson interval, fractions."""
         return wilson_interval(self.successes, self.num_examples)
 
+    @property
+    def percent(self) -> float:
+        """In per cent."""
+        return 100 * self.successes / self.num_examples
+
+    @property
+    def percent_interval(self) -> tuple[float, float]:
+        """95 % Wilson interval, in per cent."""
+        low, high = self.interval
+        return 100 * low, 100 * high
+
     def scaled(self, num_examples: int) -> "Proportion":
         """About the same share of another number of examples."""
         factor = num_examples / self.num_examples

@@ -9,7 +9,7 @@ import numpy as np
 
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
-from logit_reg.audit.bench import CONTROL_KINDS
+from logit_reg.audit.evidence import CONTROL_KINDS
 from logit_reg.commands import command_line
 from logit_reg.commands.attack_flags import attack_from_flags, challenge_threat
 from logit_reg.commands.command_line import FLAGS, UsageError
@@ -41,7 +41,7 @@ from logit_reg.files import read_json, write_json
 from logit_reg.objectives import collapse_threshold
 from logit_reg.report.audit_page import write_audit_page
 from logit_reg.threat import ThreatModel
-from madry_compat.challenges import challenge_for
+from madry_compat.challenges import image_set
 from madry_compat.data import to_pixels
 
 # Of --controls, beside names of models: train what is missing, and train nothing.
@@ -63,6 +63,7 @@ class Audited:
     settings: dict[str, Any]
     beta: float | None = None
     collapse_threshold: float | None = None
+    ceiling: tuple[float, str] | None = None
 
 
 def audited_challenge() -> Audited:
@@ -70,7 +71,8 @@ def audited_challenge() -> Audited:
     model = load_model(FLAGS.model_dir)
     name = dataset_for(model, FLAGS.dataset, FLAGS.data_dir or model.usable_data_dir)
     flag_effects.refuse_without_effect(flag_effects.AUDIT, dataset=name)
-    challenge = challenge_for(name)
+    record = image_set(name)
+    challenge = record.challenge
     dataset = load_split(
         name, "test", FLAGS.data_dir or model.usable_data_dir, download=FLAGS.download
     )
@@ -82,6 +84,7 @@ def audited_challenge() -> Audited:
     elif FLAGS.claimed_by:
         _tell_record_only(f"none of this project's protocols, {', '.join(PROTOCOLS)}")
     folder = model.folder or RUNS / "audits" / network_name(model.path, model.network, name)
+    best = record.published_ceiling(threat.norm, threat.epsilon)
     audited = Audited(
         network=model.network,
         threat=threat,
@@ -97,6 +100,7 @@ def audited_challenge() -> Audited:
             "release": model.release,
             "dataset": name,
         },
+        ceiling=best and (best.accuracy, best.source),
     )
     run = model.run
     if run is None or not run.beta:
@@ -157,6 +161,7 @@ def run_audit(audited: Audited) -> Audit:
         attacks=audited.attacks,
         beta=audited.beta,
         collapse_threshold=audited.collapse_threshold,
+        ceiling=audited.ceiling,
         batch_size=audited.batch_size,
         settings={
             **audited.settings,
