@@ -1,6 +1,6 @@
 """One record for each data set: its files and their checksums, and the challenge it is under.
 
-Whatever differs between data sets stands here and nowhere else; `docs/adding.md` adds one.
+Whatever differs between data sets is here and nowhere else; `docs/adding.md` adds one.
 """
 
 from collections.abc import Mapping
@@ -169,7 +169,7 @@ CIFAR10 = Challenge(
     lower=0.0,
     upper=255.0,
     epsilon=8.0,
-    # .5 on [0, 1], which the field evaluates; the paper has 1.5.
+    # 0.5 on [0, 1], which the field evaluates; the paper has 1.5.
     autoattack_epsilon_l2=127.5,
     num_test_examples=10_000,
     submission_shape=(10_000, 32, 32, 3),

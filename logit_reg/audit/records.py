@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logit_reg.evaluation.statistics import PairedDifference, Proportion, wilson_interval
+from logit_reg.evaluation.statistics import LEVEL, PairedDifference, Proportion, wilson_interval
 
 SCHEMA = 1
 
@@ -209,7 +209,7 @@ class Audit:
             "clean_accuracy": self.clean_accuracy,
             "worst_case": {
                 "accuracy": self.worst_case.accuracy,
-                "interval": {"level": 0.95, "method": "wilson", "low": low, "high": high},
+                "interval": {"level": LEVEL, "method": "wilson", "low": low, "high": high},
                 "robust": self.worst_case.robust.tolist(),
                 "strongest_attack": self.strongest_attack,
                 "accuracy_by_attack": dict(self.accuracy_by_attack),

@@ -13,13 +13,12 @@ import numpy as np
 
 from logit_reg.attacks.engine.attack import Attack
 from logit_reg.evaluation.run import Evaluation
-from logit_reg.evaluation.statistics import wilson_interval
+from logit_reg.evaluation.statistics import LEVEL, Proportion
 from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
 
 SCHEMA = 1
 FLAGS_PROTOCOL = "flags"
 """Stands for a protocol where the attack was described by flags."""
-_LEVEL = 0.95
 _MAX_LEDGER_BYTES = 64 * 2**20
 
 
@@ -74,23 +73,24 @@ def build_result(
         each with "name", "message" and "value".
     """
     num_examples = len(evaluation.labels)
-    num_robust = int(evaluation.robust.sum())
-    low, high = wilson_interval(num_robust, num_examples, _LEVEL)
+    planned = planned_result(
+        protocols, dataset=dataset, num_examples=num_examples, settings=settings, seed=seed
+    )
+    low, high = Proportion.of(evaluation.robust).interval
+    for protocol in planned["protocols"].values():
+        correct = [evaluation.correct[name] for name in protocol["attacks"]]
+        protocol["robust_accuracy"] = _share(np.all(correct, axis=0))
+        for name, attack in protocol["attacks"].items():
+            attack |= _numbers(evaluation.records[name])
     return {
         "schema": SCHEMA,
-        "dataset": dataset,
-        "num_examples": num_examples,
+        **planned,
         "clean_accuracy": _share(evaluation.clean),
         "robust_accuracy": _share(evaluation.robust),
-        "interval": {"level": _LEVEL, "method": "wilson", "low": low, "high": high},
-        "protocols": {
-            name: _protocol_result(evaluation, attacks) for name, attacks in protocols.items()
-        },
+        "interval": {"level": LEVEL, "method": "wilson", "low": low, "high": high},
         "forwards": evaluation.forwards,
         "backwards": evaluation.backwards,
         "seconds": sum(record.seconds for record in evaluation.records.values()),
-        "settings": settings,
-        "seed": seed,
         "notices": [dataclasses.asdict(finding) for finding in evaluation.findings],
     }
 
@@ -249,9 +249,9 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
     cascades = {name: record for name, record in evaluation.records.items() if record.stages}
     stages = {
         # Two cascades have stages of the same name.
-        f"standing_after_{stage if len(cascades) == 1 else f'{name}_{stage}'}": standing
+        f"standing_after_{stage if len(cascades) == 1 else f'{name}_{stage}'}": robust
         for name, record in cascades.items()
-        for stage, standing in record.stages
+        for stage, robust in record.stages
     }
     columns = ["index", "label", "clean_prediction", "robust", "broken_by", "distance"]
     columns += [f"correct_{name}" for name in evaluation.correct] + list(stages)
@@ -268,7 +268,7 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
                 evaluation.broken_by[i],
                 f"{evaluation.distance[i]:.9g}",
                 *(int(correct[i]) for correct in evaluation.correct.values()),
-                *(int(standing[i]) for standing in stages.values()),
+                *(int(robust[i]) for robust in stages.values()),
             ]
         )
     directory = Path(directory)
@@ -357,21 +357,13 @@ def attack_settings(attack: Attack) -> dict:
     return {"attack": type(attack).__name__, **json.loads(json.dumps(settings))}
 
 
-def _protocol_result(evaluation, attacks):
-    correct = np.stack([evaluation.correct[name] for name in attacks])
+def _numbers(record) -> dict:
     return {
-        "robust_accuracy": _share(correct.all(axis=0)),
-        "attacks": {
-            name: {
-                "accuracy": _share(evaluation.records[name].correct),
-                "accuracy_last_iterate": _share(evaluation.records[name].correct_last_iterate),
-                "forwards": evaluation.records[name].forwards,
-                "backwards": evaluation.records[name].backwards,
-                "seconds": evaluation.records[name].seconds,
-                "settings": attack_settings(attack),
-            }
-            for name, attack in attacks.items()
-        },
+        "accuracy": _share(record.correct),
+        "accuracy_last_iterate": _share(record.correct_last_iterate),
+        "forwards": record.forwards,
+        "backwards": record.backwards,
+        "seconds": record.seconds,
     }
 
 

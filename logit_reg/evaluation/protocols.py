@@ -167,7 +167,7 @@ def _linf(challenge, *, name):
 
 
 def _madry(challenge, num_steps):
-    # All steps on all images: the last iterate, which the leaderboard counts, stands beside.
+    # All steps on all images: the last iterate, which the leaderboard counts, is recorded, too.
     threat, step_size = threat_of("linf", challenge), challenge.attack.step_size
     confidence = {"xent": 0.0, "cw": CHALLENGE_CONFIDENCE}
     return {
@@ -180,7 +180,7 @@ def _madry(challenge, num_steps):
 
 def _paper(challenge, num_steps):
     threat, step_size = threat_of("linf", challenge), challenge.paper.step_size
-    # Any iterate counts, so a fallen image needs no further step.
+    # Any iterate counts: an image that is fooled needs no further step.
     return {
         f"pgd{num_steps}-{loss}": PGD(threat, loss, num_steps, step_size, early_stop=True)
         for loss in ("xent", "cw")
