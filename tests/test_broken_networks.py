@@ -15,9 +15,10 @@ from logit_reg.attacks import AttackWarning
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack, Classifier, is_fooled, margin
 from logit_reg.evaluation.ledger import build_result
-from logit_reg.evaluation.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.evaluation.run import evaluate, predict
 from logit_reg.threat import ThreatModel
+from madry_compat.challenges import CIFAR10, MNIST
 
 SHAPE, NUM_CLASSES = (8, 8, 1), 4
 THREAT = ThreatModel("linf", 0.1)
@@ -123,11 +124,14 @@ def quietly(*arguments, **options):
     return found, {finding.name: finding for finding in found.findings}
 
 
+CHALLENGES = {"mnist": MNIST, "cifar": CIFAR10}
+
+
 def every_protocol():
-    for family in FAMILIES:
+    for family, challenge in CHALLENGES.items():
         for name in PROTOCOLS:
             try:
-                yield family, name, protocol_attacks(name, family)
+                yield family, name, protocol_attacks(name, challenge)
             except ValueError as error:
                 # A protocol of the other family.
                 assert "is defined on" in str(error)
@@ -180,7 +184,7 @@ def nan_or_inf(images):
 
 @each_protocol
 def test_no_image_is_robust_under_any_protocol_where_logits_are_not_finite(family, protocol):
-    cases = protocol_attacks(protocol, family)
+    cases = protocol_attacks(protocol, CHALLENGES[family])
     upper = next(iter(cases.values())).threat.upper
     assert np.isnan(nan_or_inf(IMAGES)).any() and np.isinf(nan_or_inf(IMAGES)).any()
     found, findings = quietly(nan_or_inf, cases, upper * IMAGES, LABELS)
@@ -231,7 +235,7 @@ def test_vanishing_gradients_are_noticed_whatever_the_attack(name):
 
 @each_protocol
 def test_vanishing_gradients_are_noticed_under_every_protocol(family, protocol):
-    cases = protocol_attacks(protocol, family)
+    cases = protocol_attacks(protocol, CHALLENGES[family])
     upper = next(iter(cases.values())).threat.upper
     network = {1.0: without_gradients, 255.0: without_gradients_255}[upper]
     _, findings = quietly(network, cases, upper * IMAGES, (ROUNDED + 1) % NUM_CLASSES)
@@ -247,7 +251,7 @@ def test_a_tie_counts_as_fooled(name):
 
 @each_protocol
 def test_a_tie_counts_as_fooled_under_every_protocol(family, protocol):
-    cases = protocol_attacks(protocol, family)
+    cases = protocol_attacks(protocol, CHALLENGES[family])
     upper = next(iter(cases.values())).threat.upper
     found, _ = quietly(tied, cases, upper * IMAGES, LABELS)
     assert not found.clean.any() and not found.robust.any()
