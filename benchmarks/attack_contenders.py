@@ -1,8 +1,8 @@
 """Attacks, by us and by the peers, each as its library's users run it.
 
-All climb the cross-entropy and go through the images in batches of one size. PGD's peers begin
-where ours does, by way of a hook or, where there is none, an override; other attacks draw from
-the case's seed, each with its own generator. The peers judge the last iterate, so
+All follow the gradient of the cross-entropy and go through the images in batches of one size. PGD's
+peers begin where ours does, by way of a hook or, where there is none, an override; other attacks
+draw from the case's seed, each with its own generator. The peers judge the last iterate, so
 `Outcome.correct` of our PGD does, too; where we stop early or a cascade runs, any iterate counts.
 """
 
@@ -79,14 +79,14 @@ def in_float32(contender: Callable) -> Callable[[Problem], Callable[[], Outcome]
 
 
 def pgd_pytorch(problem: Problem) -> Callable[[], Outcome]:
-    """Eager PyTorch, written out; a restart attacks what stood before it only."""
+    """Eager PyTorch, written out; a restart attacks only what is still robust."""
     import torch
     from torch.nn import functional
 
     network, images, labels = _torch_problem(problem)
     case = problem.case
 
-    def climb(images, labels, points):
+    def ascend(images, labels, points):
         lower = (images - case.epsilon).clamp_min(0)
         upper = (images + case.epsilon).clamp_max(case.upper)
         for _ in range(case.num_steps):
@@ -99,14 +99,14 @@ def pgd_pytorch(problem: Problem) -> Callable[[], Outcome]:
         return points
 
     def attack(images, labels, starts):
-        standing = torch.arange(len(images))
+        robust = torch.arange(len(images))
         for points in starts.unbind(1):
-            adversarial = climb(images[standing], labels[standing], points[standing])
-            standing = standing[_torch_correct(network, adversarial, labels[standing])]
-            if not len(standing):
+            adversarial = ascend(images[robust], labels[robust], points[robust])
+            robust = robust[_torch_correct(network, adversarial, labels[robust])]
+            if not len(robust):
                 break
         correct = np.zeros(len(images), bool)
-        correct[standing.numpy()] = True
+        correct[robust.numpy()] = True
         return correct
 
     return _in_batches(case, attack, images, labels, _torch_starts(problem))

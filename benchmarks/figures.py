@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from logit_reg.report.style import COLORS, LIGHT, SMALL_FONT_SIZE, WIDTH, house_style, settled
+from logit_reg.report.style import COLORS, LIGHT, SMALL_FONT_SIZE, drawn
 
 
 def times(results: Sequence[Mapping]) -> Figure:
@@ -15,14 +15,12 @@ def times(results: Sequence[Mapping]) -> Figure:
         results: cases as `run.case_result` makes them, at least one.
     """
     sizes = [len(result["contenders"]) for result in results]
-    with house_style(LIGHT):
-        figure = Figure(figsize=(WIDTH, 0.3 + 0.65 * len(results) + 0.22 * sum(sizes)))
-        figure.set_layout_engine("constrained")
+    with drawn(LIGHT, 0.3 + 0.65 * len(results) + 0.22 * sum(sizes)) as figure:
         panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=sizes)[:, 0]
         for axes, result in zip(panels, results, strict=True):
             _case_panel(axes, result)
         panels[-1].set_xlabel("seconds a repetition (bar: median, dots: each; less is better)")
-        return settled(figure)
+    return figure
 
 
 def growth(results: Sequence[Mapping], quantity: str, sizes: Sequence[int]) -> Figure:
@@ -34,8 +32,7 @@ def growth(results: Sequence[Mapping], quantity: str, sizes: Sequence[int]) -> F
         sizes: of each case.
     """
     names = dict.fromkeys(one["name"] for result in results for one in result["contenders"])
-    with house_style(LIGHT):
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    with drawn(LIGHT, 2.6) as figure:
         left, right = figure.subplots(1, 2)
         for name, color in zip(names, COLORS, strict=False):
             points = [
@@ -60,7 +57,7 @@ def growth(results: Sequence[Mapping], quantity: str, sizes: Sequence[int]) -> F
             axes.set_ylabel(label)
             axes.grid(color=LIGHT.rule, linewidth=0.5)
         left.legend(frameon=False)
-        return settled(figure)
+    return figure
 
 
 def _case_panel(axes, result):

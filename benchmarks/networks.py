@@ -65,6 +65,11 @@ def load_network(name: str, folder: Path) -> keras.Model:
     )
 
 
+def is_fresh(name: str) -> bool:
+    """Whether the network of that name has weights that nobody trained."""
+    return name == "mnist_cnn" or name.startswith("wide_resnet-")
+
+
 def trades_cnn() -> keras.Model:
     """The small MNIST network of TRADES: images (N, 28, 28, 1) in [0, 1] -> logits (N, 10).
 

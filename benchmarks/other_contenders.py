@@ -121,7 +121,7 @@ def matrix_peak_tensorflow(problem: Problem) -> Callable[[], Outcome]:
 
 
 def matrix_peak_pytorch(problem: Problem) -> Callable[[], Outcome]:
-    """The same in the other library, so that neither one's limit stands for the machine's."""
+    """The same in the other library, so that neither one's limit is taken for the machine's."""
     import torch
 
     torch.set_num_threads(problem.threads)

@@ -10,16 +10,18 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.cases import Case
-from benchmarks.networks import export, forward_flops, load_network
+from benchmarks.networks import export, forward_flops, is_fresh, load_network
 from logit_reg.attacks.engine.forward import call_logits
 from logit_reg.attacks.engine.random_numbers import random_stream, uniform_in_ball
 from logit_reg.evaluation.run import network_hash
 from logit_reg.files import write_arrays
 from logit_reg.threat import ThreatModel
+from madry_compat.challenges import IMAGE_SETS
 from madry_compat.data import is_available, load, to_pixels
 
 # Images whose logits every PyTorch contender has to reproduce.
 _NUM_LOGITS = 8
+_OWN_LABELS = "; labels are the network's own"
 
 
 def prepare(request: dict) -> dict:
@@ -52,7 +54,7 @@ def prepare(request: dict) -> dict:
 def starts(case: Case, images: np.ndarray) -> np.ndarray:
     """Where our PGD starts: (N, num_restarts, H, W, C), for the peers to start there, too.
 
-    Starts of their own would leave other images standing, by chance, and more of them than the
+    Starts of their own would leave other images robust, by chance, and more of them than the
     accuracies may differ by.
     """
     threat = ThreatModel("linf", case.epsilon, 0.0, case.upper)
@@ -69,31 +71,40 @@ def starts(case: Case, images: np.ndarray) -> np.ndarray:
 
 def _examples(network, case, data_dir):
     """Images in pixel units, labels, and a sentence on where they come from."""
-    count = case.num_images
-    is_mnist = network.input_shape[1:] == (28, 28, 1)
-    name = "mnist" if is_mnist else "cifar10"
-    if is_mnist and not is_available("mnist", data_dir):
-        name = "mnist_5k"
-    if name == "cifar10" and not is_available("cifar10", data_dir):
-        generator = np.random.default_rng(0)
-        images = generator.uniform(0, case.upper, (count, *network.input_shape[1:]))
-        images, sentence = images.astype(np.float32), "uniform noise"
-    else:
-        dataset = load(name, "test", data_dir)
-        images = to_pixels(dataset.images[:count], name)
-        # Where the folder lies on this machine is nobody's business.
-        around = f"{Path(data_dir).parent}/" if data_dir else ""
-        sentence = dataset.source.replace(around, "")
-    if name == "cifar10":
-        # Its weights are fresh ones: only what the network itself says can be attacked.
-        labels = np.asarray(call_logits(network, images)).argmax(axis=1)
-        return images, labels, f"{sentence}; labels are the network's own"
+    count, shape = case.num_images, network.input_shape[1:]
+    # A challenge's own set first, then one that is taken from it.
+    fitting = sorted(
+        (
+            record
+            for record in IMAGE_SETS.values()
+            if (record.challenge.image_shape, record.challenge.upper) == (shape, case.upper)
+            and record.challenge.num_classes == network.output_shape[-1]
+            and record.challenge.name in (record.name, record.taken_from)
+            and is_available(record.name, data_dir)
+        ),
+        key=lambda record: record.name != record.challenge.name,
+    )
+    if not fitting:
+        images = np.random.default_rng(0).uniform(0, case.upper, (count, *shape))
+        return *_own_labels(network, images.astype(np.float32)), "uniform noise" + _OWN_LABELS
+    dataset = load(fitting[0].name, "test", data_dir)
+    images = to_pixels(dataset.images[:count], dataset.name)
     labels = dataset.labels[:count]
+    # Where the folder lies on this machine is nobody's business.
+    around = f"{Path(data_dir).parent}/" if data_dir else ""
+    sentence = dataset.source.replace(around, "")
+    if is_fresh(case.network) and not case.num_batches:
+        # Only what fresh weights themselves say can be attacked.
+        return *_own_labels(network, images), sentence + _OWN_LABELS
     if len(images) < count:
         sentence += f"; the {len(images)} images are repeated"
         rows = np.arange(count) % len(images)
         images, labels = images[rows], labels[rows]
     return images, labels, sentence
+
+
+def _own_labels(network, images):
+    return images, np.asarray(call_logits(network, images)).argmax(axis=1)
 
 
 if __name__ == "__main__":

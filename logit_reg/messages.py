@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +33,15 @@ def tell(findings: "Iterable[Finding]") -> None:
     """Tell the user what may mislead about the numbers to come."""
     for finding in findings:
         notice(f"notice: {finding.message}")
+
+
+def existing_path(name: str, value: str) -> Path:
+    """A path that a flag names, checked to exist.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise UsageError(f"--{name}={value}: no such file or folder.")
+    return path

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from io import BufferedReader, FileIO
 from pathlib import Path
 
+from madry_compat.files import one_line
+
 MAX_UNPACKED_BYTES = 4 * 2**30
 MAX_ENTRIES = 1000
 # Checkpoints hardly compress; their graph files do, up to some 30 times.
@@ -51,7 +53,7 @@ def unpack(zip_path: str | os.PathLike[str], directory: str | os.PathLike[str]) 
 
     Raises:
         FetchError: if the archive is damaged, encrypted, too large or too compressible, or has an
-            entry that is a link or another special file, leads outside, or stands twice.
+            entry that is a link or another special file, leads outside, or is there twice.
     """
     zip_path, directory = Path(zip_path), Path(directory)
     # A pipe would be waited for.
@@ -140,7 +142,7 @@ def _safe_entries(
         if parts is None:
             problem = "has a path that leads outside or is not portable"
         elif parts in paths:
-            problem = "stands twice"
+            problem = "is there twice"
         if parts is None or problem:
             raise _refusal(zip_path, f"{_show(entry)} {problem}")
         paths[parts] = entry
@@ -237,15 +239,9 @@ def _crc_of(path: Path) -> int:
 
 def _unreadable(zip_path: Path, error: BaseException) -> FetchError:
     return FetchError(
-        f"{zip_path}: cannot be unpacked ({one_line_reason(error)}), expected a sound zip archive. "
+        f"{zip_path}: cannot be unpacked ({one_line(error)}), expected a sound zip archive. "
         f"Remove it and fetch it again."
     )
-
-
-def one_line_reason(error: BaseException) -> str:
-    """What an error says, on one line and without what a server or an archive may smuggle in."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if text.isprintable() else ascii(text))[:200]
 
 
 def _refusal(zip_path: Path, problem: str) -> FetchError:

@@ -1,10 +1,11 @@
 """One record for each data set: its files and their checksums, and the challenge it is under.
 
-Whatever differs between data sets stands here and nowhere else; `docs/adding.md` adds one.
+Whatever differs between data sets is here and nowhere else; `docs/adding.md` adds one.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isclose
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ CIFAR10 = Challenge(
     lower=0.0,
     upper=255.0,
     epsilon=8.0,
-    # .5 on [0, 1], which the field evaluates; the paper has 1.5.
+    # 0.5 on [0, 1], which the field evaluates; the paper has 1.5.
     autoattack_epsilon_l2=127.5,
     num_test_examples=10_000,
     submission_shape=(10_000, 32, 32, 3),
@@ -214,6 +215,23 @@ CIFAR10 = Challenge(
 CIFAR100 = replace(CIFAR10, name="cifar100", num_classes=100)
 
 
+@dataclass(frozen=True)
+class Ceiling:
+    """The best robust accuracy that was published under a threat model.
+
+    Attributes:
+        norm: "linf" or "l2".
+        epsilon: of the pixel range.
+        accuracy: a fraction.
+        source: who published it, and the attack.
+    """
+
+    norm: str
+    epsilon: float
+    accuracy: float
+    source: str
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """One data set: how it was published and which challenge's settings it takes.
@@ -231,6 +249,7 @@ class ImageSet:
             TFDS's shuffle is undone.
         validation_examples: so many first training images the challenge's reader kept back.
         taken_from: the data set whose training images these are.
+        ceilings: the best published robust accuracies; see `published_ceiling`.
     """
 
     name: str
@@ -242,6 +261,7 @@ class ImageSet:
     num_examples: Mapping[str, int] = field(default_factory=dict)
     validation_examples: int = 0
     taken_from: str = ""
+    ceilings: tuple[Ceiling, ...] = ()
 
     @property
     def pixel_divisor(self) -> float:
@@ -252,6 +272,14 @@ class ImageSet:
     def num_test_examples(self) -> int:
         """How many images the test split has."""
         return self.num_examples.get("test", self.challenge.num_test_examples)
+
+    def published_ceiling(self, norm: str, epsilon: float) -> Ceiling | None:
+        """The best that was published for a norm and an epsilon in pixel units, if it is known."""
+        share = epsilon / (self.challenge.upper - self.challenge.lower)
+        same = (
+            c for c in self.ceilings if c.norm == norm and isclose(c.epsilon, share, rel_tol=0.02)
+        )
+        return next(same, None)
 
 
 IMAGE_SETS = {
@@ -280,6 +308,7 @@ IMAGE_SETS = {
             },
             folder="mnist",
             validation_examples=5_000,
+            ceilings=(Ceiling("linf", 0.3, 0.9634, "Gowal et al. 2020 (AutoAttack)"),),
         ),
         ImageSet(
             "fashion_mnist",
@@ -314,6 +343,11 @@ IMAGE_SETS = {
             folder="cifar-10-batches-py",
             labels_key="labels",
             num_examples={"train": 50_000, "test": 10_000},
+            ceilings=(
+                Ceiling("linf", 8 / 255, 0.7371, "Bartoldson et al. 2024 (RobustBench)"),
+                Ceiling("l2", 0.5, 0.8497, "Wang et al. 2023 (RobustBench)"),
+                Ceiling("l2", 1.5, 0.33, "l2 adversarial training, interpolated (MadryLab)"),
+            ),
         ),
         ImageSet(
             "cifar100",
@@ -326,6 +360,7 @@ IMAGE_SETS = {
             folder="cifar-100-python",
             labels_key="fine_labels",
             num_examples={"train": 50_000, "test": 10_000},
+            ceilings=(Ceiling("linf", 8 / 255, 0.4267, "Wang et al. 2023 (RobustBench)"),),
         ),
     )
 }

@@ -5,24 +5,91 @@ The MNIST challenge says `k`, `a` and `random_seed` where the CIFAR-10 challenge
 that the seed is `random_seed`.
 """
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from madry_compat.challenges import Challenge
+from madry_compat.challenges import CIFAR10, Challenge
 from madry_compat.files import write_atomically
 
 _MAX_BYTES = 1_000_000
-_LARGEST_INT = 2**63 - 1
-_LOSSES = ("xent", "cw")
 
 
 class ConfigError(ValueError):
     """A `config.json` that cannot be used; the message names the key, the value and the type."""
+
+
+_Check = tuple[str, Callable[[Any], Any]]
+"""What a setting must be, in words, and what returns it checked.
+
+That raises ValueError, TypeError or OverflowError where the setting is something else.
+"""
+
+
+def _integer(least: int, most: int = 2**63 - 1) -> _Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError
+        return value
+
+    is_bounded = most < 2**63 - 1
+    words = f"from {least} to 2**{most.bit_length()} - 1" if is_bounded else f"of at least {least}"
+    return f"an integer {words}", check
+
+
+def _non_negative_number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    if not 0 <= float(value) < math.inf:
+        raise ValueError
+    return float(value)
+
+
+def _path(value: Any) -> str:
+    # Neither can be in the name of a file, nor can a lone surrogate, which isprintable refuses.
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError
+    return value
+
+
+def _choice(words: str, kind: type, *values: Any) -> _Check:
+    def check(value: Any) -> Any:
+        if type(value) is not kind or value not in values:
+            raise ValueError
+        return value
+
+    return words, check
+
+
+def _schedule(value: Any) -> tuple[tuple[int, float], ...]:
+    steps, rates = zip(*((step, rate) for step, rate in value), strict=True)
+    # The challenge writes int(step), so 40000.0 is a step too.
+    numbers = [_non_negative_number(step) for step in steps]
+    whole = [_WHOLE[1](int(number)) for number in numbers]
+    if whole != numbers or whole[0] != 0 or any(b <= a for a, b in itertools.pairwise(whole)):
+        raise ValueError
+    return tuple(zip(whole, map(_non_negative_number, rates), strict=True))
+
+
+_POSITIVE, _WHOLE = _integer(1), _integer(0)
+_NUMBER: _Check = ("a finite number of at least 0", _non_negative_number)
+_BOOLEAN = _choice("true or false", bool, True, False)
+_PATH: _Check = ("a path: a string of printable characters", _path)
+_LOSS = _choice("'xent' or 'cw'", str, "xent", "cw")
+_SCHEDULE: _Check = (
+    "a list of [step, learning rate] pairs with steps ascending from 0",
+    _schedule,
+)
+
+
+def _setting(check: _Check) -> Any:
+    """A field for a key of the file, None where the file lacks it."""
+    return field(default=None, metadata={"check": check})
 
 
 @dataclass(frozen=True)
@@ -46,34 +113,42 @@ class ChallengeConfig:
 
     challenge_name: str | None = None
     unknown: tuple[str, ...] = ()
-    model_dir: str | None = None
-    data_path: str | None = None
-    random_seed: int | None = None
-    np_random_seed: int | None = None
-    max_num_training_steps: int | None = None
-    num_output_steps: int | None = None
-    num_summary_steps: int | None = None
-    num_checkpoint_steps: int | None = None
-    training_batch_size: int | None = None
-    step_size_schedule: tuple[tuple[int, float], ...] | None = None
-    weight_decay: float | None = None
-    momentum: float | None = None
-    num_eval_examples: int | None = None
-    eval_batch_size: int | None = None
-    eval_on_cpu: bool | None = None
-    epsilon: float | None = None
-    num_steps: int | None = None
-    step_size: float | None = None
-    random_start: bool | None = None
-    loss_func: str | None = None
-    store_adv_path: str | None = None
+    model_dir: str | None = _setting(_PATH)
+    data_path: str | None = _setting(_PATH)
+    random_seed: int | None = _setting(_WHOLE)
+    np_random_seed: int | None = _setting(_integer(0, 2**32 - 1))
+    max_num_training_steps: int | None = _setting(_POSITIVE)
+    num_output_steps: int | None = _setting(_POSITIVE)
+    num_summary_steps: int | None = _setting(_POSITIVE)
+    num_checkpoint_steps: int | None = _setting(_POSITIVE)
+    training_batch_size: int | None = _setting(_POSITIVE)
+    step_size_schedule: tuple[tuple[int, float], ...] | None = _setting(_SCHEDULE)
+    weight_decay: float | None = _setting(_NUMBER)
+    momentum: float | None = _setting(_NUMBER)
+    num_eval_examples: int | None = _setting(_POSITIVE)
+    eval_batch_size: int | None = _setting(_POSITIVE)
+    eval_on_cpu: bool | None = _setting(_BOOLEAN)
+    epsilon: float | None = _setting(_NUMBER)
+    num_steps: int | None = _setting(_WHOLE)
+    step_size: float | None = _setting(_NUMBER)
+    random_start: bool | None = _setting(_BOOLEAN)
+    loss_func: str | None = _setting(_LOSS)
+    store_adv_path: str | None = _setting(_PATH)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The keys that the file has, in this spelling: what `write_config` takes."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        del values["challenge_name"], values["unknown"]
+        values = {key: getattr(self, key) for key in _CHECKS}
         return {key: value for key, value in values.items() if value is not None}
+
+
+# What each setting must be, by the names of `ChallengeConfig`.
+_CHECKS: dict[str, _Check] = {
+    entry.name: entry.metadata["check"] for entry in fields(ChallengeConfig) if entry.metadata
+}
+_SPELLED_DIFFERENTLY = {"num_steps", "step_size", "random_seed", "np_random_seed"}
+_CIFAR_KEYS = {"num_steps", "step_size", "tf_random_seed", *CIFAR10.config_extras}
+_ANY_SPELLING = {*_CHECKS, "k", "a", "tf_random_seed"}
 
 
 def load_config(path: str | os.PathLike[str]) -> ChallengeConfig:
@@ -249,119 +324,6 @@ def _check(key: str, value: Any, where: str) -> Any:
         raise ConfigError(
             f"{where} is {_show(value)}, expected {expected}. Correct it or remove the key."
         ) from error
-
-
-# Each converter returns the checked value or raises ValueError, TypeError or OverflowError.
-
-
-def _count(value: Any, *, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    if not least <= value <= _LARGEST_INT:
-        raise ValueError
-    return value
-
-
-def _non_negative_count(value: Any) -> int:
-    return _count(value, least=0)
-
-
-def _numpy_seed(value: Any) -> int:
-    if _count(value, least=0) >= 2**32:
-        raise ValueError
-    return value
-
-
-def _non_negative_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _path(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    # Neither can be in the name of a file, nor can a lone surrogate, which isprintable refuses.
-    if not value or not value.isprintable():
-        raise ValueError
-    return value
-
-
-def _loss(value: Any) -> str:
-    if value not in _LOSSES or not isinstance(value, str):
-        raise ValueError
-    return value
-
-
-def _schedule(value: Any) -> tuple[tuple[int, float], ...]:
-    steps, rates = zip(*((step, rate) for step, rate in value), strict=True)
-    # The challenge writes int(step), so 40000.0 is a step too.
-    numbers = [_non_negative_number(step) for step in steps]
-    if numbers[0] != 0 or any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
-        raise ValueError
-    whole = [_non_negative_count(int(number)) for number in numbers]
-    if whole != numbers:
-        raise ValueError
-    return tuple(zip(whole, map(_non_negative_number, rates), strict=True))
-
-
-_POSITIVE: tuple[str, Callable[[Any], Any]] = ("an integer of at least 1", _count)
-_WHOLE: tuple[str, Callable[[Any], Any]] = ("an integer of at least 0", _non_negative_count)
-_NUMBER: tuple[str, Callable[[Any], Any]] = (
-    "a finite number of at least 0",
-    _non_negative_number,
-)
-_BOOLEAN: tuple[str, Callable[[Any], Any]] = ("true or false", _boolean)
-_PATH: tuple[str, Callable[[Any], Any]] = ("a path: a string of printable characters", _path)
-
-# What each setting must be, in words, and the converter that sees to it.
-_CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "model_dir": _PATH,
-    "data_path": _PATH,
-    "random_seed": _WHOLE,
-    "np_random_seed": ("an integer from 0 to 2**32 - 1", _numpy_seed),
-    "max_num_training_steps": _POSITIVE,
-    "num_output_steps": _POSITIVE,
-    "num_summary_steps": _POSITIVE,
-    "num_checkpoint_steps": _POSITIVE,
-    "training_batch_size": _POSITIVE,
-    "step_size_schedule": (
-        "a list of [step, learning rate] pairs with steps ascending from 0",
-        _schedule,
-    ),
-    "weight_decay": _NUMBER,
-    "momentum": _NUMBER,
-    "num_eval_examples": _POSITIVE,
-    "eval_batch_size": _POSITIVE,
-    "eval_on_cpu": _BOOLEAN,
-    "epsilon": _NUMBER,
-    "num_steps": _WHOLE,
-    "step_size": _NUMBER,
-    "random_start": _BOOLEAN,
-    "loss_func": (" or ".join(repr(loss) for loss in _LOSSES), _loss),
-    "store_adv_path": _PATH,
-}
-_SPELLED_DIFFERENTLY = {"num_steps", "step_size", "random_seed", "np_random_seed"}
-_CIFAR_KEYS = {
-    "num_steps",
-    "step_size",
-    "tf_random_seed",
-    "np_random_seed",
-    "data_path",
-    "step_size_schedule",
-    "weight_decay",
-    "momentum",
-}
-_ANY_SPELLING = {*_CHECKS, "k", "a", "tf_random_seed"}
 
 
 def _show(value: Any) -> str:

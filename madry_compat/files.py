@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -41,3 +42,13 @@ def default_cache_dir() -> Path:
     if own := os.environ.get("LOGIT_REG_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "logit_reg"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, without what a file or a server may smuggle in.
+
+    TensorFlow's names of nodes are left out.
+    """
+    text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:.*", "", str(error)[:1000]).strip()
+    line = (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return line if line.isprintable() else ascii(line)

@@ -29,10 +29,9 @@ from madry_compat.archives import (
     FetchError,
     is_unpacked,
     matches_archive,
-    one_line_reason,
     unpack,
 )
-from madry_compat.files import default_cache_dir, write_atomically
+from madry_compat.files import default_cache_dir, one_line, write_atomically
 
 MAX_ARCHIVE_BYTES = 2 * 2**30
 
@@ -137,7 +136,7 @@ def fetch(
         digest = sha256_of(archive)
     except OSError as error:
         raise FetchError(
-            f"{name}: the cache folder {cache} cannot be used ({one_line_reason(error)}). "
+            f"{name}: the cache folder {cache} cannot be used ({one_line(error)}). "
             f"Make room or choose another one, for example with $LOGIT_REG_CACHE."
         ) from error
     if release.sha256 is None:
@@ -263,7 +262,7 @@ def _download(url: str, archive: Path, progress: Any, by_hand: str) -> None:
         # A full disk is not the network's fault.
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        reason = one_line_reason(error)
+        reason = one_line(error)
         raise FetchError(f"{url}: download failed ({reason}). {by_hand}") from error
 
 
@@ -322,7 +321,7 @@ class _Part(io.FileIO):
             if error.errno is None and self.tell():
                 raise FetchError(
                     f"{url}: the download stopped at {self.tell()} bytes "
-                    f"({one_line_reason(error)}). Fetch again to go on from there."
+                    f"({one_line(error)}). Fetch again to go on from there."
                 ) from error
             raise
 

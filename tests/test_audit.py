@@ -18,14 +18,16 @@ import logit_reg.audit
 from logit_reg.attacks import FGSM, PGD
 from logit_reg.audit import Control, audit
 from logit_reg.audit.decisions import decide
+from logit_reg.audit.evidence import Evidence
 from logit_reg.audit.records import DECISIVE, Cost, WorstCase, verdict
-from logit_reg.audit.run import DIAGNOSTICS, prepare, run_test
+from logit_reg.audit.run import DIAGNOSTICS, run_test
 from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 from logit_reg.experiments import controls
 from logit_reg.experiments.defaults import resolve_settings
 from logit_reg.experiments.runs import read_run
 from logit_reg.threat import ThreatModel
 from madry_compat import data
+from madry_compat.challenges import image_set
 
 # Of the images below it leaves the linear classifier 16 of 40.
 THREAT = ThreatModel("linf", 0.022, 0.0, 1.0)
@@ -45,8 +47,8 @@ def outcome(number, logits_fn, *, threat=THREAT, images=None, labels=None, **opt
     _, default_images, default_labels = linear_case()
     images = default_images if images is None else images
     labels = default_labels if labels is None else labels
-    bench = prepare(logits_fn, threat, images, labels, **{"claim": 0.5, **options})
-    return run_test(bench, DIAGNOSTICS[number])[0]
+    evidence = Evidence(logits_fn, threat, images, labels, **{"claim": 0.5, **options})
+    return run_test(evidence, DIAGNOSTICS[number])[0]
 
 
 def small_network(*, dropout=0.0, offset=0.0):
@@ -75,9 +77,9 @@ def test_a_softmax_output_is_seen_and_the_audit_goes_on_with_its_logarithm(softm
     model, images, labels = linear_case()
     assert outcome(1, lambda x: softmax(model(x))).status == "fail"
     assert outcome(1, model).status == "pass"
-    bench = prepare(lambda x: softmax(model(x)), THREAT, images, labels, claim=0.5)
-    assert bench.clean.all()
-    assert run_test(bench, DIAGNOSTICS[3])[0].status == "pass"
+    evidence = Evidence(lambda x: softmax(model(x)), THREAT, images, labels, claim=0.5)
+    assert evidence.clean.all()
+    assert run_test(evidence, DIAGNOSTICS[3])[0].status == "pass"
 
 
 @pytest.mark.parametrize("stddev", [1e-2, 1.0])
@@ -163,8 +165,8 @@ def test_a_healthy_model_with_logits_times_thirty_passes(number):
 
 def test_a_saturated_softmax_hides_gradients_from_float32_and_not_from_the_audit():
     model, images, labels = linear_case()
-    plain = prepare(model, THREAT, images, labels, claim=0.5)
-    scaled = prepare(lambda x: 100.0 * model(x), THREAT, images, labels, claim=0.5)
+    plain = Evidence(model, THREAT, images, labels, claim=0.5)
+    scaled = Evidence(lambda x: 100.0 * model(x), THREAT, images, labels, claim=0.5)
     attacks = {"pgd": PGD(THREAT, "cw", 20, 0.01)}
     np.testing.assert_array_equal(plain.run(attacks)["pgd"], scaled.run(attacks)["pgd"])
     lost = PGD(THREAT, "xent", 20, 0.01)
@@ -229,8 +231,8 @@ def test_a_model_with_reversed_gradients_fools_no_audit(number):
         (ThreatModel("linf", 0.3, 0.0, 255.0), 255.0, "next to nothing"),
         (ThreatModel("linf", 8 / 255, 0.0, 255.0), 255.0, "next to nothing"),
         (ThreatModel("l2", 0.5, 0.0, 255.0), 255.0, "next to nothing"),
-        (ThreatModel("linf", 8.0, 0.0, 1.0), 1.0, "turns every image grey"),
-        (ThreatModel("l2", 127.5, 0.0, 1.0), 1.0, "turns every image grey"),
+        (ThreatModel("linf", 8.0, 0.0, 1.0), 1.0, "reaches the uniform mid-grey"),
+        (ThreatModel("l2", 127.5, 0.0, 1.0), 1.0, "reaches the uniform mid-grey"),
         (ThreatModel("linf", 8.0, 0.0, 255.0), 1.0, "bounds of another scale"),
     ],
 )
@@ -371,9 +373,11 @@ def test_a_wrong_sign_is_seen_on_another_network(number, loss, dense):
 
 
 def test_a_control_that_falls_itself_excuses_nothing():
-    images = np.random.default_rng(0).uniform(0, 1, (40, 28, 28, 1)).astype(np.float32)
-    case = {"images": images, "labels": first_pixels(images).numpy().argmax(axis=1)}
-    case |= {"threat": ThreatModel("linf", 0.01, 0.0, 1.0), "budget": "standard"}
+    labels = np.arange(40) % 5
+    images = np.full((40, 9, 9, 1), 0.1, np.float32)
+    images[np.arange(40), 0, labels, 0] = 0.9
+    case = {"images": images, "labels": labels, "budget": "standard"}
+    case |= {"threat": ThreatModel("linf", 0.3, 0.0, 1.0)}
     stands = Control("stands", "adversarial", first_pixels)
     falls = Control("falls", "adversarial", lambda x: -first_pixels(x))
     for known in ([stands], [falls, stands]):
@@ -383,18 +387,61 @@ def test_a_control_that_falls_itself_excuses_nothing():
     assert found.status == "report" and "one that keeps 50 %" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("threat", "is_wide"),
+    [
+        (ThreatModel("linf", 0.3, 0.0, 1.0), True),
+        (ThreatModel("linf", 0.1, 0.0, 1.0), True),
+        (ThreatModel("linf", 76.5, 0.0, 255.0), True),
+        (ThreatModel("l2", 2.0, 0.0, 1.0), True),
+        (ThreatModel("linf", 16 / 255, 0.0, 1.0), False),
+        (ThreatModel("l2", 1.5, 0.0, 1.0), False),
+    ],
+)
+def test_a_wide_ball_is_one_of_the_threat_model_and_not_of_a_data_set(threat, is_wide):
+    images = np.full((5, 28, 28, 1), threat.upper / 2, np.float32)
+    evidence = Evidence(first_pixels, threat, images, np.zeros(5, np.int64), claim=0.5)
+    assert evidence.has_wide_ball is is_wide
+    share = 1 / 30 if is_wide else 1 / 4
+    assert evidence.step_size == pytest.approx(share * threat.epsilon)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "norm", "epsilon", "accuracy"),
+    [
+        ("mnist", "linf", 0.3, 0.9634),
+        ("mnist", "linf", 0.1, None),
+        ("fashion_mnist", "linf", 0.3, None),
+        ("cifar10", "linf", 8.0, 0.7371),
+        ("cifar10", "l2", 127.5, 0.8497),
+        ("cifar100", "linf", 8.0, 0.4267),
+    ],
+)
+def test_the_ceiling_is_that_of_the_data_set_and_the_threat_model(dataset, norm, epsilon, accuracy):
+    found = image_set(dataset).published_ceiling(norm, epsilon)
+    assert (found and found.accuracy) == accuracy
+
+
+def test_a_claim_above_the_ceiling_is_seen():
+    options = {"claim": 0.95, "ceiling": (0.94, "somebody")}
+    found = outcome(27, linear_case()[0], **options)
+    assert found.status == "fail" and "94.0 %: somebody" in found.reason
+    assert outcome(27, linear_case()[0], **options | {"claim": 0.93}).status == "pass"
+    assert outcome(27, linear_case()[0]).status == "not_applicable"
+
+
 @pytest.mark.slow
 def test_decisions_alone_find_what_gradients_missed():
     """Here no attack with gradients has run: HopSkipJump finds nearly all there is to find."""
     model, images, labels = linear_case()
     breakable = model.distance(images, labels, "linf") <= THREAT.epsilon
-    bench = prepare(model, THREAT, images, labels, claim=0.5, budget="full")
-    found = run_test(bench, DIAGNOSTICS[22])[0]
+    evidence = Evidence(model, THREAT, images, labels, claim=0.5, budget="full")
+    found = run_test(evidence, DIAGNOSTICS[22])[0]
     assert found.status == "fail" and found.figure["images"] == 40
     assert 0.8 * breakable.sum() < found.figure["newly_broken"] <= breakable.sum()
-    assert not np.any(~bench.robust & ~breakable)
-    bench.robust = ~breakable
-    found = run_test(bench, DIAGNOSTICS[22])[0]
+    assert not np.any(~evidence.robust & ~breakable)
+    evidence.robust = ~breakable
+    found = run_test(evidence, DIAGNOSTICS[22])[0]
     assert found.status == "pass" and found.figure["images"] == np.sum(~breakable)
 
 

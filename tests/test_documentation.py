@@ -14,6 +14,8 @@ import pytest
 from commands import command
 
 from logit_reg.evaluation.ledger import read_ledger
+from logit_reg.evaluation.statistics import PairedDifference
+from logit_reg.report.compare import shared_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -227,3 +229,31 @@ def test_the_table_of_autoattack_s_parts_is_what_its_ledger_gives():
     cells = " | ".join(f"{100 * np.mean(column):.2f}" for column in counted)
     assert list(parts) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert f"| {len(ledger.clean)} | {cells} |" in RESULTS
+
+
+def test_what_the_text_compares_was_measured_on_the_same_images():
+    runs = {
+        (run, folder): read_ledger(ROOT / "results" / "mnist-20000" / run / folder)
+        for run in ("squeeze", "smoothing", "adversarial", "free")
+        for folder in ("evaluation", "strong")
+    }
+    pgd = ("pgd40-xent", "pgd40-cw")
+
+    def on_shared(run):
+        rows, _ = shared_rows(runs[run, "evaluation"], runs[run, "strong"])
+        return runs[run, "evaluation"][0].right_under(pgd)[rows]
+
+    squeezed, smoothed = (100 * on_shared(run).mean() for run in ("squeeze", "smoothing"))
+    gap = PairedDifference.of(on_shared("free"), on_shared("adversarial"))
+    low, high = (100 * end for end in gap.interval)
+    for words in (
+        f"of the same images PGD-40 leaves {squeezed:.1f} % and {smoothed:.1f} %",
+        f"of the same 500 PGD-40 leaves {100 * on_shared('adversarial').mean():.1f} %",
+        f"on the same 500 images: PGD-40 +{100 * gap.value:.1f} points ({low:.1f} to {high:.1f})",
+        f"{sum(runs['squeeze', 'evaluation'][0].right_under(pgd[:1])[:1000])} of them, the margin",
+    ):
+        assert words in " ".join(RESULTS.split()), words
+
+
+def test_numbers_in_the_results_have_their_leading_zeros():
+    assert not re.search(r"(?<![\w.])\.\d", RESULTS)

@@ -401,7 +401,7 @@ def test_an_entry_that_stands_twice(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate name"):
         data = zip_bytes([("a", b"first"), ("a", b"second")])
     (tmp_path / "evil.zip").write_bytes(data)
-    with pytest.raises(FetchError, match="'a' stands twice"):
+    with pytest.raises(FetchError, match="'a' is there twice"):
         unpack(tmp_path / "evil.zip", tmp_path / "model")
     assert files_below(tmp_path) == ["evil.zip"]
 

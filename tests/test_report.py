@@ -523,7 +523,7 @@ def test_checkpoints_of_one_run_are_a_curve_over_training_steps(tmp_path):
 
     points = sweep_points([load_run(folder)], TRAINING_STEP)
 
-    assert {(p.x, p.curve, p.accuracy.num_correct) for p in points} == {
+    assert {(p.x, p.curve, p.accuracy.successes) for p in points} == {
         (1000, "clean, n = 10", 9),
         (1000, "PGD-40, n = 10", 8),
         (20000, "clean, n = 10", 9),

@@ -530,7 +530,7 @@ def test_the_challenges_own_training_goes_on_with_nothing_but_its_config(run, tm
 
 @pytest.mark.slow
 def test_a_start_from_a_checkpoint_is_told_and_one_that_cannot_be_leaves_no_run(run, tmp_path):
-    export_model(load_model(str(run)), tmp_path / "slots")
+    export_model(find_model(str(run)), tmp_path / "slots")
     save_network(mnist_cnn(), tmp_path / "weights", 7)
     (tmp_path / "empty").mkdir()
 

@@ -9,10 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.array_files import read_record, write_record
+from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack
 from logit_reg.attacks.engine.examples import attack_inputs, check_examples
-from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
-from logit_reg.attacks.engine.losses import attack_loss, is_fooled
+from logit_reg.attacks.engine.forward import clean_logits
+from logit_reg.attacks.engine.losses import attack_loss
 from logit_reg.attacks.minimum_norm import MinimumNorm
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.run import check_threat, evaluate
@@ -21,22 +22,22 @@ from logit_reg.threat import ThreatModel
 
 _EPSILON_LABEL = "epsilon (pixel units)"
 
-# Arrays of `Curves` in a file and their numbers of axes.
-_RANKS = {
-    "epsilons": 1,
-    "epsilon_correct": 2,
-    "step_sizes": 1,
-    "num_steps": 1,
-    "grid_correct": 3,
-    "restart_correct": 2,
-    "survivors": 1,
-    "cross_entropy": 2,
+# Arrays of `Curves` in a file and their axes: examples N, survivors S, and the values of knobs.
+_AXES = {
+    "epsilons": "E",
+    "epsilon_correct": "EN",
+    "step_sizes": "A",
+    "num_steps": "B",
+    "grid_correct": "ABN",
+    "restart_correct": "RN",
+    "survivors": "S",
+    "cross_entropy": "RS",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Which of N examples stand at each of P values of one knob."""
+    """Which of N examples are robust at each of P values of one knob."""
 
     name: str
     """"epsilon", "steps", "restarts" or "step_size"."""
@@ -51,13 +52,13 @@ class Curve:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """(P,) fraction that stands."""
+        """(P,) fraction that is robust."""
         return self.correct.mean(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepGrid:
-    """Which of N examples stand under PGD of A step sizes and B numbers of steps."""
+    """Which of N examples are robust under PGD of A step sizes and B numbers of steps."""
 
     step_sizes: np.ndarray
     """(A,) increasing, pixel units."""
@@ -68,7 +69,7 @@ class StepGrid:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """(A, B) fraction that stands."""
+        """(A, B) fraction that is robust."""
         return self.correct.mean(axis=2)
 
     def against_step_size(self) -> Curve:
@@ -309,7 +310,7 @@ def losses_over_restarts(
 
     Args:
         logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
-        attack: is repeated with fresh random numbers on the examples that still stand.
+        attack: is repeated with fresh random numbers on the examples that are still robust.
         images: (N, H, W, C) float, pixel units.
         labels: (N,) int true classes.
         num_restarts: R, at least 1.
@@ -332,11 +333,11 @@ def losses_over_restarts(
     images, labels, indices = attack_inputs(images, labels, None)
     check_examples(logits_fn, images, labels)
     _, fooled = _losses(logits_fn, images, labels, batch_size)
-    standing = ~fooled
+    robust = ~fooled
     correct = np.zeros((num_restarts, len(images)), bool)
     cross_entropy = np.zeros((num_restarts, len(images)), np.float32)
     for restart in Progress(range(num_restarts), desc="restarts", disable=not show_progress):
-        attacked = np.flatnonzero(standing)
+        attacked = np.flatnonzero(robust)
         for start in range(0, len(attacked), batch_size):
             part = attacked[start : start + batch_size]
             found = attack.run(
@@ -350,9 +351,9 @@ def losses_over_restarts(
             check_threat("restarts", found.adversarial, images[part], part, attack.threat)
             loss, fooled = _losses(logits_fn, found.adversarial, labels[part], batch_size)
             cross_entropy[restart, part] = loss
-            standing[part] = ~fooled
-        correct[restart] = standing
-    survivors = np.flatnonzero(standing)
+            robust[part] = ~fooled
+        correct[restart] = robust
+    survivors = np.flatnonzero(robust)
     return RestartLosses(correct, survivors, cross_entropy[:, survivors])
 
 
@@ -377,55 +378,30 @@ def load_curves(path: Path | str) -> Curves:
     Raises:
         ValueError: if the files are missing or damaged, or do not fit together.
     """
-    arrays, settings = read_record(path, _RANKS)
+    arrays, settings = read_record(path, _AXES)
     if not (isinstance(settings.get("num_classes"), int) and settings["num_classes"] >= 2):
         raise ValueError(f"{path}: num_classes is not a number of classes in the .json beside it.")
     try:
         threat = ThreatModel(**settings["curves"]["threat"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the .json beside it describes no curves ({error}).") from error
-    num_examples = arrays["epsilon_correct"].shape[1]
-    expected = {
-        "epsilon_correct": (len(arrays["epsilons"]), num_examples),
-        "grid_correct": (len(arrays["step_sizes"]), len(arrays["num_steps"]), num_examples),
-        "restart_correct": (len(arrays["cross_entropy"]), num_examples),
-        "cross_entropy": (len(arrays["restart_correct"]), len(arrays["survivors"])),
-    }
-    for name, shape in expected.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}.")
+    x, correct = arrays["epsilons"], arrays["epsilon_correct"]
     return Curves(
-        epsilon=Curve(
-            "epsilon",
-            _EPSILON_LABEL,
-            arrays["epsilons"],
-            arrays["epsilon_correct"],
-            threat.epsilon,
+        Curve("epsilon", _EPSILON_LABEL, x, correct, threat.epsilon),
+        StepGrid(*(arrays[name] for name in ("step_sizes", "num_steps", "grid_correct"))),
+        RestartLosses(
+            *(arrays[name] for name in ("restart_correct", "survivors", "cross_entropy"))
         ),
-        grid=StepGrid(arrays["step_sizes"], arrays["num_steps"], arrays["grid_correct"]),
-        restarts=RestartLosses(
-            arrays["restart_correct"], arrays["survivors"], arrays["cross_entropy"]
-        ),
-        settings=settings,
+        settings,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Judge:
-    """Losses and verdicts of a batch, compiled like an attack."""
-
-    def _judge(self, logits_fn, images, labels):
-        logits = call_logits(logits_fn, images)
-        return attack_loss("xent", logits, labels), is_fooled(logits, labels)
 
 
 def _losses(logits_fn, images, labels, batch_size):
     """(n,) cross-entropy and where the images are misclassified."""
-    signature = (batch_spec(images.shape[1:]), batch_spec((), tf.int64))
-    judge = compiled(_Judge(), "_judge", (logits_fn,), signature)
-    parts = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
-    found = [judge(images[part], labels[part]) for part in parts]
-    return tuple(np.concatenate([pair[i].numpy() for pair in found]) for i in range(2))
+    starts = range(0, len(images), batch_size)
+    logits = np.concatenate([clean_logits(logits_fn, images[i : i + batch_size]) for i in starts])
+    loss = attack_loss("xent", tf.constant(logits), tf.constant(labels)).numpy()
+    return loss, ~(clean_margin(logits, labels) > 0)
 
 
 def _increasing(name, values):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.array_files import read_record, write_record
+from logit_reg.array_files import check_axes, read_record, write_record
 from logit_reg.attacks.engine.examples import attack_inputs, check_examples
 from logit_reg.attacks.engine.forward import LogitsFn, batch_spec, call_logits, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
@@ -19,14 +19,14 @@ from logit_reg.attacks.pgd import PGD
 from logit_reg.progress import Progress
 from logit_reg.threat import ThreatModel
 
-# Arrays of a `Comparison` and their numbers of axes.
-_RANKS = {
-    "coordinates": 1,
-    "mean_cross_entropy": 3,
-    "mean_margin": 3,
-    "cross_entropy": 4,
-    "margin": 4,
-    "chosen": 1,
+# Arrays of a `Comparison` and their axes: models, points, chosen examples.
+_AXES = {
+    "coordinates": "P",
+    "mean_cross_entropy": "MPP",
+    "mean_margin": "MPP",
+    "chosen": "E",
+    "cross_entropy": "MEPP",
+    "margin": "MEPP",
 }
 
 
@@ -276,7 +276,7 @@ def compare(
 
 def save_comparison(comparison: Comparison, path: Path | str) -> None:
     """Write the arrays to `path`, an .npz, and the settings to the .json beside it."""
-    arrays = {name: getattr(comparison, name) for name in _RANKS}
+    arrays = {name: getattr(comparison, name) for name in _AXES}
     write_record(path, arrays, comparison.settings)
 
 
@@ -286,7 +286,7 @@ def load_comparison(path: Path | str) -> Comparison:
     Raises:
         ValueError: if the files are missing or damaged, or do not fit together.
     """
-    arrays, settings = read_record(path, _RANKS)
+    arrays, settings = read_record(path, _AXES)
     comparison = Comparison(settings=settings, **arrays)
     models = settings.get("models")
     if not (isinstance(models, list) and models and all(isinstance(m, str) for m in models)):
@@ -297,16 +297,7 @@ def load_comparison(path: Path | str) -> Comparison:
                 f"{path}: {name} is {settings.get(name)!r}, expected at least {least}."
             )
     _check_settings(path, settings.get("landscape"))
-    axes = (len(comparison.coordinates),) * 2
-    expected = {
-        "mean_cross_entropy": (len(models), *axes),
-        "mean_margin": (len(models), *axes),
-        "cross_entropy": (len(models), len(comparison.chosen), *axes),
-        "margin": (len(models), len(comparison.chosen), *axes),
-    }
-    for name, shape in expected.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}.")
+    check_axes(path, arrays, _AXES, {"M": len(models)})
     return comparison
 
 

@@ -1,6 +1,6 @@
 """The audit: every accepted diagnostic of a robustness claim, and a verdict with its evidence."""
 
-from logit_reg.audit.bench import Control as Control
+from logit_reg.audit.evidence import Control as Control
 from logit_reg.audit.records import Audit as Audit
 from logit_reg.audit.records import Cost as Cost
 from logit_reg.audit.records import Curve as Curve

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 
@@ -88,22 +90,40 @@ def decide(found: Found, *, least: float = -math.inf, most: float = math.inf) ->
     return Decision(found, least, most)
 
 
+def accuracies(correct: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Fractions of (N,) bool, by name."""
+    return {name: float(np.mean(found)) for name, found in correct.items()}
+
+
+def percent(share) -> str:
+    """A fraction, or that of (N,) bool, in per cent."""
+    return f"{100 * np.mean(share):.1f} %"
+
+
+def as_points(share: float) -> str:
+    """A difference of fractions in words, as a threshold is written."""
+    return f"{100 * share:g} point{'s' if share != 0.01 else ''}"
+
+
 def in_points(found: Found) -> str:
     """An estimate and its interval, in per cent or, for a difference, in points."""
-    unit = "points" if isinstance(found, PairedDifference) else "%"
-    low, high = found.interval
-    return f"{_percent(found.value)} {unit} [{_percent(low)}, {_percent(high)}]"
+    return with_interval(found, " points" if isinstance(found, PairedDifference) else " %")
+
+
+def with_interval(found: Found, unit: str = "", *, sign: str = "") -> str:
+    """An estimate, a unit and the interval, times 100; "+" as `sign` for one on every number."""
+    # No minus in front of a zero.
+    value, low, high = (
+        f"{round(100 * share, 1) + 0.0:{sign}.1f}".replace("-", "−")
+        for share in (found.value, *found.interval)
+    )
+    return f"{value}{unit} [{low}, {high}]"
 
 
 def overall(decisions: Iterable[Decision]) -> str:
     """The status of a test of several: "fail" if one fails, "pass" if all pass."""
     statuses = {decision.status for decision in decisions}
     return next((s for s in ("fail", "not_decided") if s in statuses), "pass")
-
-
-def _percent(fraction):
-    # No minus in front of a zero.
-    return f"{round(100 * fraction, 1) + 0.0:.1f}".replace("-", "−")
 
 
 def _number(fraction):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from logit_reg.attacks import APGD, FGSM, PGD, Attack, Restarts
-from logit_reg.audit.bench import NUM_LEFT, Bench, Diagnostic
+from logit_reg.audit.evidence import NUM_LEFT, Diagnostic, Evidence
 from logit_reg.audit.records import Cost
 
 _PROBED_IMAGES = 100
@@ -22,39 +22,39 @@ class _Probe:
     clean: float
     """Fraction classified right."""
     after_pgd: float
-    """Fraction that stands after PGD."""
+    """Fraction robust under PGD."""
     after_apgd: float
-    """Fraction that stands after APGD."""
+    """Fraction robust under APGD."""
     seconds_per_pass: float
     seconds_per_trace: float
 
 
-def estimate(bench: Bench, diagnostics: Iterable[Diagnostic]) -> Cost:
+def estimate(evidence: Evidence, diagnostics: Iterable[Diagnostic]) -> Cost:
     """The likely cost of some tests.
 
     Args:
-        bench: of the audited model; a probe attacks its first images.
+        evidence: of the audited model; a probe attacks its first images.
         diagnostics: what is going to run.
 
     Returns:
         Expected passes and seconds: attacks leave an image when it falls, so the cost depends on
-        how many stand.
+        how many are robust.
     """
-    probe = _probe(bench)
-    num_images, plan = len(bench.images), bench.plan
+    probe = _probe(evidence)
+    num_images = evidence.num_examples
     counted: set = set()
     forwards = backwards = passes = 0.0
     for diagnostic in diagnostics:
         num_left = min(num_images * probe.after_apgd, NUM_LEFT)
-        passes += diagnostic.passes(plan) + num_left * diagnostic.passes_each(plan)
-        controls = plan.controls_of(*diagnostic.control_kinds)
-        for attack in diagnostic.attacks(plan).values():
+        passes += diagnostic.passes(evidence) + num_left * diagnostic.passes_each(evidence)
+        controls = evidence.controls_of(*diagnostic.control_kinds)
+        for attack in diagnostic.attacks(evidence).values():
             targets = [None, *controls]
             for target in targets:
                 if (attack, target) in counted:
                     continue
                 counted.add((attack, target))
-                forward, backward = _expected(attack, plan.threat.epsilon, probe)
+                forward, backward = _expected(attack, evidence.threat.epsilon, probe)
                 forwards += num_images * forward
                 backwards += num_images * backward
     seconds = (forwards + backwards + passes) * probe.seconds_per_pass
@@ -63,15 +63,15 @@ def estimate(bench: Bench, diagnostics: Iterable[Diagnostic]) -> Cost:
     return Cost(round(forwards + passes / 2), round(backwards + passes / 2), seconds)
 
 
-def _probe(bench: Bench) -> _Probe:
+def _probe(evidence: Evidence) -> _Probe:
     sample = slice(_PROBED_IMAGES)
-    images, labels = bench.images[sample], bench.labels[sample]
-    threat = bench.plan.threat
+    images, labels = evidence.images[sample], evidence.labels[sample]
+    threat = evidence.threat
     short = PGD(threat, "cw", 10, threat.epsilon / 4)
 
     def run(attack) -> tuple[np.ndarray, float]:
         started = time.monotonic()
-        found = attack.run(bench.precise, images, labels, seed=bench.seed)
+        found = attack.run(evidence.precise, images, labels, seed=evidence.seed)
         return found.fooled, time.monotonic() - started
 
     _, first_seconds = run(short)
@@ -79,7 +79,7 @@ def _probe(bench: Bench) -> _Probe:
     forwards, backwards = short.cost()
     broken, _ = run(APGD(threat, "xent", 20))
     return _Probe(
-        clean=float(bench.clean.mean()),
+        clean=float(evidence.clean.mean()),
         after_pgd=float(np.mean(~fooled)),
         after_apgd=float(np.mean(~(fooled | broken))),
         seconds_per_pass=seconds / (forwards + backwards) / len(images),

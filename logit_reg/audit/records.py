@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from logit_reg.evaluation.statistics import PairedDifference, Proportion, wilson_interval
+from logit_reg.evaluation.statistics import LEVEL, PairedDifference, Proportion, wilson_interval
 
 SCHEMA = 1
 
@@ -81,7 +81,7 @@ class Curve:
     x: tuple[float, ...]
     """Values of the knob, increasing."""
     accuracy: tuple[float, ...]
-    """Fraction that stands at each value."""
+    """Fraction robust at each value."""
     reported: float | None = None
     """The value that the claim's own attack uses, if it is one of a kind."""
 
@@ -113,7 +113,7 @@ class WorstCase:
 
     @property
     def accuracy(self) -> float:
-        """Fraction that stands."""
+        """Fraction robust."""
         return float(np.mean(self.robust))
 
     @property
@@ -137,7 +137,7 @@ class Audit:
     worst_case: WorstCase
     """Per example over all attacks within the threat model."""
     accuracy_by_attack: Mapping[str, float]
-    """Fraction that stands under each single attack within the threat model."""
+    """Fraction robust under each single attack within the threat model."""
     tests: tuple[TestRecord, ...]
     """All tests by number, those that did not run included."""
     squeeze: SqueezeDiagnostics
@@ -209,8 +209,8 @@ class Audit:
             "clean_accuracy": self.clean_accuracy,
             "worst_case": {
                 "accuracy": self.worst_case.accuracy,
-                "interval": {"level": 0.95, "method": "wilson", "low": low, "high": high},
-                "robust": [bool(stands) for stands in self.worst_case.robust],
+                "interval": {"level": LEVEL, "method": "wilson", "low": low, "high": high},
+                "robust": self.worst_case.robust.tolist(),
                 "strongest_attack": self.strongest_attack,
                 "accuracy_by_attack": dict(self.accuracy_by_attack),
             },

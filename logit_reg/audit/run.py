@@ -1,31 +1,20 @@
-"""The audit itself: plan, announce, run test by test, and keep the books."""
+"""The audit itself: announce, run test by test, and record what each test found and took."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
-from logit_reg.attacks.engine.examples import attack_inputs
-from logit_reg.audit.bench import (
-    BUDGETS,
-    Bench,
-    Control,
-    Diagnostic,
-    Outcome,
-    Plan,
-    median_margin,
-)
 from logit_reg.audit.estimate import estimate
+from logit_reg.audit.evidence import BUDGETS, Control, Diagnostic, Evidence, Outcome
 from logit_reg.audit.geometry import GEOMETRY
 from logit_reg.audit.other_attacks import OTHER_ATTACKS
-from logit_reg.audit.preconditions import PRECONDITIONS, squeeze_diagnostics
-from logit_reg.audit.records import DECISIVE, Audit, Cost, Curve, TestRecord, WorstCase
+from logit_reg.audit.preconditions import PRECONDITIONS
+from logit_reg.audit.records import DECISIVE, GROUPS, Audit, Cost, Curve, TestRecord, WorstCase
 from logit_reg.audit.sanity import SANITY
 from logit_reg.audit.strength import STRENGTH
 from logit_reg.durations import in_words
@@ -34,21 +23,17 @@ from logit_reg.evaluation.run import ThreatModelError, content_hash, network_has
 from logit_reg.threat import ThreatModel
 from logit_reg.version import __version__
 
-DIAGNOSTICS = {
-    diagnostic.number: diagnostic
-    for diagnostic in (*PRECONDITIONS, *STRENGTH, *OTHER_ATTACKS, *SANITY, *GEOMETRY)
-}
+_GROUPS = dict(
+    zip(GROUPS, (PRECONDITIONS, (*STRENGTH, *OTHER_ATTACKS), SANITY, GEOMETRY), strict=True)
+)
+DIAGNOSTICS = {test.number: test for tests in _GROUPS.values() for test in tests}
 
 # Cheap ones first; those that look for what white-box attacks missed after these, and AutoAttack,
-# which has a black box of its own, after them; the gate's record, test 4, when all attacks have
-# passed through it.
+# which has a black box of its own, after them; test 4, what was found amiss of the attacks, last.
 _ORDER = (
     *(1, 5, 6, 27, 2, 33, 3, 8, 14, 24, 12, 11, 9, 23, 7, 13),
     *(16, 17, 15, 29, 30, 31, 28, 32, 25, 26, 10, 20, 22, 21, 19, 18, 4),
 )
-# Fractions of epsilon of the challenges' own steps: 0.01 of 0.3 on MNIST, 2 of 8 on CIFAR.
-_MNIST_STEP_SHARE = 1 / 30
-_STEP_SHARE = 1 / 4
 
 
 def audit(
@@ -65,6 +50,7 @@ def audit(
     attacks: Mapping[str, Attack] | None = None,
     beta: float | None = None,
     collapse_threshold: float | None = None,
+    ceiling: tuple[float, str] | None = None,
     batch_size: int = 200,
     settings: Mapping[str, Any] | None = None,
     state_dir: Path | str | None = None,
@@ -74,7 +60,7 @@ def audit(
     """Test whether a claim of robustness holds.
 
     Attacks with gradients run on logits in float64, so that no saturated softmax hides a
-    gradient which the network has; see `logit_reg.audit.bench.precise`.
+    gradient which the network has; see `logit_reg.audit.evidence.precise`.
 
     Args:
         logits_fn: images (N, H, W, C) in pixel units -> logits (N, K); a Keras network is called
@@ -92,6 +78,8 @@ def audit(
             image is allowed. They have to accept logits in float64.
         beta: weight of the logit penalty in training, where it is known.
         collapse_threshold: see `logit_reg.objectives.collapse_threshold`.
+        ceiling: the best published robust accuracy of these data and this threat model, a
+            fraction, and its source; None where it is not known.
         batch_size: most images sent through a network at once.
         settings: further provenance for the record; JSON values.
         state_dir: where finished batches of attacks are kept, so that a killed audit goes on.
@@ -106,7 +94,7 @@ def audit(
         ValueError: if an argument does not make sense, or the images are outside the bounds.
     """
     say = announce or (lambda line: None)
-    bench = prepare(
+    evidence = Evidence(
         logits_fn,
         threat,
         images,
@@ -118,14 +106,14 @@ def audit(
         attacks=attacks,
         beta=beta,
         collapse_threshold=collapse_threshold,
+        ceiling=ceiling,
         batch_size=batch_size,
         state_dir=state_dir,
         show_progress=show_progress,
     )
-    plan = bench.plan
     running = [DIAGNOSTICS[number] for number in _ORDER if _is_in(DIAGNOSTICS[number], budget)]
-    expected = estimate(bench, running)
-    for line in _announcement(plan, running, expected):
+    expected = estimate(evidence, running)
+    for line in _announcement(evidence, running, expected):
         say(line)
 
     records: dict[int, TestRecord] = {}
@@ -134,7 +122,7 @@ def audit(
         # The tests judge for themselves what AutoAttack warns of.
         warnings.simplefilter("ignore", AttackWarning)
         for diagnostic in running:
-            record, drawn = run_test(bench, diagnostic)
+            record, drawn = run_test(evidence, diagnostic)
             records[diagnostic.number] = record
             curves += drawn
             say(
@@ -147,89 +135,38 @@ def audit(
             DIAGNOSTICS[number], Outcome("skipped", f"needs the {needed} budget"), Cost()
         )
     return Audit(
-        claim=bench.claim,
+        claim=evidence.claim,
         claimed_by=claimed_by,
-        num_classes=plan.num_classes,
-        clean_accuracy=float(bench.clean.mean()),
-        worst_case=WorstCase(bench.robust),
-        accuracy_by_attack=dict(bench.accuracy_by_attack),
+        num_classes=evidence.num_classes,
+        clean_accuracy=float(evidence.clean.mean()),
+        worst_case=WorstCase(evidence.robust),
+        accuracy_by_attack=dict(evidence.accuracy_by_attack),
         tests=tuple(records[number] for number in sorted(records)),
-        squeeze=bench.squeeze,
+        squeeze=evidence.squeeze,
         curves=tuple(curves),
         budget=budget,
         seed=seed,
-        settings=_settings(bench, logits_fn, expected, settings or {}),
-        claimed_robust=bench.claimed_robust(),
+        settings=_settings(evidence, logits_fn, expected, settings or {}),
+        claimed_robust=evidence.claimed_robust(),
     )
 
 
-def prepare(
-    logits_fn,
-    threat: ThreatModel,
-    images,
-    labels,
-    *,
-    claim: float,
-    controls: Sequence[Control] = (),
-    budget: str = "quick",
-    seed: int = 0,
-    attacks: Mapping[str, Attack] | None = None,
-    beta: float | None = None,
-    collapse_threshold: float | None = None,
-    batch_size: int = 200,
-    state_dir: Path | str | None = None,
-    show_progress: bool = False,
-) -> Bench:
-    """The workbench that the tests of `DIAGNOSTICS` run on, one by one; see `audit`."""
-    images, labels, _ = attack_inputs(images, labels, None)
-    _check(images, threat, claim, budget, batch_size)
-    if state_dir is not None and not isinstance(logits_fn, keras.Model):
-        raise ValueError(
-            "state_dir needs a Keras network: another function has no content to key it by."
-        )
-    bench = Bench(
-        logits_fn,
-        images,
-        labels,
-        seed=seed,
-        batch_size=batch_size,
-        state_dir=None if state_dir is None else Path(state_dir),
-        show_progress=show_progress,
-    )
-    claimed = dict(attacks or {})
-    bench.plan = Plan(
-        threat=threat,
-        budget=budget,
-        num_classes=bench.outputs.shape[1],
-        num_examples=len(images),
-        image_shape=images.shape[1:],
-        step_size=_step_size(threat, images.shape[1:], claimed),
-        median_margin=median_margin(bench.logits),
-        divisor=bench.divisor,
-        claimed=claimed,
-        controls=() if budget == "quick" else tuple(controls),
-    )
-    bench.claim = claim / 100 if claim > 1 else claim
-    bench.squeeze = squeeze_diagnostics(bench, beta, collapse_threshold)
-    return bench
-
-
-def run_test(bench: Bench, diagnostic: Diagnostic) -> tuple[TestRecord, tuple[Curve, ...]]:
+def run_test(evidence: Evidence, diagnostic: Diagnostic) -> tuple[TestRecord, tuple[Curve, ...]]:
     """Run one test: its record, and what it has for figures."""
-    bench.close_books()
+    evidence.take_cost()
     try:
-        outcome = diagnostic.judge(bench)
+        outcome = diagnostic.judge(evidence)
     except ThreatModelError as error:
-        bench.violations.append(str(error))
+        evidence.violations.append(str(error))
         outcome = Outcome("skipped", str(error))
-    return _record(diagnostic, outcome, bench.close_books()), outcome.curves
+    return _record(diagnostic, outcome, evidence.take_cost()), outcome.curves
 
 
 def _record(diagnostic: Diagnostic, outcome: Outcome, cost: Cost) -> TestRecord:
     return TestRecord(
         number=diagnostic.number,
         name=diagnostic.name,
-        group=diagnostic.group,
+        group=next(name for name, tests in _GROUPS.items() if diagnostic in tests),
         figure=outcome.figure,
         criterion=diagnostic.criterion,
         threshold_origin=diagnostic.threshold_origin,
@@ -240,12 +177,13 @@ def _record(diagnostic: Diagnostic, outcome: Outcome, cost: Cost) -> TestRecord:
     )
 
 
-def _announcement(plan: Plan, running: Sequence[Diagnostic], expected: Cost) -> list[str]:
+def _announcement(evidence: Evidence, running: Sequence[Diagnostic], expected: Cost) -> list[str]:
     numbers = sorted(diagnostic.number for diagnostic in running)
     left_out = [str(number) for number in sorted(DIAGNOSTICS.keys() - set(numbers))]
+    threat = evidence.threat
     lines = [
-        f"audit: budget {plan.budget}, {plan.num_examples} images, {plan.threat.norm} epsilon "
-        f"{plan.threat.epsilon:g} on [{plan.threat.lower:g}, {plan.threat.upper:g}]",
+        f"audit: budget {evidence.budget}, {evidence.num_examples} images, {threat.norm} epsilon "
+        f"{threat.epsilon:g} on [{threat.lower:g}, {threat.upper:g}]",
         f"tests: {', '.join(str(number) for number in numbers)}",
     ]
     if left_out:
@@ -254,52 +192,23 @@ def _announcement(plan: Plan, running: Sequence[Diagnostic], expected: Cost) -> 
     return lines
 
 
-def _settings(bench: Bench, logits_fn, expected: Cost, given: Mapping[str, Any]) -> dict:
-    plan = bench.plan
+def _settings(evidence: Evidence, logits_fn, expected: Cost, given: Mapping[str, Any]) -> dict:
     return {
         **given,
-        "threat": dataclasses.asdict(plan.threat),
-        "data_sha256": content_hash(bench.images, bench.labels),
+        "threat": dataclasses.asdict(evidence.threat),
+        "data_sha256": content_hash(evidence.images, evidence.labels),
         "network_sha256": network_hash(logits_fn) if isinstance(logits_fn, keras.Model) else None,
-        "batch_size": bench.batch_size,
-        "step_size": plan.step_size,
+        "batch_size": evidence.batch_size,
+        "step_size": evidence.step_size,
         "claimed_attacks": {
             name: attack_settings(attack) if dataclasses.is_dataclass(attack) else repr(attack)
-            for name, attack in plan.claimed.items()
+            for name, attack in evidence.claimed.items()
         },
-        "controls": [{"name": c.name, "kind": c.kind} for c in plan.controls],
+        "controls": [{"name": c.name, "kind": c.kind} for c in evidence.controls],
         "estimate": dataclasses.asdict(expected),
         "version": __version__,
     }
 
 
-def _step_size(threat: ThreatModel, image_shape, claimed: Mapping[str, Attack]) -> float:
-    """The claimant's own, else the challenges'."""
-    for attack in claimed.values():
-        step_size = getattr(attack, "step_size", None)
-        if step_size is not None and attack.threat == threat:
-            return float(step_size)
-    share = _MNIST_STEP_SHARE if image_shape == (28, 28, 1) else _STEP_SHARE
-    return share * threat.epsilon
-
-
 def _is_in(diagnostic: Diagnostic, budget: str) -> bool:
     return BUDGETS.index(diagnostic.budget) <= BUDGETS.index(budget)
-
-
-def _check(images, threat, claim, budget, batch_size):
-    if budget not in BUDGETS:
-        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}.")
-    if not (math.isfinite(claim) and 0 <= claim <= 100):
-        raise ValueError(f"claim must be in per cent (or a fraction up to 1); got {claim}.")
-    if not len(images):
-        raise ValueError("an audit needs at least one image; got none.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    low, high = float(np.min(images)), float(np.max(images))
-    if not (threat.lower <= low and high <= threat.upper):
-        raise ValueError(
-            f"images span [{low:g}, {high:g}], but the threat model has bounds "
-            f"[{threat.lower:g}, {threat.upper:g}]; images, epsilon and bounds must share pixel "
-            f"units."
-        )

@@ -194,18 +194,6 @@ def _flag_word(name, value):
     return f"--{name}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
-def existing_path(name: str, value: str) -> Path:
-    """A path that a flag names, checked to exist.
-
-    Raises:
-        UsageError: if it does not.
-    """
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise UsageError(f"--{name}={value}: no such file or folder.")
-    return path
-
-
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """One line for what concerns the user; a library's own deprecations do not."""
     if not issubclass(category, DeprecationWarning | FutureWarning):

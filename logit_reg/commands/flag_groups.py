@@ -6,6 +6,7 @@ from absl import flags
 
 from logit_reg.commands import command_line
 from logit_reg.commands.command_line import FLAGS
+from logit_reg.messages import existing_path
 from madry_compat.challenges import IMAGE_SETS
 from madry_compat.config import ChallengeConfig, load_config
 
@@ -103,7 +104,7 @@ def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
     """
     if not FLAGS.config:
         return None
-    config = load_config(command_line.existing_path("config", FLAGS.config))
+    config = load_config(existing_path("config", FLAGS.config))
     if config.unknown:
         command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
     # Only the command line decides which files are written.

@@ -11,7 +11,7 @@ from absl import flags
 
 from logit_reg.commands import command_line, flag_effects, flag_groups
 from logit_reg.commands.command_line import FLAGS
-from logit_reg.messages import UsageError
+from logit_reg.messages import UsageError, existing_path
 
 flags.DEFINE_list(
     "model_dir", None, "runs, .keras files, or folders or prefixes of TF1 checkpoints; newest run"
@@ -63,7 +63,7 @@ def main() -> None:
 
     output_dir = records.optional_path("output_dir")
     if FLAGS.redraw:
-        path = command_line.existing_path("redraw", FLAGS.redraw)
+        path = existing_path("redraw", FLAGS.redraw)
         comparison, curves = load_landscape(path)
         folder = output_dir or path.parent
     else:

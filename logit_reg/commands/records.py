@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from logit_reg.commands.command_line import FLAGS, existing_path
+from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import ATTACK_FLAGS
 from logit_reg.experiments.attack_choice import AttackChoice
 from logit_reg.experiments.own_models import OwnModel, load_own_model
 from logit_reg.experiments.sources import Model, find_model, newest_run
-from logit_reg.messages import UsageError, notice
+from logit_reg.messages import UsageError, existing_path, notice
 from logit_reg.threat import ThreatModel
 
 _OF_OWN_MODEL = ("model", "data", "bounds", "epsilon")

@@ -19,7 +19,7 @@ from absl import flags
 
 from logit_reg.commands import command_line, flag_effects
 from logit_reg.commands.command_line import FLAGS
-from logit_reg.messages import UsageError
+from logit_reg.messages import UsageError, existing_path
 
 flags.DEFINE_list("runs", None, "folders of runs, or one folder whose subfolders are runs")
 flags.DEFINE_string("title", "Cheap defences against adversarial examples", "title of the page")
@@ -54,7 +54,7 @@ def main() -> None:
     elif FLAGS.leaderboard:
         from logit_reg.report.leaderboard import write_leaderboard
 
-        folder = command_line.existing_path("checkpoints", FLAGS.checkpoints)
+        folder = existing_path("checkpoints", FLAGS.checkpoints)
         write_leaderboard(FLAGS.leaderboard, folder)
         print(f"page: {FLAGS.leaderboard}")
     else:
@@ -83,12 +83,12 @@ def _report() -> None:
     if FLAGS.export:
         _export(folders, Path(FLAGS.export))
     if FLAGS.page:
-        write_page(Path(FLAGS.page), FLAGS.title, runs)
+        write_page(Path(FLAGS.page), FLAGS.title, runs, num_classes=_num_classes(runs))
         print(f"page: {FLAGS.page}")
     if FLAGS.figure:
         _draw(runs)
     if FLAGS.readme:
-        path = command_line.existing_path("readme", FLAGS.readme)
+        path = existing_path("readme", FLAGS.readme)
         table = tables[0] if FLAGS.against else results_table(runs)
         text = replace_marked_section(path.read_text(), FLAGS.section, table.to_markdown())
         write_text(path, text)
@@ -103,10 +103,22 @@ def _draw(runs) -> None:
     from logit_reg.report.style import to_svg
     from logit_reg.report.sweep_figures import sweep_figure
 
-    figure = sweep_figure(runs, FLAGS.against) if FLAGS.against else accuracy_bars(runs)
+    figure = (
+        sweep_figure(runs, FLAGS.against, _num_classes(runs))
+        if FLAGS.against
+        else accuracy_bars(runs)
+    )
     with atomic_path(FLAGS.figure) as temporary:
         temporary.write_bytes(to_svg(figure))
     print(f"figure: {FLAGS.figure}")
+
+
+def _num_classes(runs) -> int:
+    """K of the data set that was trained on; 10 where that is none of the project's."""
+    from madry_compat.challenges import IMAGE_SETS
+
+    names = {run.settings.get("dataset") for run in runs} & IMAGE_SETS.keys()
+    return max((IMAGE_SETS[name].challenge.num_classes for name in names), default=10)
 
 
 def _compare() -> None:
@@ -115,7 +127,7 @@ def _compare() -> None:
 
     if len(FLAGS.compare) != 2:
         raise UsageError("--compare takes two folders, as --compare=runs/a/strong,runs/b/strong.")
-    folders = [command_line.existing_path("compare", name) for name in FLAGS.compare]
+    folders = [existing_path("compare", name) for name in FLAGS.compare]
     (ledger_a, result_a), (ledger_b, result_b) = map(read_ledger, folders)
     found = compare((ledger_a, result_a), (ledger_b, result_b))
     print(f"A: {folders[0]}\nB: {folders[1]}")
@@ -155,7 +167,7 @@ def _folders() -> list[Path]:
         raise UsageError(f"there is no {RUNS}/ here; name folders of runs, as --runs=a,b.")
     folders = []
     for name in FLAGS.runs or [str(RUNS)]:
-        found = run_folders(command_line.existing_path("runs", name))
+        found = run_folders(existing_path("runs", name))
         if not found:
             raise UsageError(f"--runs={name}: no runs (run.json) and no evaluations there.")
         folders += found

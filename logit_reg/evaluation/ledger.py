@@ -6,20 +6,19 @@ import hashlib
 import io
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from logit_reg.attacks.engine.attack import Attack
 from logit_reg.evaluation.run import Evaluation
-from logit_reg.evaluation.statistics import wilson_interval
+from logit_reg.evaluation.statistics import LEVEL, Proportion
 from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
 
 SCHEMA = 1
 FLAGS_PROTOCOL = "flags"
 """Stands for a protocol where the attack was described by flags."""
-_LEVEL = 0.95
 _MAX_LEDGER_BYTES = 64 * 2**20
 
 
@@ -47,6 +46,10 @@ class Ledger:
         """(N,) bool: right without an attack."""
         return np.array([cause != "clean" for cause in self.broken_by])
 
+    def right_under(self, attacks: Iterable[str]) -> np.ndarray:
+        """(N,) bool: right without an attack and under each of these."""
+        return np.all([self.clean, *(self.correct[name] for name in attacks)], axis=0)
+
 
 def build_result(
     evaluation: Evaluation,
@@ -70,23 +73,24 @@ def build_result(
         each with "name", "message" and "value".
     """
     num_examples = len(evaluation.labels)
-    num_robust = int(evaluation.robust.sum())
-    low, high = wilson_interval(num_robust, num_examples, _LEVEL)
+    planned = planned_result(
+        protocols, dataset=dataset, num_examples=num_examples, settings=settings, seed=seed
+    )
+    low, high = Proportion.of(evaluation.robust).interval
+    for protocol in planned["protocols"].values():
+        correct = [evaluation.correct[name] for name in protocol["attacks"]]
+        protocol["robust_accuracy"] = _share(np.all(correct, axis=0))
+        for name, attack in protocol["attacks"].items():
+            attack |= _numbers(evaluation.records[name])
     return {
         "schema": SCHEMA,
-        "dataset": dataset,
-        "num_examples": num_examples,
+        **planned,
         "clean_accuracy": _share(evaluation.clean),
         "robust_accuracy": _share(evaluation.robust),
-        "interval": {"level": _LEVEL, "method": "wilson", "low": low, "high": high},
-        "protocols": {
-            name: _protocol_result(evaluation, attacks) for name, attacks in protocols.items()
-        },
+        "interval": {"level": LEVEL, "method": "wilson", "low": low, "high": high},
         "forwards": evaluation.forwards,
         "backwards": evaluation.backwards,
         "seconds": sum(record.seconds for record in evaluation.records.values()),
-        "settings": settings,
-        "seed": seed,
         "notices": [dataclasses.asdict(finding) for finding in evaluation.findings],
     }
 
@@ -136,7 +140,7 @@ def evaluation_identity(result: Mapping) -> dict:
     Args:
         result: content of `result.json`, or what `planned_result` gives.
     """
-    settings = _mapping(result.get("settings"))
+    settings = mapping(result.get("settings"))
     identity = {
         "dataset": result.get("dataset"),
         "num_eval_examples": result.get("num_examples"),
@@ -161,11 +165,11 @@ def evaluation_label(result: Mapping) -> str:
         result: content of `result.json`, or what `planned_result` gives.
     """
     words = []
-    is_own_data = "data" in _mapping(result.get("settings"))
-    for protocol, content in _mapping(result.get("protocols")).items():
-        attacks = _mapping(_mapping(content).get("attacks"))
+    is_own_data = "data" in mapping(result.get("settings"))
+    for protocol, content in mapping(result.get("protocols")).items():
+        attacks = mapping(mapping(content).get("attacks"))
         for name, attack in list(attacks.items())[:1]:
-            settings = _mapping(_mapping(attack).get("settings"))
+            settings = mapping(mapping(attack).get("settings"))
             threat = _threat(settings)
             if protocol == FLAGS_PROTOCOL:
                 words += [name, *_step_words(settings), _threat_word(threat)]
@@ -185,11 +189,11 @@ def evaluation_name(result: Mapping) -> str:
     Args:
         result: content of `result.json`, or what `planned_result` gives.
     """
-    settings = _mapping(result.get("settings"))
+    settings = mapping(result.get("settings"))
     words = [evaluation_label(result), f"n{result.get('num_examples')}"]
     if result.get("seed"):
         words.append(f"seed{result['seed']}")
-    training = _mapping(settings.get("training"))
+    training = mapping(settings.get("training"))
     if training.get("steps_done") != training.get("steps_planned"):
         words.append(f"step{training.get('steps_done')}")
     if settings.get("worst_case_only"):
@@ -199,23 +203,23 @@ def evaluation_name(result: Mapping) -> str:
     return "-".join(words)
 
 
-def _mapping(value) -> Mapping:
-    """What a file says where an object should stand; anything else counts as an empty one."""
+def mapping(value) -> Mapping:
+    """What a file says where an object is expected; anything else counts as an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _attacks_of(result):
     return {
-        f"{protocol}/{name}": _mapping(attack).get("settings")
-        for protocol, content in _mapping(result.get("protocols")).items()
-        for name, attack in _mapping(_mapping(content).get("attacks")).items()
+        f"{protocol}/{name}": mapping(attack).get("settings")
+        for protocol, content in mapping(result.get("protocols")).items()
+        for name, attack in mapping(mapping(content).get("attacks")).items()
     }
 
 
 def _threat(settings) -> Mapping:
     """The threat model of an attack or of the one inside it, as with restarts."""
     found = [settings, *(value for value in settings.values() if isinstance(value, Mapping))]
-    return next((_mapping(value["threat"]) for value in found if "threat" in value), {})
+    return next((mapping(value["threat"]) for value in found if "threat" in value), {})
 
 
 def _threat_word(threat):
@@ -225,7 +229,7 @@ def _threat_word(threat):
 
 def _step_words(settings):
     """The settings of PGD that its name does not tell."""
-    inner = settings if "num_steps" in settings else _mapping(settings.get("attack"))
+    inner = settings if "num_steps" in settings else mapping(settings.get("attack"))
     words = []
     for name, word in (("step_size", "step"), ("confidence", "kappa")):
         if isinstance(value := inner.get(name), int | float) and value:
@@ -388,21 +392,13 @@ def _named(value):
     return {"wrapper" if "attack" in settings else "attack": type(value).__name__, **settings}
 
 
-def _protocol_result(evaluation, attacks):
-    correct = np.stack([evaluation.correct[name] for name in attacks])
+def _numbers(record) -> dict:
     return {
-        "robust_accuracy": _share(correct.all(axis=0)),
-        "attacks": {
-            name: {
-                "accuracy": _share(evaluation.records[name].correct),
-                "accuracy_last_iterate": _share(evaluation.records[name].correct_last_iterate),
-                "forwards": evaluation.records[name].forwards,
-                "backwards": evaluation.records[name].backwards,
-                "seconds": evaluation.records[name].seconds,
-                "settings": attack_settings(attack),
-            }
-            for name, attack in attacks.items()
-        },
+        "accuracy": _share(record.correct),
+        "accuracy_last_iterate": _share(record.correct_last_iterate),
+        "forwards": record.forwards,
+        "backwards": record.backwards,
+        "seconds": record.seconds,
     }
 
 

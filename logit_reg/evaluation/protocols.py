@@ -64,6 +64,9 @@ def protocol_attacks(name: str, challenge: Challenge) -> dict[str, Attack]:
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}.")
+    family, instead = _FAMILIES.get(name, (challenge.family, ""))
+    if challenge.family != family:
+        raise ValueError(f"protocol {name} is defined on {family} only; use {instead} here.")
     return PROTOCOLS[name](challenge)
 
 
@@ -110,31 +113,6 @@ def threat_of(norm: str, challenge: Challenge, epsilon: float | None = None) -> 
     return ThreatModel(norm, epsilon, challenge.lower, challenge.upper)
 
 
-def _only(challenge, wanted, name, instead):
-    if challenge.family != wanted:
-        raise ValueError(f"protocol {name} is defined on {wanted} only; use {instead} here.")
-
-
-def _madry_mnist(challenge, *, num_steps=None):
-    _only(challenge, "mnist", "madry-mnist", "madry-cifar10")
-    return _madry(challenge, num_steps or challenge.attack.num_steps)
-
-
-def _madry_cifar10(challenge):
-    _only(challenge, "cifar", "madry-cifar10", "madry-mnist")
-    return _madry(challenge, challenge.attack.num_steps)
-
-
-def _paper_mnist(challenge):
-    _only(challenge, "mnist", "paper-mnist", "paper-20")
-    return _paper(challenge, 40)
-
-
-def _paper_pgd(challenge, *, num_steps):
-    _only(challenge, "cifar", f"paper-{num_steps}", "paper-mnist")
-    return _paper(challenge, num_steps)
-
-
 def _paper_fgsm(challenge):
     threat = threat_of("linf", challenge)
     return {f"fgsm-{loss}": FGSM(threat, loss) for loss in ("xent", "cw")}
@@ -166,8 +144,9 @@ def _linf(challenge, *, name):
     return any_threat_attacks(name, threat_of("linf", challenge))
 
 
-def _madry(challenge, num_steps):
-    # All steps on all images: the last iterate, which the leaderboard counts, stands beside.
+def _madry(challenge, num_steps=None):
+    # All steps on all images: the last iterate, which the leaderboard counts, is recorded, too.
+    num_steps = num_steps or challenge.attack.num_steps
     threat, step_size = threat_of("linf", challenge), challenge.attack.step_size
     confidence = {"xent": 0.0, "cw": CHALLENGE_CONFIDENCE}
     return {
@@ -180,7 +159,7 @@ def _madry(challenge, num_steps):
 
 def _paper(challenge, num_steps):
     threat, step_size = threat_of("linf", challenge), challenge.paper.step_size
-    # Any iterate counts, so a fallen image needs no further step.
+    # Any iterate counts: an image that is fooled needs no further step.
     return {
         f"pgd{num_steps}-{loss}": PGD(threat, loss, num_steps, step_size, early_stop=True)
         for loss in ("xent", "cw")
@@ -195,14 +174,14 @@ ANY_THREAT: dict[str, Callable[[ThreatModel, int], dict[str, Attack]]] = {
 }
 
 PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
-    "madry-mnist": _madry_mnist,
-    "madry-mnist-100": functools.partial(_madry_mnist, num_steps=100),
-    "madry-cifar10": _madry_cifar10,
+    "madry-mnist": _madry,
+    "madry-mnist-100": functools.partial(_madry, num_steps=100),
+    "madry-cifar10": _madry,
     "paper-fgsm": _paper_fgsm,
-    "paper-20": functools.partial(_paper_pgd, num_steps=20),
-    "paper-50": functools.partial(_paper_pgd, num_steps=50),
-    "paper-200": functools.partial(_paper_pgd, num_steps=200),
-    "paper-mnist": _paper_mnist,
+    "paper-20": functools.partial(_paper, num_steps=20),
+    "paper-50": functools.partial(_paper, num_steps=50),
+    "paper-200": functools.partial(_paper, num_steps=200),
+    "paper-mnist": functools.partial(_paper, num_steps=40),
     "paper-restarts": _paper_restarts,
     "paper-l2": _paper_l2,
     "paper-spsa": _paper_spsa,
@@ -210,4 +189,12 @@ PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
     _EACH: functools.partial(_linf, name=_EACH),
     "autoattack-l2": _autoattack_l2,
     "adaptive": functools.partial(_linf, name="adaptive"),
+}
+
+# The family of images that a protocol is defined on, and what to use on the other.
+_FAMILIES = {
+    **dict.fromkeys(("madry-mnist", "madry-mnist-100"), ("mnist", "madry-cifar10")),
+    **dict.fromkeys(("madry-cifar10",), ("cifar", "madry-mnist")),
+    **dict.fromkeys(("paper-20", "paper-50", "paper-200"), ("cifar", "paper-mnist")),
+    **dict.fromkeys(("paper-mnist",), ("mnist", "paper-20")),
 }

@@ -5,17 +5,18 @@ import math
 
 import numpy as np
 
-_Z = {0.95: 1.959963984540054, 0.99: 2.5758293035489004}
+LEVEL = 0.95
+"""Confidence of every interval."""
+_Z = 1.959963984540054
 _BISECTIONS = 60
 
 
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion.
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion.
 
     Args:
         successes: number of successes.
         total: number of trials, at least 1.
-        level: confidence level, 0.95 or 0.99.
 
     Returns:
         Lower and upper end, fractions; exactly 0 without a success, exactly 1 without a failure.
@@ -23,8 +24,7 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> tuple[fl
     Source:
         Wilson 1927; the interval that Brown, Cai and DasGupta 2001 recommend.
     """
-    z = _Z[level]
-    share = successes / total
+    share, z = successes / total, _Z
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total / 2) ** 2)
     low = 0.0 if successes == 0 else max(0.0, center - half)
@@ -76,7 +76,7 @@ def paired_interval(only_a: int, only_b: int, num_examples: int) -> tuple[float,
         inside = estimate
         for _ in range(_BISECTIONS):
             middle = (inside + outside) / 2
-            if abs(_score(middle, only_a, only_b, num_examples)) < _Z[0.95]:
+            if abs(_score(middle, only_a, only_b, num_examples)) < _Z:
                 inside = middle
             else:
                 outside = middle
@@ -107,6 +107,17 @@ class Proportion:
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval, fractions."""
         return wilson_interval(self.successes, self.num_examples)
+
+    @property
+    def percent(self) -> float:
+        """In per cent."""
+        return 100 * self.successes / self.num_examples
+
+    @property
+    def percent_interval(self) -> tuple[float, float]:
+        """95 % Wilson interval, in per cent."""
+        low, high = self.interval
+        return 100 * low, 100 * high
 
     def scaled(self, num_examples: int) -> "Proportion":
         """About the same share of another number of examples."""
@@ -179,7 +190,7 @@ class Mean:
     @property
     def interval(self) -> tuple[float, float]:
         """Normal 95 % interval."""
-        half = _Z[0.95] * self.stddev / math.sqrt(self.num_examples)
+        half = _Z * self.stddev / math.sqrt(self.num_examples)
         return self.value - half, self.value + half
 
     def scaled(self, num_examples: int) -> "Mean":

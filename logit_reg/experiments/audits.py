@@ -9,7 +9,7 @@ import numpy as np
 
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
-from logit_reg.audit.bench import CONTROL_KINDS
+from logit_reg.audit.evidence import CONTROL_KINDS
 from logit_reg.evaluation import units
 from logit_reg.evaluation.ledger import attack_settings
 from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
@@ -38,7 +38,7 @@ from logit_reg.messages import UsageError, notice, tell
 from logit_reg.objectives import collapse_threshold
 from logit_reg.report.audit_page import write_audit_page
 from logit_reg.threat import ThreatModel
-from madry_compat.challenges import challenge_for
+from madry_compat.challenges import image_set
 from madry_compat.data import to_pixels
 
 # Of --controls, beside names of models: train what is missing, and train nothing.
@@ -96,6 +96,7 @@ class Audited:
     settings: dict[str, Any]
     beta: float | None = None
     collapse_threshold: float | None = None
+    ceiling: tuple[float, str] | None = None
 
 
 def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audited:
@@ -106,7 +107,8 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
         name: of the data set.
         settings: claim and tests.
     """
-    challenge = challenge_for(name)
+    record = image_set(name)
+    challenge = record.challenge
     dataset = load_split(name, "test", settings.data_dir, download=settings.download)
     count = num_examples(settings.num_examples, len(dataset.images))
     choice, claimed_by = settings.attack, settings.claimed_by
@@ -117,6 +119,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
     elif claimed_by:
         _tell_record_only(claimed_by, f"none of this project's protocols, {', '.join(PROTOCOLS)}")
     folder = model.folder or RUNS / "audits" / network_name(model.path, model.network, name)
+    best = record.published_ceiling(threat.norm, threat.epsilon)
     audited = Audited(
         network=model.network,
         threat=threat,
@@ -132,6 +135,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
             "release": model.release,
             "dataset": name,
         },
+        ceiling=(best.accuracy, best.source) if best else None,
     )
     run = model.run
     if run is None or not run.beta:
@@ -193,6 +197,7 @@ def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
         attacks=audited.attacks,
         beta=audited.beta,
         collapse_threshold=audited.collapse_threshold,
+        ceiling=audited.ceiling,
         batch_size=audited.batch_size,
         settings={
             **audited.settings,

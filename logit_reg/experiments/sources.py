@@ -11,7 +11,7 @@ from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import read_run, step_of_network
 from logit_reg.experiments.settings import RunSettings
 from logit_reg.files import read_arrays, read_json
-from logit_reg.messages import UsageError, notice
+from logit_reg.messages import UsageError, existing_path, notice
 from logit_reg.training.state import saved_steps
 from madry_compat.bundle_index import is_bundle_file
 from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
@@ -112,8 +112,8 @@ def load_split(
         ValueError: from `madry_compat.data.load`.
     """
     full_set = image_set(name).taken_from
-    if data_dir and not (full_set or download or Path(data_dir).expanduser().exists()):
-        raise UsageError(f"--data_dir={data_dir}: no such file or folder.")
+    if data_dir and not (full_set or download):
+        existing_path("data_dir", data_dir)
     dataset = load(name, split, data_dir, download=download)
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from matplotlib import colormaps, patheffects
@@ -11,20 +10,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from logit_reg.analysis.curves import RestartLosses, StepGrid
+from logit_reg.analysis.curves import Curve, RestartLosses, StepGrid
 from logit_reg.analysis.landscape import Comparison
 from logit_reg.audit.records import Audit
+from logit_reg.audit.records import Curve as AuditCurve
 from logit_reg.report.style import (
     COLORS,
     LIGHT,
     SMALL_FONT_SIZE,
     Theme,
-    house_style,
+    drawn,
+    legend,
     literal,
     log_ticks,
     mix,
     number,
-    settled,
+    percent_bars,
 )
 
 _QUANTITIES = {"cross_entropy": "cross-entropy (nats)", "margin": "margin (logits)"}
@@ -41,28 +42,8 @@ _MAX_SURVIVORS = 6
 _OUTLINE = [patheffects.withStroke(linewidth=2.0, foreground="black")]
 
 
-class AccuracyCurve(Protocol):
-    """Accuracy against one knob: what an audit and `logit_reg.analysis.curves` have in common."""
-
-    @property
-    def label(self) -> str:
-        """Text for the horizontal axis."""
-        ...
-
-    @property
-    def x(self) -> Sequence[float] | np.ndarray:
-        """(P,) values of the knob, increasing."""
-        ...
-
-    @property
-    def accuracy(self) -> Sequence[float] | np.ndarray:
-        """(P,) fractions."""
-        ...
-
-    @property
-    def reported(self) -> float | None:
-        """The value that a claim rests on."""
-        ...
+AccuracyCurve = AuditCurve | Curve
+"""Accuracy against one knob: of an audit, or of `logit_reg.analysis.curves`."""
 
 
 def attack_bars(audit: Audit, theme: Theme = LIGHT) -> Figure:
@@ -85,9 +66,7 @@ def attack_bars(audit: Audit, theme: Theme = LIGHT) -> Figure:
     ]
     names = [literal(name, 18 if theme.is_narrow else 34) for name, *_ in rows]
     num_lines = 1 + max(name.count("\n") for name in names)
-    with house_style(theme):
-        height = 0.6 + (0.07 + 0.13 * num_lines) * len(rows)
-        figure = Figure(figsize=(theme.width, height), layout="constrained")
+    with drawn(theme, 0.6 + (0.07 + 0.13 * num_lines) * len(rows)) as figure:
         axes = figure.subplots()
         for y, (_, accuracy, color) in enumerate(rows):
             face = mix(color, theme.paper, 0.75) if color else "none"
@@ -113,16 +92,9 @@ def attack_bars(audit: Audit, theme: Theme = LIGHT) -> Figure:
         low, high = worst.interval
         axes.plot([100 * low, 100 * high], [len(rows) - 1] * 2, color=theme.ink, linewidth=1.0)
         axes.axvline(100 * audit.claim, color=theme.ink, linewidth=0.7, linestyle="--")
-        axes.set_yticks(range(len(rows)), names)
-        axes.tick_params(axis="y", length=0)
+        percent_bars(axes, names, theme)
         axes.set_ylabel("attack")
-        axes.set_xlabel("images classified right (%)")
-        # Room on the right for the number beside a bar of 100 %.
-        axes.set_xlim(0, 112)
-        axes.set_xticks(range(0, 101, 20))
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.grid(axis="x", color=theme.rule, linewidth=0.5)
-        return settled(figure)
+    return figure
 
 
 def attack_bars_caption(audit: Audit) -> str:
@@ -152,8 +124,7 @@ def accuracy_curves(
         The figure: two panels a row.
     """
     num_columns, num_rows = _layout(len(curves), 1 if theme.is_narrow else 2)
-    with house_style(theme):
-        figure = Figure(figsize=(theme.width, 0.35 + 1.65 * num_rows), layout="constrained")
+    with drawn(theme, 0.35 + 1.65 * num_rows) as figure:
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for axes, curve in _panels(grid, curves):
             x, accuracy = np.asarray(curve.x), 100 * np.asarray(curve.accuracy)
@@ -178,13 +149,8 @@ def accuracy_curves(
             name = "ε of the threat model" if claim is None else "value that the claim is about"
             handles.append(_key(name, color=COLORS[1], linestyle=":"))
         if handles:
-            figure.legend(
-                handles=handles,
-                loc="outside upper center",
-                ncols=1 if theme.is_narrow else 2,
-                frameon=False,
-            )
-        return settled(figure)
+            legend(figure, handles, 1 if theme.is_narrow else 2)
+    return figure
 
 
 def accuracy_curves_caption(num_examples: int) -> str:
@@ -208,8 +174,7 @@ def step_map(grid: StepGrid, epsilon: float, theme: Theme = LIGHT) -> Figure:
     """
     percent = 100 * grid.accuracy
     colors = colormaps["cividis"]
-    with house_style(theme):
-        figure = Figure(figsize=(theme.width, 1.0 + 0.27 * len(percent)), layout="constrained")
+    with drawn(theme, 1.0 + 0.27 * len(percent)) as figure:
         axes = figure.subplots()
         image = axes.imshow(percent, cmap=colors, vmin=0, vmax=100, origin="lower", aspect="auto")
         for (row, column), value in np.ndenumerate(percent):
@@ -230,7 +195,7 @@ def step_map(grid: StepGrid, epsilon: float, theme: Theme = LIGHT) -> Figure:
         axes.set_ylabel("step size (ε)")
         bar = figure.colorbar(image, ax=axes, label="accuracy (%)")
         bar.outline.set_visible(False)
-        return settled(figure)
+    return figure
 
 
 def step_map_caption(grid: StepGrid) -> str:
@@ -264,8 +229,7 @@ def restart_histograms(restarts: RestartLosses, num_classes: int, theme: Theme =
     # Beyond the wrong side of the decision there is nothing to see: these are survivors.
     edges = np.linspace(0, max(1.05 * ceiling, float(losses[:, widest].max())), 25)
     num_columns, num_rows = _layout(len(widest), 2 if theme.is_narrow else 3)
-    with house_style(theme):
-        figure = Figure(figsize=(theme.width, 0.45 + 1.2 * num_rows), layout="constrained")
+    with drawn(theme, 0.45 + 1.2 * num_rows) as figure:
         grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
         for axes, column in _panels(grid, widest):
             axes.hist(losses[:, column], edges, color=COLORS[0])
@@ -278,8 +242,8 @@ def restart_histograms(restarts: RestartLosses, num_classes: int, theme: Theme =
             axes.set_ylabel("restarts")
         _label_outer(grid, len(widest))
         line = _key(f"ln {num_classes} = {ceiling:.2f}", color=theme.ink, linestyle="--")
-        figure.legend(handles=[line], loc="outside upper center", frameon=False)
-        return settled(figure)
+        legend(figure, [line])
+    return figure
 
 
 def restart_histograms_caption(restarts: RestartLosses) -> str:
@@ -319,13 +283,9 @@ def loss_maps(
     limits = (coordinates[0] - half_cell, coordinates[-1] + half_cell)
     num_columns, num_rows = _layout(len(surfaces), 2 if theme.is_narrow else 3)
     side = (theme.width - 1.2) / max(num_columns, 2)
-    with house_style(theme):
-        figure = Figure(
-            figsize=(theme.width, 0.75 + (side + 0.25) * num_rows), layout="constrained"
-        )
+    with drawn(theme, 0.75 + (side + 0.25) * num_rows) as figure:
         grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
-        models = list(zip(comparison.settings["models"], surfaces, strict=True))
-        for axes, (name, surface) in _panels(grid, models):
+        for axes, surface in _model_panels(grid, comparison, surfaces, theme):
             image = axes.imshow(
                 surface,
                 origin="lower",
@@ -342,9 +302,6 @@ def loss_maps(
             _contour(axes, coordinates, surface, [reference], path_effects=_OUTLINE, **style)
             edge = {"color": "white", "linewidth": 1.0, "path_effects": _OUTLINE}
             axes.plot(*_ball_edge(comparison), **edge)
-            axes.set_title(
-                literal(name, int(14 * theme.width) // num_columns), fontsize=SMALL_FONT_SIZE
-            )
             axes.set_xlim(limits)
             axes.set_ylim(limits)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -364,14 +321,8 @@ def loss_maps(
             _key(name, color="white", linestyle=style, path_effects=_OUTLINE)
             for style, name in (("-", "edge of the ε ball"), ("--", reference_name))
         ]
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=1 if theme.is_narrow else 2,
-            handlelength=2.6,
-            frameon=False,
-        )
-        return settled(figure)
+        legend(figure, handles, 1 if theme.is_narrow else 2, "lower", handlelength=2.6)
+    return figure
 
 
 def loss_surfaces(
@@ -392,11 +343,10 @@ def loss_surfaces(
     scale = _scale(comparison, quantity, surfaces)
     a, b = np.meshgrid(comparison.coordinates, comparison.coordinates)
     num_columns, num_rows = _layout(len(surfaces), 1 if theme.is_narrow else 2)
-    with house_style(theme):
-        # Constrained layout does not see the labels of a perspective: the room for them is fixed.
-        side, title = (theme.width - 0.4) / max(num_columns, 1.5), 0.5
-        height = num_rows * (side + title)
-        figure = Figure(figsize=(theme.width, height))
+    # Constrained layout does not see the labels of a perspective: the room for them is fixed.
+    side, title = (theme.width - 0.4) / max(num_columns, 1.5), 0.5
+    height = num_rows * (side + title)
+    with drawn(theme, height, layout=None) as figure:
         figure.subplots_adjust(
             left=0.0,
             right=1 - 0.35 / theme.width,
@@ -407,8 +357,7 @@ def loss_surfaces(
         )
         panels = {"projection": "3d", "computed_zorder": False}
         grid = figure.subplots(num_rows, num_columns, squeeze=False, subplot_kw=panels)
-        models = list(zip(comparison.settings["models"], surfaces, strict=True))
-        for axes, (name, surface) in _panels(grid, models):
+        for axes, surface in _model_panels(grid, comparison, surfaces, theme):
             axes.plot_surface(
                 a,
                 b,
@@ -424,9 +373,6 @@ def loss_surfaces(
             # The background would hide the label of the panel on the left.
             axes.patch.set_visible(False)
             axes.set_zlim(scale.vmin, scale.vmax)
-            axes.set_title(
-                literal(name, int(14 * theme.width) // num_columns), fontsize=SMALL_FONT_SIZE
-            )
             axes.set_xlabel("adversarial (ε)", labelpad=-4)
             axes.set_ylabel("random (ε)", labelpad=-4)
             axes.set_zlabel(_QUANTITIES[quantity], labelpad=-4)
@@ -434,7 +380,7 @@ def loss_surfaces(
             for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
                 axis.set_major_locator(MaxNLocator(4, integer=True))
                 axis.set_pane_color((0, 0, 0, 0))
-        return settled(figure)
+    return figure
 
 
 def landscape_caption(
@@ -558,6 +504,15 @@ def _panels(grid, items):
     for axes in grid.flat[len(items) :]:
         axes.remove()
     return zip(grid.flat, items, strict=False)
+
+
+def _model_panels(grid, comparison, surfaces, theme):
+    """Axes, with the model's name above them, and surface of each model."""
+    width = int(14 * theme.width) // grid.shape[1]
+    models = list(zip(comparison.settings["models"], surfaces, strict=True))
+    for axes, (name, surface) in _panels(grid, models):
+        axes.set_title(literal(name, width), fontsize=SMALL_FONT_SIZE)
+        yield axes, surface
 
 
 def _label_outer(grid, num_panels):

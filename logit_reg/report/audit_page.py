@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from logit_reg.analysis.landscape import Comparison, Landscape
+from logit_reg.audit.decisions import percent, with_interval
 from logit_reg.audit.records import DECISIVE, GROUPS, Audit, TestRecord
 from logit_reg.durations import in_words
 from logit_reg.files import write_text
@@ -61,7 +62,8 @@ def _page(audit):
         title += f" of {method}"
     elif isinstance(model, str):
         title += f" of {Path(model).name or model}"
-    parts = [
+    return html_page.document(
+        title,
         f"<h1>{_text(title)}</h1>",
         _undecided(audit),
         _verdict(audit),
@@ -73,12 +75,12 @@ def _page(audit):
         html_page.section("Scale of the logits", _squeeze(audit)),
         html_page.section("How the verdict is reached", f"<p>{_text(_RULE)}</p>"),
         html_page.section("Provenance", _provenance(audit)),
-    ]
-    return html_page.document(title, "\n".join(filter(None, parts)), _STYLE)
+        style=_STYLE,
+    )
 
 
 def _undecided(audit):
-    """The decisive tests without a decision: they stand above the verdict."""
+    """The decisive tests without a decision, shown above the verdict."""
     missing = [test for test in audit.tests if test.number in audit.undecided]
     if not missing:
         return ""
@@ -97,22 +99,20 @@ def _verdict(audit):
     low, high = worst.interval
     by = f" (by {audit.claimed_by})" if audit.claimed_by else ""
     numbers = (
-        f"Claimed robust accuracy{by}: {_percent(audit.claim)}. Of {audit.num_examples} images "
-        f"{_percent(worst.accuracy)} [{100 * low:.1f}, {100 * high:.1f}] withstand every attack "
+        f"Claimed robust accuracy{by}: {percent(audit.claim)}. Of {audit.num_examples} images "
+        f"{percent(worst.accuracy)} [{100 * low:.1f}, {100 * high:.1f}] withstand every attack "
         "of this audit."
     )
     gap = audit.claimed_gap
     if gap is not None:
-        ends = ", ".join(f"{100 * end:.1f}" for end in gap.interval).replace("-", "−")
         numbers += (
             f" On the same images the claim's own attacks leave "
-            f"{_percent(gap.correct_a / gap.num_examples)}: {100 * gap.value:.1f} points [{ends}] "
-            "more."
+            f"{percent(gap.correct_a / gap.num_examples)}: {with_interval(gap, ' points')} more."
         )
     if strongest:
         numbers += (
             f" The attack that broke most is {strongest}, which alone leaves "
-            f"{_percent(audit.accuracy_by_attack[strongest])}."
+            f"{percent(audit.accuracy_by_attack[strongest])}."
         )
     decisive = [test for test in audit.tests if test.decisive and test.status == "fail"]
     failed = ", ".join(f"{test.number} ({test.name})" for test in decisive)
@@ -135,10 +135,10 @@ def _facts(audit):
     threat, cost = audit.settings.get("threat"), audit.cost
     gap = audit.claimed_gap
     facts = {
-        "clean accuracy": _percent(audit.clean_accuracy),
-        "claimed": _percent(audit.claim),
-        "claim on these images": "–" if gap is None else _percent(gap.correct_a / gap.num_examples),
-        "worst case": _percent(audit.worst_case.accuracy),
+        "clean accuracy": percent(audit.clean_accuracy),
+        "claimed": percent(audit.claim),
+        "claim on these images": "–" if gap is None else percent(gap.correct_a / gap.num_examples),
+        "worst case": percent(audit.worst_case.accuracy),
         "images": str(audit.num_examples),
         "budget": audit.budget,
         "seed": str(audit.seed),
@@ -298,7 +298,3 @@ def _provenance(audit):
 def _text(value):
     """Plain text as HTML, a number and its per cent sign on one line."""
     return html.escape(value).replace(" %", "&nbsp;%")
-
-
-def _percent(fraction):
-    return f"{100 * fraction:.1f} %"

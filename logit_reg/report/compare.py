@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from logit_reg.evaluation.ledger import Ledger, is_same_attack
+from logit_reg.audit.decisions import with_interval
+from logit_reg.evaluation.ledger import Ledger, is_same_attack, mapping
 from logit_reg.evaluation.statistics import PairedDifference
 from logit_reg.report.tables import Table, notices_of
 
@@ -56,7 +57,7 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> Comparison:
     pairs = {"clean": (ledger_a.clean, ledger_b.clean)}
     pairs |= {name: (ledger_a.correct[name], ledger_b.correct[name]) for name in common}
     if len(common) > 1:
-        pairs["worst case"] = (right_under(ledger_a, common), right_under(ledger_b, common))
+        pairs["worst case"] = (ledger_a.right_under(common), ledger_b.right_under(common))
     if not common:
         pairs["worst case, each of its own attacks"] = (ledger_a.robust, ledger_b.robust)
     return Comparison(
@@ -74,23 +75,17 @@ def compare(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]) -> Comparison:
     )
 
 
-def right_under(ledger: Ledger, attacks) -> np.ndarray:
-    """(N,) bool: right clean and under all of some attacks of a ledger."""
-    return np.all([ledger.clean, *(ledger.correct[name] for name in attacks)], axis=0)
-
-
 def comparison_table(comparison: Comparison, dataset: str) -> Table:
     """The differences as a table, accuracies in per cent."""
     num_examples = comparison.num_examples
     rows = []
     for name, found in comparison.differences.items():
-        low, high = found.interval
         shares = (100 * count / num_examples for count in (found.correct_a, found.correct_b))
         rows.append(
             (
                 name,
                 *(f"{share:.1f}" for share in shares),
-                f"{_signed(found.value)} [{_signed(low)}, {_signed(high)}]",
+                with_interval(found, sign="+"),
                 str(found.only_a),
                 str(found.only_b),
                 f"{found.p_value:.2g}",
@@ -147,7 +142,7 @@ def shared_rows(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]):
         # A hash is of all images of an evaluation together.
         fields["images_sha256"] = "the pixels of the images differ"
     for name, meaning in fields.items():
-        values = [_settings(result).get(name) for result in (result_a, result_b)]
+        values = [mapping(result.get("settings")).get(name) for result in (result_a, result_b)]
         if None not in values and values[0] != values[1]:
             raise ValueError(f"A and B were evaluated on different images: {meaning}.")
     shared, rows_a, rows_b = np.intersect1d(ledger_a.index, ledger_b.index, return_indices=True)
@@ -161,14 +156,9 @@ def shared_rows(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]):
     return rows_a, rows_b
 
 
-def _signed(fraction):
-    """In points, with a sign."""
-    return f"{round(100 * fraction, 1) + 0.0:+.1f}".replace("-", "−")
-
-
 def _attacks(result):
     """Settings of each attack that saw every image that is right clean, by name."""
-    if _settings(result).get("worst_case_only"):
+    if mapping(result.get("settings")).get("worst_case_only"):
         return {}
     try:
         return {
@@ -180,8 +170,3 @@ def _attacks(result):
         raise ValueError(
             "a result.json is not as this version writes it; evaluate again."
         ) from error
-
-
-def _settings(result):
-    settings = result.get("settings")
-    return settings if isinstance(settings, dict) else {}

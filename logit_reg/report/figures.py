@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from logit_reg.evaluation.statistics import Proportion
 from logit_reg.report.attack_names import attack_title, in_order
 from logit_reg.report.runs import Examples, Run, StoredEvaluation
 from logit_reg.report.style import (
@@ -18,15 +19,16 @@ from logit_reg.report.style import (
     LINE_STYLES,
     SMALL_FONT_SIZE,
     Theme,
-    house_style,
+    drawn,
+    legend,
     literal,
     log_ticks,
     mix,
-    settled,
+    percent_bars,
+    whiskers,
 )
 from logit_reg.report.tables import (
     FGSM_ATTACKS,
-    Accuracy,
     accuracy_under,
     accuracy_under_pgd,
     comparable,
@@ -59,36 +61,21 @@ def accuracy_bars(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
     kept = comparable(runs)
     measures = _measures(kept)
     colored = [(color, run) for color, _, run in _styled(runs) if not run.is_contaminated]
-    with house_style(theme):
-        figure = Figure(
-            figsize=(theme.width, 1.0 + 0.62 * len(kept) + (0.3 if theme.is_narrow else 0)),
-            layout="constrained",
-        )
+    with drawn(theme, 1.0 + 0.62 * len(kept) + (0.3 if theme.is_narrow else 0)) as figure:
         axes = figure.subplots()
         height = 0.8 / len(measures)
         for group, (color, run) in enumerate(colored):
             for i, (_, measure) in enumerate(measures):
                 y = group - 0.4 + (i + 0.5) * height
                 _bar(axes, y, height, measure(run), color, _TINTS[i], theme)
-        axes.set_yticks(range(len(kept)), [literal(run.name, 18) for _, run in colored])
-        axes.tick_params(axis="y", length=0)
+        percent_bars(axes, [literal(run.name, 18) for _, run in colored], theme)
         axes.set_ylabel("run")
-        axes.set_xlabel("images classified right (%)")
-        # Room on the right for the number beside a bar of 100 %.
-        axes.set_xlim(0, 112)
-        axes.set_xticks(range(0, 101, 20))
-        axes.set_ylim(max(len(kept), 1) - 0.5, -0.5)
-        axes.grid(axis="x", color=theme.rule, linewidth=0.5)
-        figure.legend(
-            handles=[
-                Patch(facecolor=mix(theme.ink, theme.paper, tint), edgecolor=theme.ink, label=name)
-                for tint, (name, _) in zip(_TINTS, measures, strict=True)
-            ],
-            loc="outside upper center",
-            ncols=1 if theme.is_narrow else 2,
-            frameon=False,
-        )
-        return settled(figure)
+        handles = [
+            Patch(facecolor=mix(theme.ink, theme.paper, tint), edgecolor=theme.ink, label=name)
+            for tint, (name, _) in zip(_TINTS, measures, strict=True)
+        ]
+        legend(figure, handles, 1 if theme.is_narrow else 2)
+    return figure
 
 
 def accuracy_bars_caption(runs: Sequence[Run]) -> str:
@@ -106,8 +93,8 @@ def accuracy_bars_caption(runs: Sequence[Run]) -> str:
     return (
         f"Accuracy clean and under attack, worst case over the losses of each attack ({names}). "
         f"Whiskers are 95 % Wilson intervals. {differ}A healthy model loses a few points "
-        "from PGD to the strong attack; bars that stand under FGSM and PGD and are gone under the "
-        "strong attack show masked gradients."
+        "from PGD to the strong attack; bars that are long under FGSM and PGD and gone under "
+        "the strong attack show masked gradients."
     )
 
 
@@ -123,10 +110,8 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         The figure: two panels, a line for each run.
     """
     logged = [(color, style, run) for color, style, run in _styled(runs) if run.log]
-    with house_style(theme):
-        num_columns = 1 if theme.is_narrow else 2
-        height = 4.4 + 0.17 * math.ceil(len(logged) / num_columns)
-        figure = Figure(figsize=(theme.width, height), layout="constrained")
+    num_columns = 1 if theme.is_narrow else 2
+    with drawn(theme, 4.4 + 0.17 * math.ceil(len(logged) / num_columns)) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         ceiling = math.log(num_classes)
         for color, style, run in logged:
@@ -155,17 +140,13 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         lower.set_xlim(left=0)
         for axes in (upper, lower):
             axes.grid(color=theme.rule, linewidth=0.5)
-        if logged:
-            figure.legend(
-                handles=[
-                    Line2D([], [], color=color, linestyle=style, label=literal(run.name, 34))
-                    for color, style, run in logged
-                ],
-                loc="outside upper center",
-                ncols=num_columns,
-                frameon=False,
-            )
-        return settled(figure)
+        handles = [
+            Line2D([], [], color=color, linestyle=style, label=literal(run.name, 34))
+            for color, style, run in logged
+        ]
+        if handles:
+            legend(figure, handles, num_columns)
+    return figure
 
 
 def training_curves_caption(runs: Sequence[Run], num_classes: int = 10) -> str:
@@ -205,11 +186,7 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
     """
     rows = _grid_rows(runs, num_images)
     num_columns = max(len(labels) for _, _, labels in rows)
-    with house_style(theme):
-        figure = Figure(
-            figsize=(theme.width, 0.85 * len(rows) * (0.8 if theme.is_narrow else 1)),
-            layout="constrained",
-        )
+    with drawn(theme, 0.85 * len(rows) * (0.8 if theme.is_narrow else 1)) as figure:
         grid = figure.subplots(len(rows), num_columns, squeeze=False)
         for axes_row, (name, images, labels) in zip(grid, rows, strict=True):
             for axes, image, label in itertools.zip_longest(axes_row, images, labels):
@@ -223,7 +200,7 @@ def adversarial_grid(runs: Sequence[Run], num_images: int = 6, theme: Theme = LI
                 is_fooled = len(set(label.split(" → "))) == 2
                 axes.set_xlabel(label, labelpad=2, weight="bold" if is_fooled else "normal")
             axes_row[0].set_ylabel(literal(name, 16), rotation=0, ha="right", va="center")
-        return settled(figure)
+    return figure
 
 
 def adversarial_grid_caption(runs: Sequence[Run], num_images: int = 6) -> str:
@@ -263,7 +240,7 @@ def _measures(runs):
     num_steps = pgd_lengths(runs)[-1]
     strong = {attack_title(list(e.ledger.correct)) for run in runs if (e := strongest(run))}
     strong_name = strong.pop() if len(strong) == 1 else "strong attack"
-    measures: list[tuple[str, Callable[[Run], Accuracy | None]]] = [
+    measures: list[tuple[str, Callable[[Run], Proportion | None]]] = [
         (attack_title(attacks), functools.partial(accuracy_under, attacks=attacks))
         for attacks in ((), FGSM_ATTACKS)
     ]
@@ -283,7 +260,6 @@ def _bar(axes, y, height, found, color, tint, theme):
     if found is None:
         axes.text(1, y, "not measured", **text)
         return
-    low, high = found.interval
     axes.barh(
         y,
         found.percent,
@@ -291,11 +267,10 @@ def _bar(axes, y, height, found, color, tint, theme):
         color=mix(color, theme.paper, tint),
         edgecolor=color,
         linewidth=0.6,
-        # The ends of an interval around 0 or 100 % miss them by a rounding.
-        xerr=[[max(0.0, found.percent - low)], [max(0.0, high - found.percent)]],
+        xerr=whiskers(found),
         error_kw={"ecolor": theme.ink, "elinewidth": 0.8, "capsize": 1.5},
     )
-    axes.text(high + 1.5, y, f"{found.percent:.1f}", **text)
+    axes.text(found.percent_interval[1] + 1.5, y, f"{found.percent:.1f}", **text)
 
 
 def _grid_rows(runs, num_images):

@@ -16,17 +16,18 @@ _DARK = "(prefers-color-scheme: dark)"
 _NARROW = "(max-width: 32rem)"
 
 
-def document(title: str, body: str, style: str = "") -> str:
+def document(title: str, *parts: str, style: str = "") -> str:
     """A whole page.
 
     Args:
         title: in the window's title bar, plain text.
-        body: HTML.
+        parts: HTML; empty ones are left out.
         style: rules to add to the common style sheet.
 
     Returns:
         HTML.
     """
+    body = "\n".join(filter(None, parts))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

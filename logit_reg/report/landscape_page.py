@@ -41,7 +41,7 @@ def write_landscape_page(
     settings |= {model: found.settings for model, found in (curves or {}).items()}
     provenance = html_page.details("Settings", html_page.json_block(settings))
     parts.append(html_page.section("Provenance", provenance))
-    write_text(path, html_page.document("Loss landscape", "\n".join(parts)))
+    write_text(path, html_page.document("Loss landscape", *parts))
 
 
 def _surfaces(comparison, quantity, example):

@@ -1,4 +1,4 @@
-"""A page that ranks networks by the cards that stand with their checkpoints."""
+"""A page that ranks networks by the model cards beside their checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from logit_reg.evaluation.ledger import Ledger, read_ledger
+from logit_reg.audit.decisions import with_interval
+from logit_reg.evaluation.ledger import Ledger, mapping, read_ledger
 from logit_reg.evaluation.statistics import PairedDifference
 from logit_reg.files import read_json, write_text
 from logit_reg.report import html as html_page
-from logit_reg.report.compare import right_under, shared_rows
+from logit_reg.report.compare import shared_rows
 from logit_reg.report.tables import NOT_MEASURED, Table, notices_of
 
 _CARD = "model_card.json"
 _INTRODUCTION = (
     "Networks ranked by what AutoAttack leaves of their accuracy. The claim is the lowest accuracy "
-    "under any other attack of the same threat model: where it stands far above AutoAttack, a "
+    "under any other attack of the same threat model: where it is far above AutoAttack, a "
     "weaker attack flatters the network. Every number is counted from a per-example ledger; the "
     "difference of the two is that on the images which both attacks saw."
 )
@@ -31,23 +32,27 @@ class Entry:
     card: dict
     """Content of its `model_card.json`."""
     evaluations: tuple[tuple[Ledger, dict], ...] = ()
-    """Ledgers of this very network that stand beside the card, with their `result.json`."""
+    """Ledgers of this very network from beside the card, with their `result.json`."""
 
-    def evaluation_of(self, protocol: str | None) -> tuple[Ledger, dict] | None:
-        """The ledger that the card's accuracy under a protocol comes from, if it is here."""
+    def evaluation_of(self, protocol: str | None) -> tuple[Ledger, dict, np.ndarray] | None:
+        """The ledger that the card's accuracy under a protocol comes from, if it is here.
+
+        Returns:
+            The ledger, its `result.json`, and (N,) bool: right under the protocol's attacks.
+        """
         listed = [found for found in self.card["evaluations"] if found["protocol"] == protocol]
         for ledger, result in self.evaluations:
             for found in listed:
                 attacks = found.get("attacks")
                 if (
-                    protocol in _protocols(result)
+                    protocol in mapping(result.get("protocols"))
                     and found["num_examples"] == len(ledger.index)
                     and isinstance(attacks, list)
                     and ledger.correct.keys() >= set(attacks)
-                    and found.get("accuracy")
-                    == round(100 * float(np.mean(right_under(ledger, attacks))), 4)
                 ):
-                    return ledger, result
+                    right = ledger.right_under(attacks)
+                    if found.get("accuracy") == round(100 * float(np.mean(right)), 4):
+                        return ledger, result, right
         return None
 
     @property
@@ -61,29 +66,15 @@ class Entry:
         if claimed is None or strong is None:
             return None
         try:
-            rows = shared_rows(claimed, strong)
+            rows, rows_strong = shared_rows(claimed[:2], strong[:2])
         except ValueError:
             return None
-        right = [
-            right_under(ledger, self._attacks(protocol, ledger))[mine]
-            for (ledger, _), protocol, mine in zip(
-                (claimed, strong), (self.card["reported_protocol"], _AUTOATTACK), rows, strict=True
-            )
-        ]
-        return PairedDifference.of(*right)
+        return PairedDifference.of(claimed[2][rows], strong[2][rows_strong])
 
     def notices(self, protocol: str | None) -> list[str]:
         """What the evaluation under a protocol says of its own numbers."""
         found = self.evaluation_of(protocol)
         return [] if found is None else notices_of(found[1])
-
-    def _attacks(self, protocol, ledger):
-        (attacks,) = (
-            found["attacks"]
-            for found in self.card["evaluations"]
-            if found["protocol"] == protocol and found["num_examples"] == len(ledger.index)
-        )
-        return attacks
 
 
 def read_cards(folder: Path | str) -> list[Entry]:
@@ -164,7 +155,7 @@ def write_leaderboard(path: Path | str, folder: Path | str) -> None:
         html_page.details(entry.card["name"], html_page.json_block(entry.card)) for entry in entries
     ]
     parts.append(html_page.section("Cards", "\n".join(provenance)))
-    write_text(path, html_page.document("Leaderboard", "\n".join(parts)))
+    write_text(path, html_page.document("Leaderboard", *parts))
 
 
 def _row(entry):
@@ -172,12 +163,7 @@ def _row(entry):
     extra = {None: "unknown", True: "yes", False: "no"}[card["additional_data"]]
     claimed_by = card["reported_protocol"]
     gap = entry.gap
-    cell = NOT_MEASURED
-    if gap is not None:
-        value, low, high = (
-            f"{100 * share:.1f}".replace("-", "−") for share in (gap.value, *gap.interval)
-        )
-        cell = f"{value} [{low}, {high}] (n = {gap.num_examples})"
+    cell = NOT_MEASURED if gap is None else f"{with_interval(gap)} (n = {gap.num_examples})"
     return (
         card["name"],
         _show(card["clean_acc"]),
@@ -212,17 +198,10 @@ def _read_entry(path):
     card = _read_card(path)
     found = [read_ledger(result.parent) for result in sorted(path.parent.glob("*/result.json"))]
     key = card.get("network_sha256")
-    return Entry(card, tuple(pair for pair in found if _network_of(pair[1]) == key is not None))
-
-
-def _protocols(result):
-    protocols = result.get("protocols")
-    return protocols if isinstance(protocols, dict) else {}
-
-
-def _network_of(result):
-    settings = result.get("settings")
-    return settings.get("network_sha256") if isinstance(settings, dict) else None
+    of_network = (
+        pair for pair in found if mapping(pair[1].get("settings")).get("network_sha256") == key
+    )
+    return Entry(card, tuple(of_network) if key is not None else ())
 
 
 def _read_card(path):

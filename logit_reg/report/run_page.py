@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from logit_reg.files import atomic_path
+from logit_reg.files import write_text
 from logit_reg.report import figures
 from logit_reg.report import html as html_page
 from logit_reg.report.runs import Run
@@ -69,50 +69,44 @@ def write_page(
         ValueError: if there are no runs, or they were evaluated on different data sets.
     """
     page = _page(title, runs, num_classes, introduction or _introduction(runs))
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _page(title, runs, num_classes, introduction):
     sections = [html_page.section("Results", results_table(runs).to_html())]
+
+    def add_figure(heading, draw, caption, alternative, *options):
+        figure = html_page.figure(
+            functools.partial(draw, runs, *options), alternative, caption(runs, *options)
+        )
+        sections.append(html_page.section(heading, figure))
+
     if comparable(runs):
-        sections.append(
-            html_page.section(
-                "Accuracy under attack",
-                html_page.figure(
-                    functools.partial(figures.accuracy_bars, runs),
-                    "Bars: accuracy of each run clean, under FGSM, PGD and the strong attack.",
-                    figures.accuracy_bars_caption(runs),
-                ),
-            )
+        add_figure(
+            "Accuracy under attack",
+            figures.accuracy_bars,
+            figures.accuracy_bars_caption,
+            "Bars: accuracy of each run clean, under FGSM, PGD and the strong attack.",
         )
     if any(run.log for run in runs):
-        sections.append(
-            html_page.section(
-                "Training",
-                html_page.figure(
-                    functools.partial(figures.training_curves, runs, num_classes),
-                    "Curves: cross-entropy and mean logit norm of each run against the step.",
-                    figures.training_curves_caption(runs, num_classes),
-                ),
-            )
+        add_figure(
+            "Training",
+            figures.training_curves,
+            figures.training_curves_caption,
+            "Curves: cross-entropy and mean logit norm of each run against the step.",
+            num_classes,
         )
     if figures.with_examples(runs):
-        sections.append(
-            html_page.section(
-                "Images and their adversarial versions",
-                html_page.figure(
-                    functools.partial(figures.adversarial_grid, runs),
-                    "Images in the top row, their adversarial versions for each run below.",
-                    figures.adversarial_grid_caption(runs),
-                ),
-            )
+        add_figure(
+            "Images and their adversarial versions",
+            figures.adversarial_grid,
+            figures.adversarial_grid_caption,
+            "Images in the top row, their adversarial versions for each run below.",
         )
     terms = "\n".join(f"<dt>{term}</dt>\n<dd>{meaning}</dd>" for term, meaning in _READING)
     sections.append(html_page.section("How to read it", f"<p>{_WARNING}</p>\n<dl>\n{terms}\n</dl>"))
     sections.append(html_page.section("Provenance", "\n".join(map(_provenance, runs))))
-    parts = [html_page.heading(title, introduction), *sections]
-    return html_page.document(title, "\n".join(parts))
+    return html_page.document(title, html_page.heading(title, introduction), *sections)
 
 
 def _introduction(runs):
@@ -122,7 +116,7 @@ def _introduction(runs):
     return (
         f"This page attacks {count}{trained} and shows what each defence costs and what is left of "
         "its accuracy. Every number is counted from verdicts on single images, and the numbers "
-        "under FGSM and PGD stand beside those under a stronger attack."
+        "under FGSM and PGD are shown beside those under a stronger attack."
     )
 
 

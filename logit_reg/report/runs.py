@@ -5,15 +5,19 @@ import dataclasses
 import io
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from logit_reg.array_files import check_axes
 from logit_reg.evaluation.ledger import (
+    FLAGS_PROTOCOL,
     Ledger,
     evaluation_identity,
     evaluation_label,
     evaluation_name,
+    mapping,
     read_ledger,
 )
 from logit_reg.files import (
@@ -31,7 +35,13 @@ _MAX_LOG_BYTES = 16 * 2**20
 # Ten images; an ImageNet one has 600 KB.
 _MAX_EXAMPLE_BYTES = 64 * 2**20
 _EVALUATION_FILES = ("ledger.csv", "result.json", "examples.npz")
-_EXAMPLE_ARRAYS = ("images", "adversarial", "labels", "predictions", "bounds")
+_EXAMPLE_AXES = {
+    "images": "NHWC",
+    "adversarial": "NHWC",
+    "labels": "N",
+    "predictions": "N",
+    "bounds": "2",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +77,21 @@ class StoredEvaluation:
         return str(self.result.get("dataset", "an unnamed data set"))
 
     @property
+    def settings(self) -> Mapping:
+        """The settings in `result.json`; empty if it has none."""
+        return mapping(self.result.get("settings"))
+
+    @property
+    def shares_active_set(self) -> bool:
+        """Whether each attack saw only what the ones before had left."""
+        return bool(self.settings.get("worst_case_only"))
+
+    @property
+    def is_of_flags(self) -> bool:
+        """Whether the attack was described by flags, not by a protocol."""
+        return FLAGS_PROTOCOL in mapping(self.result.get("protocols"))
+
+    @property
     def attack_name(self) -> str:
         """The attacks, joined by " + "."""
         return " + ".join(self.ledger.correct)
@@ -84,9 +109,7 @@ class StoredEvaluation:
     @property
     def finished_steps(self) -> int | None:
         """Training steps of the network when it was evaluated; None if that was not recorded."""
-        settings = self.result.get("settings")
-        training = settings.get("training") if isinstance(settings, dict) else None
-        steps = training.get("steps_done") if isinstance(training, dict) else None
+        steps = mapping(self.settings.get("training")).get("steps_done")
         return steps if isinstance(steps, int) else None
 
 
@@ -138,8 +161,7 @@ class Run:
     @property
     def is_contaminated(self) -> bool:
         """Whether an evaluation of it says that it used images of the training."""
-        found = (evaluation.result.get("settings") for evaluation in self.evaluations.values())
-        return any(isinstance(value, dict) and value.get("contaminated") for value in found)
+        return any(e.settings.get("contaminated") for e in self.evaluations.values())
 
 
 def load_run(folder: Path | str) -> Run:
@@ -263,7 +285,7 @@ def export_run(folder: Path | str, destination: Path | str) -> None:
 
 def _load_evaluation(directory):
     ledger, result = read_ledger(directory)
-    if (ledger.robust != np.all([ledger.clean, *ledger.correct.values()], axis=0)).any():
+    if (ledger.robust != ledger.right_under(ledger.correct)).any():
         raise ValueError(
             f"{directory / 'ledger.csv'}: robust is not what clean and the correct_ columns give; "
             f"evaluate again."
@@ -293,28 +315,18 @@ def _read_columns(path, columns):
 
 def _read_examples(path):
     try:
-        arrays = read_arrays(path, names=_EXAMPLE_ARRAYS, max_bytes=_MAX_EXAMPLE_BYTES)
-        if any(array.dtype.kind not in "iuf" for array in arrays.values()):
-            raise ValueError(f"{path}: holds text.")
+        arrays = read_arrays(path, names=list(_EXAMPLE_AXES), max_bytes=_MAX_EXAMPLE_BYTES)
+        check_axes(path, arrays, _EXAMPLE_AXES, {"2": 2})
+        for name, array in arrays.items():
+            if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+                raise ValueError(f"{path}: {name} are not finite numbers.")
+        if arrays["images"].shape[-1] not in (1, 3) or not np.diff(arrays["bounds"])[0] > 0:
+            raise ValueError(
+                f"{path}: images with {arrays['images'].shape[-1]} channels, bounds "
+                f"{arrays['bounds']}; expected 1 or 3 channels and bounds (lower, upper)."
+            )
     except ValueError as error:
         raise ValueError(
             f"{error} These are not the examples of an evaluation; evaluate again."
         ) from error
-    examples = Examples(**arrays)
-    shape, num = examples.images.shape, examples.labels.size
-    numbers = [np.isfinite(getattr(examples, name)).all() for name in _EXAMPLE_ARRAYS]
-    if not (
-        len(shape) == 4
-        and shape[3] in (1, 3)
-        and examples.adversarial.shape == shape
-        and examples.labels.shape == examples.predictions.shape == (shape[0],)
-        and examples.bounds.shape == (2,)
-        and all(numbers)
-        and examples.bounds[0] < examples.bounds[1]
-    ):
-        raise ValueError(
-            f"{path}: images {shape}, adversarial {examples.adversarial.shape}, {num} labels, "
-            f"bounds {examples.bounds}; expected finite images (N, H, W, 1 or 3) beside as many "
-            f"adversarial ones, labels and predictions, and bounds (lower, upper)."
-        )
-    return examples
+    return Examples(**arrays)

@@ -5,10 +5,15 @@ import dataclasses
 import io
 import math
 import textwrap
+from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+
+from logit_reg.evaluation.statistics import Proportion
 
 # Width in inches of a figure beside its caption.
 WIDTH = 5.2
@@ -90,11 +95,45 @@ def log_ticks(axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def settled(figure):
-    """Lay the figure out once, while the house style is in force."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
+def percent_bars(axes, names: Sequence[str], theme: Theme) -> None:
+    """The axes of horizontal bars of accuracies in per cent, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("images classified right (%)")
+    # Room on the right for the number beside a bar of 100 %.
+    axes.set_xlim(0, 112)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    axes.grid(axis="x", color=theme.rule, linewidth=0.5)
+
+
+def whiskers(found: Proportion) -> list[list[float]]:
+    """The interval of an accuracy as matplotlib's error bars take it, in per cent."""
+    # The ends of an interval around 0 or 100 % miss them by a rounding.
+    low, high = found.percent_interval
+    return [[max(0.0, found.percent - low)], [max(0.0, high - found.percent)]]
+
+
+def legend(figure, handles, num_columns: int = 2, place: str = "upper", **options) -> None:
+    """A legend outside of the panels, without a frame."""
+    where = f"outside {place} center"
+    figure.legend(handles=handles, loc=where, ncols=num_columns, frameon=False, **options)
+
+
+@contextlib.contextmanager
+def drawn(theme: Theme, height: float, layout: Literal["constrained"] | None = "constrained"):
+    """A figure in the house style, laid out once, when it is left.
+
+    Args:
+        theme: neutral colours, and the width.
+        height: in inches.
+        layout: matplotlib's layout engine.
+    """
+    with house_style(theme):
+        figure = Figure(figsize=(theme.width, height), layout=layout)
+        yield figure
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 @contextlib.contextmanager

@@ -9,21 +9,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from logit_reg.evaluation.statistics import Proportion
 from logit_reg.objectives import REGULARIZERS, collapse_threshold
 from logit_reg.report.attack_names import CLEAN, attack_title, in_order, line_styles
 from logit_reg.report.runs import Run, StoredEvaluation
 from logit_reg.report.style import (
     LIGHT,
     SMALL_FONT_SIZE,
-    WIDTH,
     Theme,
-    house_style,
+    drawn,
+    legend,
     literal,
-    settled,
+    whiskers,
 )
 from logit_reg.report.tables import (
     FGSM_ATTACKS,
-    Accuracy,
     Table,
     accuracy_under,
     accuracy_under_pgd,
@@ -56,7 +56,7 @@ class Point:
     measure: str
     """"clean", or what it was attacked with; see `attack_title`."""
     x: float
-    accuracy: Accuracy
+    accuracy: Proportion
     seed: int | None
     """Of the training."""
 
@@ -94,7 +94,9 @@ def sweep_points(runs: Sequence[Run], against: str) -> list[Point]:
     return sorted(points, key=lambda point: point.x)
 
 
-def sweep_figure(runs: Sequence[Run], against: str, theme: Theme = LIGHT) -> Figure:
+def sweep_figure(
+    runs: Sequence[Run], against: str, num_classes: int = 10, theme: Theme = LIGHT
+) -> Figure:
     """Accuracy against what a sweep varies, a panel for each of the other settings that differ.
 
     Whiskers are 95 % Wilson intervals of one network; the line joins the means over seeds.
@@ -102,6 +104,7 @@ def sweep_figure(runs: Sequence[Run], against: str, theme: Theme = LIGHT) -> Fig
     Args:
         runs: of the sweep.
         against: see `sweep_points`.
+        num_classes: K of the data set, for the collapse threshold.
         theme: neutral colours.
 
     Returns:
@@ -114,9 +117,7 @@ def sweep_figure(runs: Sequence[Run], against: str, theme: Theme = LIGHT) -> Fig
     panels = list(dict.fromkeys(point.panel for point in points))
     curves = _curves(points)
     styles = line_styles(measure for measure, _ in curves)
-    with house_style(theme):
-        height = 0.7 + 2.1 * len(panels)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    with drawn(theme, 0.7 + 2.1 * len(panels)) as figure:
         grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, panel in zip(grid, panels, strict=True):
             for measure, curve in curves:
@@ -136,19 +137,14 @@ def sweep_figure(runs: Sequence[Run], against: str, theme: Theme = LIGHT) -> Fig
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
         if against == "beta":
-            _draw_thresholds(grid, panels, comparable(runs), theme)
-        figure.legend(
-            handles=[
-                Line2D([], [], color=color, linestyle=style, label=literal(curve, 40))
-                for measure, curve in curves
-                for color, style in (styles[measure],)
-            ],
-            loc="outside upper center",
-            ncols=2,
-            frameon=False,
-            handlelength=2.6,
-        )
-        return settled(figure)
+            _draw_thresholds(grid, panels, comparable(runs), num_classes, theme)
+        handles = [
+            Line2D([], [], color=color, linestyle=style, label=literal(curve, 40))
+            for measure, curve in curves
+            for color, style in (styles[measure],)
+        ]
+        legend(figure, handles, handlelength=2.6)
+    return figure
 
 
 def sweep_caption(runs: Sequence[Run], against: str) -> str:
@@ -203,7 +199,7 @@ def sweep_table(runs: Sequence[Run], against: str) -> Table:
 def _cell(found):
     if not found:
         return "–"
-    low, high = found[0].interval
+    low, high = found[0].percent_interval
     if len(found) > 1:
         low, high = (f(accuracy.percent for accuracy in found) for f in (min, max))
     return f"{np.mean([accuracy.percent for accuracy in found]):.1f} [{low:.1f}, {high:.1f}]"
@@ -218,7 +214,7 @@ def _setting_points(run, runs, against):
     for num_steps in pgd_lengths([run])[-1:]:
         measures[attack_title(pgd_attacks(num_steps))] = accuracy_under_pgd(run, num_steps)
     if strong := strongest(run):
-        measures[_title(strong)] = _accuracy(strong.ledger.robust)
+        measures[_title(strong)] = Proportion.of(strong.ledger.robust)
     for measure, accuracy in measures.items():
         if accuracy is not None:
             yield Point(panel, measure, float(x), accuracy, run.seed)
@@ -227,19 +223,17 @@ def _setting_points(run, runs, against):
 def _checkpoint_points(run, panel):
     clean: dict[int, StoredEvaluation] = {}
     for _, evaluation in sorted(run.evaluations.items()):
-        settings = evaluation.result.get("settings")
-        model = settings.get("model") if isinstance(settings, dict) else None
-        match = re.search(r"checkpoint-(\d{1,12})$", str(model))
+        match = re.search(r"checkpoint-(\d{1,12})$", str(evaluation.settings.get("model")))
         if not match:
             continue
         step = int(match[1])
         largest = clean.setdefault(step, evaluation)
         if len(evaluation.ledger.label) > len(largest.ledger.label):
             clean[step] = evaluation
-        found = _accuracy(evaluation.ledger.robust)
+        found = Proportion.of(evaluation.ledger.robust)
         yield Point(panel, _title(evaluation), float(step), found, run.seed)
     for step, evaluation in clean.items():
-        yield Point(panel, CLEAN, float(step), _accuracy(evaluation.ledger.clean), run.seed)
+        yield Point(panel, CLEAN, float(step), Proportion.of(evaluation.ledger.clean), run.seed)
 
 
 def _attack_points(run, panel):
@@ -249,7 +243,7 @@ def _attack_points(run, panel):
         for attack, x in _pgd_steps(evaluation).items():
             # The axis has the number of steps.
             title = re.sub(r"-\d+", "", attack_title([attack]))
-            accuracy = _accuracy(evaluation.ledger.clean & evaluation.ledger.correct[attack])
+            accuracy = Proportion.of(evaluation.ledger.clean & evaluation.ledger.correct[attack])
             yield Point(panel, title, float(x), accuracy, run.seed)
 
 
@@ -267,10 +261,6 @@ def _curves(points):
     order = in_order(point.measure for point in points)
     pairs = {(point.measure, point.curve): point.accuracy.num_examples for point in points}
     return sorted(pairs, key=lambda pair: (order.index(pair[0]), -pairs[pair]))
-
-
-def _accuracy(correct):
-    return Accuracy(int(correct.sum()), len(correct))
 
 
 def _panel(run, runs, against):
@@ -291,15 +281,10 @@ def _draw(axes, points, color, style):
     if not points:
         return
     for point in points:
-        low, high = point.accuracy.interval
         axes.errorbar(
             point.x,
             point.accuracy.percent,
-            # The ends of an interval around 0 or 100 % miss them by a rounding.
-            yerr=[
-                [max(0.0, point.accuracy.percent - low)],
-                [max(0.0, high - point.accuracy.percent)],
-            ],
+            yerr=whiskers(point.accuracy),
             color=color,
             marker="o",
             markersize=2.5,
@@ -311,7 +296,7 @@ def _draw(axes, points, color, style):
     axes.plot(xs, means, color=color, linestyle=style, linewidth=1.2)
 
 
-def _draw_thresholds(grid, panels, runs, theme):
+def _draw_thresholds(grid, panels, runs, num_classes, theme):
     """A dotted line, with its value, at the collapse threshold of each panel."""
     for axes, panel in zip(grid, panels, strict=True):
         for run in runs:
@@ -321,7 +306,7 @@ def _draw_thresholds(grid, panels, runs, theme):
                 continue
             threshold = collapse_threshold(
                 batch,
-                100 if run.settings.get("dataset") == "cifar100" else 10,
+                num_classes,
                 reg=reg,
                 smoothing=float(run.settings.get("smoothing", 0.0)),
             )

@@ -7,10 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from logit_reg.evaluation.ledger import FLAGS_PROTOCOL
-from logit_reg.evaluation.statistics import wilson_interval
+from logit_reg.evaluation.statistics import Proportion
 from logit_reg.report.published import Published, published_for
 from logit_reg.report.runs import Run as Run
 from logit_reg.report.runs import StoredEvaluation
@@ -28,25 +25,6 @@ NOT_MEASURED = "–"
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """A number of right answers out of a number of examples."""
-
-    num_correct: int
-    num_examples: int
-
-    @property
-    def percent(self) -> float:
-        """The share, in per cent."""
-        return 100 * self.num_correct / self.num_examples
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval, in per cent."""
-        low, high = wilson_interval(self.num_correct, self.num_examples)
-        return 100 * low, 100 * high
-
-
-@dataclasses.dataclass(frozen=True)
 class Table:
     """A table of strings; the first column names the rows, a header may have several lines."""
 
@@ -60,7 +38,7 @@ class Table:
         """Aligned for a terminal, the caption below, wrapped to the table's width."""
         headers = [column.split("\n") for column in self.columns]
         depth = max(map(len, headers))
-        # Headers stand on the rule, not under the ceiling.
+        # Headers are flush with the rule below them.
         lines = [[""] * (depth - len(header)) + header for header in headers]
         drawn = aligned([*zip(*lines, strict=True), *self.rows])
         rule = "-" * max(map(len, drawn))
@@ -154,7 +132,7 @@ def _cell_html(cell):
     return f"<span>{text}</span>" if count else text
 
 
-def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
+def accuracy_under(run: Run, attacks: Sequence[str]) -> Proportion | None:
     """Accuracy under the worst of some attacks, per example, in the largest evaluation of them.
 
     Args:
@@ -170,15 +148,15 @@ def accuracy_under(run: Run, attacks: Sequence[str]) -> Accuracy | None:
         for evaluation in shown_evaluations(run).values()
         if set(attacks) <= evaluation.ledger.correct.keys()
         # An attack of the flags may share its name with a protocol's, and not its settings.
-        and not (attacks and (_shares_active_set(evaluation) or _is_of_flags(evaluation)))
+        and not (attacks and (evaluation.shares_active_set or evaluation.is_of_flags))
     ]
     if not found:
         return None
     ledger = max(found, key=lambda ledger: len(ledger.label))
-    return _count(np.all([ledger.clean, *(ledger.correct[name] for name in attacks)], axis=0))
+    return Proportion.of(ledger.right_under(attacks))
 
 
-def accuracy_under_pgd(run: Run, num_steps: int) -> Accuracy | None:
+def accuracy_under_pgd(run: Run, num_steps: int) -> Proportion | None:
     """Accuracy under the worst of the paper's, else the challenge's PGD of so many steps."""
     names = pgd_attacks(num_steps)
     found = accuracy_under(run, names)
@@ -204,10 +182,10 @@ def strongest(run: Run) -> StoredEvaluation | None:
     return max(found, key=lambda e: (_rank(e), len(e.ledger.label)), default=None)
 
 
-def strong_accuracy(run: Run) -> Accuracy | None:
+def strong_accuracy(run: Run) -> Proportion | None:
     """Accuracy under the strongest cascade that was run; None if none was."""
     found = strongest(run)
-    return None if found is None else _count(found.ledger.robust)
+    return None if found is None else Proportion.of(found.ledger.robust)
 
 
 def pgd_attacks(num_steps: int) -> tuple[str, ...]:
@@ -361,18 +339,12 @@ def _accuracy_column(title, runs, measure, *, with_interval=False, describe=None
         found = measure(run)
         if found is None:
             return NOT_MEASURED
-        low, high = found.interval
+        low, high = found.percent_interval
         interval = f" [{low:.1f}, {high:.1f}]" if with_interval else ""
         note = "" if shared else f" ({describe(run, found)})".replace("\n", ", ")
         return f"{found.percent:.1f}{interval}{note}"
 
     return _Column("\n".join(filter(None, (title, shared))), cell)
-
-
-def _shares_active_set(evaluation):
-    """Whether each attack saw only what the ones before had left."""
-    settings = evaluation.result.get("settings")
-    return isinstance(settings, dict) and bool(settings.get("worst_case_only"))
 
 
 def _labels(runs):
@@ -384,11 +356,6 @@ def _labels(runs):
         words = [f"{name} {run.settings.get(name)}" for name in differing_settings(twins)]
         labels[id(run)] = ", ".join([run.name, *words])
     return labels
-
-
-def _is_of_flags(evaluation):
-    protocols = evaluation.result.get("protocols")
-    return isinstance(protocols, dict) and FLAGS_PROTOCOL in protocols
 
 
 def _strength(evaluation):
@@ -415,8 +382,8 @@ def _attacks_of_protocols(runs):
         name
         for run in runs
         for evaluation in shown_evaluations(run).values()
-        if not _is_of_flags(evaluation)
-        and not (_shares_active_set(evaluation) and _strength(evaluation))
+        if not evaluation.is_of_flags
+        and not (evaluation.shares_active_set and _strength(evaluation))
         and len(evaluation.ledger.correct) > 1
         for name in evaluation.ledger.correct
     )
@@ -458,7 +425,7 @@ class _Group:
 
     def count(self, run):
         evaluation = self.members.get(id(run))
-        return None if evaluation is None else _count(evaluation.ledger.robust)
+        return None if evaluation is None else Proportion.of(evaluation.ledger.robust)
 
 
 def _groups(runs) -> list[_Group]:
@@ -594,7 +561,3 @@ def _show_steps(run):
 
 def _show(value, form):
     return NOT_MEASURED if value is None else format(value, form)
-
-
-def _count(correct):
-    return Accuracy(int(correct.sum()), len(correct))

@@ -22,8 +22,9 @@ from madry_compat.data.checksums import content_hash
 from madry_compat.data.idx import find_idx, read_idx
 from madry_compat.data.mnist_5k import find_mnist_5k, read_mnist_5k
 from madry_compat.data.pickles import read_pickles
-from madry_compat.data.sources import Arrays, DataError, Source, find_files, one_line
+from madry_compat.data.sources import Arrays, DataError, Source, find_files
 from madry_compat.data.tfds_folders import download_tfds, find_tfds, read_tfds
+from madry_compat.files import one_line
 
 __all__ = [
     "NAMES",

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from madry_compat.data.checksums import content_hash
-from madry_compat.data.sources import Arrays, DataError, Source, one_line
-from madry_compat.files import default_cache_dir, write_atomically
+from madry_compat.data.sources import Arrays, DataError, Source
+from madry_compat.files import default_cache_dir, one_line, write_atomically
 
 # Part of every entry's name: raise it when a reader's result changes.
 _FORMAT = 1

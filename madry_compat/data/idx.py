@@ -17,8 +17,8 @@ from madry_compat.data.sources import (
     DataError,
     Source,
     find_files,
-    one_line,
 )
+from madry_compat.files import one_line
 
 # The magic number of unsigned bytes, without the number of dimensions that is added to it.
 _UNSIGNED_BYTES = 0x0800

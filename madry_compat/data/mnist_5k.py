@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from madry_compat.challenges import ImageSet
-from madry_compat.data.sources import Arrays, DataError, Source, one_line
+from madry_compat.data.sources import Arrays, DataError, Source
+from madry_compat.files import one_line
 
 _SEED = 20180
 

@@ -15,9 +15,9 @@ from madry_compat.data.sources import (
     Arrays,
     DataError,
     Source,
-    one_line,
     read_bounded,
 )
+from madry_compat.files import one_line
 
 # CIFAR-100 takes 350,000 in the wordiest protocol: 50,000 file names and twice as many labels.
 _MAX_OPERATIONS = 400_000

@@ -1,12 +1,12 @@
-"""What the readers of image sets share: their records, their error and careful looks at files."""
+"""What the readers of image sets share: records, an error, how files are found and read."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from madry_compat.challenges import ImageSet
+from madry_compat.files import one_line
 
 # The largest published file, CIFAR-100's `train`, has 155 MB.
 MAX_FILE_BYTES = 256 * 2**20
@@ -82,13 +82,6 @@ def find_files(image_set: ImageSet, split: str, root: Path, suffix: str = "") ->
                 "unpack the archive again."
             )
     return None
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what a library has to say, without TensorFlow's node names."""
-    text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:.*", "", str(error)[:1000]).strip()
-    line = (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-    return line if line.isprintable() else ascii(line)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -15,9 +15,9 @@ from madry_compat.data.sources import (
     Arrays,
     DataError,
     Source,
-    one_line,
     read_bounded,
 )
+from madry_compat.files import one_line
 
 _MAX_JSON_BYTES = 2**20
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -1,9 +1,9 @@
-"""The workbench of an audit: one model, its images, and the books of all that is run on them."""
+"""What an audit knows: the claim, the model on its images, and all that attacks have found."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from logit_reg.attacks import Transfer
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack
 from logit_reg.attacks.engine.checks import Probabilities, probabilities
-from logit_reg.attacks.engine.examples import check_classes
+from logit_reg.attacks.engine.examples import attack_inputs, check_classes
 from logit_reg.attacks.engine.forward import (
     LogitsFn,
     batch_spec,
@@ -35,14 +35,17 @@ from logit_reg.evaluation.run import (
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.threat import ThreatModel
 
-# Most images that attacks without gradients are tried on, of those that stand.
+# Most images that attacks without gradients are tried on, of those that are still robust.
 NUM_LEFT = 100
 
 BUDGETS = ("quick", "standard", "full")
 CONTROL_KINDS = ("natural", "noise_only", "adversarial", "same_recipe", "squeezed", "reference")
 
-# MNIST's images, and those of its lookalikes: on them honest models behave as on no others.
-_MNIST_SHAPE = (28, 28, 1)
+# Of the pixel range; see `Evidence.has_wide_ball`.
+_WIDE_BALL = 1 / 15
+# Fractions of epsilon of the challenges' own steps: 0.01 of 0.3 on MNIST, 2 of 8 on CIFAR.
+_WIDE_STEP_SHARE = 1 / 30
+_STEP_SHARE = 1 / 4
 # Logits whose median margin is larger are divided before they are attacked, at most by so much.
 _LARGE_MARGIN = 200.0
 _MOST_DIVIDED = 10.0
@@ -75,45 +78,6 @@ class Control:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything that decides which attacks the tests make."""
-
-    threat: ThreatModel
-    budget: str
-    num_classes: int
-    num_examples: int
-    image_shape: tuple[int, ...]
-    step_size: float
-    """Of the plain PGD that the ladder starts from, pixel units."""
-    median_margin: float
-    """Median over the clean images of the largest minus the second largest logit."""
-    divisor: float
-    """What the logits are divided by before they are attacked; see `precise`."""
-    claimed: Mapping[str, Attack]
-    """The claimant's own attacks by name."""
-    controls: tuple[Control, ...]
-    """Empty in the quick budget."""
-
-    @property
-    def is_mnist(self) -> bool:
-        """Whether the thresholds for MNIST apply."""
-        return self.image_shape == _MNIST_SHAPE
-
-    @property
-    def is_quick(self) -> bool:
-        """Whether everything is done in its short form."""
-        return self.budget == "quick"
-
-    def pick(self, quick, standard, full):
-        """The value for the budget."""
-        return {"quick": quick, "standard": standard, "full": full}[self.budget]
-
-    def controls_of(self, *kinds: str) -> tuple[Control, ...]:
-        """The controls of some kinds, in the order given."""
-        return tuple(control for control in self.controls if control.kind in kinds)
-
-
-@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a test found, before it becomes a `TestRecord`."""
 
@@ -129,51 +93,62 @@ class Diagnostic:
 
     number: int
     name: str
-    group: str
     criterion: str
-    threshold_origin: str
-    budget: str
-    """The least budget that it runs in."""
-    judge: Callable[["Bench"], Outcome]
-    attacks: Callable[[Plan], Mapping[str, Attack]] = lambda plan: {}
+    judge: Callable[["Evidence"], Outcome]
+    attacks: Callable[["Evidence"], Mapping[str, Attack]] = lambda evidence: {}
     """What it attacks the audited model with; an attack of several tests runs once."""
+    threshold_origin: str = "prop"
+    """One of `records.ORIGINS`."""
+    budget: str = "quick"
+    """The least budget that it runs in."""
     control_kinds: tuple[str, ...] = ()
     """Controls that it attacks in the same way."""
-    passes: Callable[[Plan], float] = lambda plan: 0.0
+    passes: Callable[["Evidence"], float] = lambda evidence: 0.0
     """Forward passes of single images outside attacks; a gradient counts as two."""
-    passes_each: Callable[[Plan], float] = lambda plan: 0.0
+    passes_each: Callable[["Evidence"], float] = lambda evidence: 0.0
     """The same for each of the first `NUM_LEFT` images that the attacks before leave."""
 
 
-class Bench:
-    """Runs attacks on the audited model, each once, and keeps the worst case per example."""
+class Evidence:
+    """A claim, the audited model on its images, and what the attacks have found so far.
+
+    It runs attacks, each once, and keeps the worst case per example.
+    """
 
     def __init__(
         self,
         logits_fn: LogitsFn,
+        threat: ThreatModel,
         images: np.ndarray,
         labels: np.ndarray,
         *,
-        seed: int,
-        batch_size: int,
-        state_dir: Path | None,
-        show_progress: bool,
+        claim: float,
+        controls: Sequence[Control] = (),
+        budget: str = "quick",
+        seed: int = 0,
+        attacks: Mapping[str, Attack] | None = None,
+        beta: float | None = None,
+        collapse_threshold: float | None = None,
+        ceiling: tuple[float, str] | None = None,
+        batch_size: int = 200,
+        state_dir: Path | str | None = None,
+        show_progress: bool = False,
     ):
-        """Look at the clean images.
-
-        Args:
-            logits_fn: images -> logits, as given.
-            images: (N, H, W, C) float32, pixel units.
-            labels: (N,) int64.
-            seed: source of all random numbers.
-            batch_size: most images sent through a network at once.
-            state_dir: where finished batches of attacks are kept.
-            show_progress: draw a progress bar for each attack.
-        """
-        self.given_logits_fn = logits_fn
+        """Classify the clean images; the arguments are those of `logit_reg.audit.audit`."""
+        images, labels, _ = attack_inputs(images, labels, None)
+        _check(logits_fn, images, threat, claim, budget, batch_size, state_dir)
+        self.given_logits_fn, self.threat = logits_fn, threat
         self.images, self.labels = images, labels
-        self.seed, self.batch_size = seed, batch_size
-        self._state_dir, self._show_progress = state_dir, show_progress
+        self.claim = claim / 100 if claim > 1 else claim
+        """A fraction."""
+        self.ceiling = ceiling
+        self.budget, self.seed, self.batch_size = budget, seed, batch_size
+        self.controls = () if budget == "quick" else tuple(controls)
+        self.claimed = dict(attacks or {})
+        """The claimant's own attacks by name."""
+        self._state_dir = None if state_dir is None else Path(state_dir)
+        self._show_progress = show_progress
+
         self.outputs = _in_batches(logits_fn, images, batch_size)
         """(N, K) what `logits_fn` returns for the clean images."""
         check_classes(labels, self.outputs.shape[1])
@@ -184,27 +159,80 @@ class Bench:
         if self.probabilities is not None:
             self.logits_fn = log_of(logits_fn, self.probabilities)
             self.logits = self.probabilities.logarithm(self.outputs).numpy()
+        ordered = np.sort(self.logits, axis=1)
+        self.median_margin = float(np.median(ordered[:, -1] - ordered[:, -2]))
+        """Median over the clean images of the largest minus the second largest logit."""
         # Logits that are not numbers have no margin.
-        large = np.nan_to_num(median_margin(self.logits) / _LARGE_MARGIN, nan=1.0)
+        large = np.nan_to_num(self.median_margin / _LARGE_MARGIN, nan=1.0)
         self.divisor = float(np.clip(large, 1.0, _MOST_DIVIDED))
-        """What the logits are divided by before they are attacked."""
+        """What the logits are divided by before they are attacked; see `precise`."""
         self.precise = precise(self.logits_fn, self.divisor)
         """The logits in float64, for gradients that float32 would lose; see `precise`."""
+        self.cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels, self.logits.astype(np.float64)
+        ).numpy()
+        """(N,) of the clean images, in nats."""
+        self.squeeze = SqueezeDiagnostics(
+            mean_logit_norm=finite(np.linalg.norm(self.logits.astype(np.float64), axis=1).mean()),
+            median_margin=finite(self.median_margin),
+            clean_cross_entropy=finite(self.cross_entropy.mean()),
+            log_num_classes=math.log(self.num_classes),
+            beta=beta,
+            collapse_threshold=finite(collapse_threshold),
+        )
+
         self.clean = clean_margin(self.logits, labels) > 0
         """(N,) bool."""
         self.robust = self.clean.copy()
         """(N,) bool: right under everything within the threat model so far."""
         self.accuracy_by_attack: dict[str, float] = {}
         self.violations: list[str] = []
-        """Messages of the gate about attacks that left their threat model."""
+        """What was found of attacks that left their threat model."""
         self._done: dict[Attack, np.ndarray] = {}
         self._controls: dict[Control, LogitsFn] = {}
         self._forwards = self._backwards = 0
         self._started = time.monotonic()
-        # Set by `audit`, once the clean images have told what they can.
-        self.plan: Plan
-        self.squeeze: SqueezeDiagnostics
-        self.claim: float
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.outputs.shape[1]
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return len(self.images)
+
+    @property
+    def has_wide_ball(self) -> bool:
+        """Whether epsilon is as large as MNIST's: there attacks on honest models converge slowly.
+
+        That is so where every value may change, as a root mean square, by a fifteenth of the
+        range; CIFAR's 16 of 255 in linf is below it, MNIST's 2 in l2 above.
+        """
+        return self.threat.epsilon >= _WIDE_BALL * self.reach(1.0)
+
+    @property
+    def step_size(self) -> float:
+        """Of the plain PGD that the ladder starts from: the claimant's, else the challenges'."""
+        for attack in self.claimed.values():
+            step_size = getattr(attack, "step_size", None)
+            if step_size is not None and attack.threat == self.threat:
+                return float(step_size)
+        return (_WIDE_STEP_SHARE if self.has_wide_ball else _STEP_SHARE) * self.threat.epsilon
+
+    def reach(self, share: float) -> float:
+        """The epsilon that lets every value move by a share of the pixel range."""
+        root = math.sqrt(self.images[0].size) if self.threat.norm == "l2" else 1.0
+        return share * (self.threat.upper - self.threat.lower) * root
+
+    def pick(self, quick, standard, full):
+        """The value for the budget."""
+        return {"quick": quick, "standard": standard, "full": full}[self.budget]
+
+    def controls_of(self, *kinds: str) -> tuple[Control, ...]:
+        """The controls of some kinds, in the order given."""
+        return tuple(control for control in self.controls if control.kind in kinds)
 
     def run(self, attacks: Mapping[str, Attack]) -> dict[str, np.ndarray]:
         """Attack all images with each attack.
@@ -238,9 +266,9 @@ class Bench:
 
     def claimed_robust(self) -> np.ndarray | None:
         """(N,) bool: right under all of the claimant's attacks; None unless all of them ran."""
-        claimed = self.plan.claimed.values()
+        claimed = self.claimed.values()
         if not claimed or any(
-            attack not in self._done or not is_within(attack.threat, self.plan.threat)
+            attack not in self._done or not is_within(attack.threat, self.threat)
             for attack in claimed
         ):
             return None
@@ -248,14 +276,14 @@ class Bench:
 
     def credit(self, name: str, threat: ThreatModel, correct: np.ndarray) -> None:
         """Let an attack count for the worst case if its threat model is within the audited one."""
-        if is_within(threat, self.plan.threat):
+        if is_within(threat, self.threat):
             self.robust &= correct
             self.accuracy_by_attack[name] = float(np.mean(correct))
 
     def evaluate(
         self, logits_fn, attacks, *, rows=None, network=None, precision="precise"
     ) -> Evaluation:
-        """Attack images of any model through the gate of `evaluation.evaluate`.
+        """Attack images of any model by `evaluation.evaluate`, which checks what comes back.
 
         Args:
             logits_fn: what to attack.
@@ -305,11 +333,11 @@ class Bench:
         return self._controls[control]
 
     def spend(self, forwards: int = 0, backwards: int = 0) -> None:
-        """Add single passes to the books."""
+        """Count forward and backward passes of single images."""
         self._forwards += forwards
         self._backwards += backwards
 
-    def close_books(self) -> Cost:
+    def take_cost(self) -> Cost:
         """What was spent since the last call."""
         seconds = time.monotonic() - self._started
         cost = Cost(self._forwards, self._backwards, seconds)
@@ -402,18 +430,6 @@ def _balanced(gradient, logits):
     return others - predicted * tf.reduce_sum(others, axis=-1, keepdims=True)
 
 
-def median_margin(logits: np.ndarray) -> float:
-    """Median over the images of the largest minus the second largest logit: (N, K) -> ().
-
-    Images whose logits are not finite have no margin; NaN if no others are left.
-    """
-    logits = logits[np.isfinite(logits).all(axis=1)]
-    if not len(logits):
-        return math.nan
-    ordered = np.sort(logits, axis=1)
-    return float(np.median(ordered[:, -1] - ordered[:, -2]))
-
-
 def in_float64(network: keras.Model) -> LogitsFn | None:
     """A network computed in float64 throughout, or None where it cannot be rebuilt so."""
     try:
@@ -470,3 +486,30 @@ def _in_batches(logits_fn, images, batch_size):
 
 def _parts(count, size):
     return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def finite(value: float | None) -> float | None:
+    """A float for JSON; None where it is none or not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _check(logits_fn, images, threat, claim, budget, batch_size, state_dir):
+    if budget not in BUDGETS:
+        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}.")
+    if not (math.isfinite(claim) and 0 <= claim <= 100):
+        raise ValueError(f"claim must be in per cent (or a fraction up to 1); got {claim}.")
+    if not len(images):
+        raise ValueError("an audit needs at least one image; got none.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    low, high = float(np.min(images)), float(np.max(images))
+    if not (threat.lower <= low and high <= threat.upper):
+        raise ValueError(
+            f"images span [{low:g}, {high:g}], but the threat model has bounds "
+            f"[{threat.lower:g}, {threat.upper:g}]; images, epsilon and bounds must share pixel "
+            f"units."
+        )
+    if state_dir is not None and not isinstance(logits_fn, keras.Model):
+        raise ValueError(
+            "state_dir needs a Keras network: another function has no content to key it by."
+        )
