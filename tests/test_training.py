@@ -11,6 +11,7 @@ import tensorflow as tf
 from logit_reg.attacks import PGD
 from logit_reg.experiments.building import build_model, build_network
 from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.provenance import commit
 from logit_reg.experiments.runs import read_run, train_run
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
@@ -395,3 +396,8 @@ def test_settings_of_older_runs_keep_their_names_and_are_still_read():
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="train_dtype must be one of float32, float64, bfloat16"):
         resolve_settings({"dataset": "mnist", "train_dtype": "float16"})
+
+
+def test_the_commit_of_the_code_is_known_in_a_clone():
+    root = Path(__file__).resolve().parents[1]
+    assert bool(commit()) == (root / ".git").exists()
