@@ -162,8 +162,8 @@ def test_the_network_sees_batches_of_bounded_size_in_one_trace():
     num_traces = len(traces)
     landscape.run(watched, images[:3], labels[:3], seed=1)
 
-    # Once for the gradient, once for the points.
-    assert num_traces == len(traces) == 2
+    # Once for the number of classes, once for the gradient, once for the points.
+    assert num_traces == len(traces) == 3
     # 19 images and, for 8 + 8 + 3 of them, 25 points each in batches of 8.
     assert max(sizes) == 8
     assert sum(sizes[: 3 + 25 + 25 + 10]) == 19 + 8 * (25 + 25 + 10)

@@ -100,7 +100,7 @@ def audited_challenge() -> Audited:
             "release": model.release,
             "dataset": name,
         },
-        ceiling=best and (best.accuracy, best.source),
+        ceiling=(best.accuracy, best.source) if best else None,
     )
     run = model.run
     if run is None or not run.beta:

@@ -6,6 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib
 from matplotlib.colors import to_rgb
@@ -120,13 +121,13 @@ def legend(figure, handles, num_columns: int = 2, place: str = "upper", **option
 
 
 @contextlib.contextmanager
-def drawn(theme: Theme, height: float, layout: str | None = "constrained"):
+def drawn(theme: Theme, height: float, layout: Literal["constrained"] | None = "constrained"):
     """A figure in the house style, laid out once, when it is left.
 
     Args:
         theme: neutral colours, and the width.
         height: in inches.
-        layout: matplotlib's layout engine.
+        layout: matplotlib's layout engine; None to place the panels by hand.
     """
     with house_style(theme):
         figure = Figure(figsize=(theme.width, height), layout=layout)
