@@ -127,7 +127,7 @@ def drawn(theme: Theme, height: float, layout: Literal["constrained"] | None = "
     Args:
         theme: neutral colours, and the width.
         height: in inches.
-        layout: matplotlib's layout engine.
+        layout: matplotlib's layout engine; None to place the panels by hand.
     """
     with house_style(theme):
         figure = Figure(figsize=(theme.width, height), layout=layout)
