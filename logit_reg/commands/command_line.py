@@ -232,6 +232,18 @@ def existing_path(name: str, value: str) -> Path:
     return path
 
 
+def existing_folder(name: str, value: str) -> Path:
+    """A folder that a flag names, checked to be one.
+
+    Raises:
+        UsageError: if it does not exist or is a file.
+    """
+    path = existing_path(name, value)
+    if not path.is_dir():
+        raise UsageError(f"--{name}={value}: this is a file, expected a folder.")
+    return path
+
+
 def num_examples(wanted: int | None, available: int) -> int:
     """How many of the available images --num_eval_examples asks for.
 

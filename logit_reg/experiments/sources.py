@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.commands.command_line import FLAGS, UsageError, advice, existing_path, notice
+from logit_reg.commands.command_line import FLAGS, UsageError, advice, existing_folder, notice
 from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import RunSettings, read_run, step_of_network
 from logit_reg.files import read_arrays, read_json
@@ -84,7 +84,7 @@ def choose_dataset(
     if not stand_ins or is_available(challenge.name, data_dir):
         return challenge.name
     if data_dir is not None:
-        existing_path("data_dir", data_dir)
+        existing_folder("data_dir", data_dir)
         if not may_stand_in:
             raise UsageError(
                 f"--data_dir={data_dir}: there is no {challenge.name} there; name the folder that "
@@ -103,7 +103,7 @@ def load_split(name: str, split: str, data_dir: str | None, *, download: bool) -
     """
     full_set = image_set(name).taken_from
     if data_dir is not None and not full_set and not download:
-        existing_path("data_dir", data_dir)
+        existing_folder("data_dir", data_dir)
     dataset = load(name, split, data_dir, download=download)
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:
