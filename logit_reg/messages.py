@@ -45,3 +45,15 @@ def existing_path(name: str, value: str) -> Path:
     if not path.exists():
         raise UsageError(f"--{name}={value}: no such file or folder.")
     return path
+
+
+def existing_folder(name: str, value: str) -> Path:
+    """A folder that a flag names, checked to be one.
+
+    Raises:
+        UsageError: if it does not exist or is a file.
+    """
+    path = existing_path(name, value)
+    if not path.is_dir():
+        raise UsageError(f"--{name}={value}: this is a file, expected a folder.")
+    return path

@@ -138,6 +138,20 @@ def test_mistakes_are_one_line_and_status_2(script, flags, words, tmp_path):
     assert_one_line_error(command(script, *flags, cwd=tmp_path), *words)
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    lines = [
+        ("report", "--runs=file"),
+        ("report", "--compare=file,file"),
+        ("report", "--leaderboard=l.html", "--checkpoints=file"),
+        ("train", "--dataset=mnist", "--data_dir=file"),
+        ("train", "--data_dir=file"),
+        ("eval_challenge", "--model_dir=file"),
+    ]
+    for script, *flags in lines:
+        assert_one_line_error(command(script, *flags, cwd=tmp_path), "file")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -151,6 +165,19 @@ def test_mistakes_are_one_line_and_status_2(script, flags, words, tmp_path):
 )
 def test_mistakes_in_an_evaluation(flags, words, bare):
     assert_one_line_error(command("eval_challenge", *flags, cwd=bare[0]), *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max_num_training_steps=7"], ["beta 11.0 -> 0.0", "--extend to raise"]),
+        (["--reg=squeeze", "--beta=11", "--max_num_training_steps=5", "--extend"], ["above 6"]),
+    ],
+)
+def test_a_folder_that_holds_another_run_is_refused(flags, words, bare):
+    folder, _ = bare
+    process = command("train", f"--model_dir={the_run(folder)}", *flags, cwd=folder)
+    assert_one_line_error(process, *words)
 
 
 @pytest.mark.shared

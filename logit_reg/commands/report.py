@@ -19,7 +19,7 @@ from absl import flags
 
 from logit_reg.commands import command_line, flag_effects
 from logit_reg.commands.command_line import FLAGS
-from logit_reg.messages import UsageError, existing_path
+from logit_reg.messages import UsageError, existing_folder, existing_path
 
 flags.DEFINE_list("runs", None, "folders of runs, or one folder whose subfolders are runs")
 flags.DEFINE_string("title", "Cheap defences against adversarial examples", "title of the page")
@@ -54,7 +54,7 @@ def main() -> None:
     elif FLAGS.leaderboard:
         from logit_reg.report.leaderboard import write_leaderboard
 
-        folder = existing_path("checkpoints", FLAGS.checkpoints)
+        folder = existing_folder("checkpoints", FLAGS.checkpoints)
         write_leaderboard(FLAGS.leaderboard, folder)
         print(f"page: {FLAGS.leaderboard}")
     else:
@@ -127,7 +127,7 @@ def _compare() -> None:
 
     if len(FLAGS.compare) != 2:
         raise UsageError("--compare takes two folders, as --compare=runs/a/strong,runs/b/strong.")
-    folders = [existing_path("compare", name) for name in FLAGS.compare]
+    folders = [existing_folder("compare", name) for name in FLAGS.compare]
     (ledger_a, result_a), (ledger_b, result_b) = map(read_ledger, folders)
     found = compare((ledger_a, result_a), (ledger_b, result_b))
     print(f"A: {folders[0]}\nB: {folders[1]}")
@@ -167,7 +167,7 @@ def _folders() -> list[Path]:
         raise UsageError(f"there is no {RUNS}/ here; name folders of runs, as --runs=a,b.")
     folders = []
     for name in FLAGS.runs or [str(RUNS)]:
-        found = run_folders(existing_path("runs", name))
+        found = run_folders(existing_folder("runs", name))
         if not found:
             raise UsageError(f"--runs={name}: no runs (run.json) and no evaluations there.")
         folders += found

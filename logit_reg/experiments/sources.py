@@ -11,7 +11,7 @@ from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import read_run, step_of_network
 from logit_reg.experiments.settings import RunSettings
 from logit_reg.files import read_arrays, read_json
-from logit_reg.messages import UsageError, existing_path, notice
+from logit_reg.messages import UsageError, existing_folder, notice
 from logit_reg.training.state import saved_steps
 from madry_compat.bundle_index import is_bundle_file
 from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
@@ -85,7 +85,7 @@ def choose_dataset(
     if not stand_ins or is_available(challenge.name, data_dir):
         return challenge.name
     if data_dir is not None:
-        existing_path("data_dir", data_dir)
+        existing_folder("data_dir", data_dir)
         if not may_stand_in:
             raise UsageError(
                 f"--data_dir={data_dir}: there is no {challenge.name} there; name the folder that "
@@ -113,7 +113,7 @@ def load_split(
     """
     full_set = image_set(name).taken_from
     if data_dir and not (full_set or download):
-        existing_path("data_dir", data_dir)
+        existing_folder("data_dir", data_dir)
     dataset = load(name, split, data_dir, download=download)
     print(f"data: {name} {split}, {len(dataset.images)} images ({dataset.source})")
     if dataset.note:

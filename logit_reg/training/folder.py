@@ -21,6 +21,10 @@ class TrainingError(RuntimeError):
     """Training cannot start or go on; the message says what to do."""
 
 
+class WrongRun(TrainingError, ValueError):
+    """The settings, which were given, are not those of the run that the folder holds."""
+
+
 @contextlib.contextmanager
 def run_folder(
     model_dir: Path | str,
@@ -119,7 +123,7 @@ def _tell_if_not_bit_exact(model_dir, old, new):
 def _check_same_settings(path, old, record, extend, defaults):
     old = old.get("settings")
     if not isinstance(old, dict):
-        raise TrainingError(f"{path}: no settings of a run; choose another --model_dir.")
+        raise WrongRun(f"{path}: no settings of a run; choose another --model_dir.")
     new = json.loads(json.dumps(record["settings"]))
     old = json.loads(json.dumps(dict(defaults))) | old
     if old == new:
@@ -128,12 +132,12 @@ def _check_same_settings(path, old, record, extend, defaults):
     if extend and changed == ["max_num_training_steps"]:
         if new["max_num_training_steps"] > old["max_num_training_steps"]:
             return
-        raise TrainingError(
+        raise WrongRun(
             f"--extend needs a max_num_training_steps above {old['max_num_training_steps']}; "
             f"got {new['max_num_training_steps']}."
         )
     differences = ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
-    raise TrainingError(
+    raise WrongRun(
         f"{path.parent} holds a run with other settings ({differences}); choose another "
         f"--model_dir, or --extend to raise max_num_training_steps alone."
     )

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from logit_reg.training.distribution import Workers, lost_workers
 from logit_reg.training.feeding import BatchOrder, traced_train_step
-from logit_reg.training.folder import TrainingError, last_good, writing
+from logit_reg.training.folder import TrainingError, WrongRun, last_good, writing
 from logit_reg.training.model import RegularizedModel
 from logit_reg.training.records import LOG_COLUMNS, OPTIONAL_LOG_COLUMNS, Records
 from logit_reg.training.state import prune_states, restore_newest_state, save_state
@@ -117,7 +117,7 @@ def train(
     step = int(optimizer.iterations.numpy())
     total_steps = settings.max_num_training_steps
     if step > total_steps:
-        raise TrainingError(
+        raise WrongRun(
             f"{model_dir} goes on from step {step}, beyond max_num_training_steps "
             f"{total_steps}; ask for more steps."
         )
