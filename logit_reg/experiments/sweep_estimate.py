@@ -12,17 +12,18 @@ from logit_reg.experiments.defaults import resolve_settings
 from logit_reg.experiments.settings import RunSettings
 from madry_compat.challenges import image_set
 
-# A gradient costs about two forwards; a step of training is a forward and a gradient.
-_PASSES_OF_STEP = 3
+# A gradient costs about two forwards.
+_FORWARDS_OF_GRADIENT = 2
 # The full CIFAR network takes a second for as many.
 _NUM_IMAGES = 8
 
 
 def training_seconds(settings: RunSettings) -> float:
     """Of a training, on this machine."""
-    steps = 1 + (settings.num_steps if settings.adversary == "pgd" else 0)
+    forwards, backwards = settings.training_adversary.cost
+    passes = forwards + _FORWARDS_OF_GRADIENT * backwards
     images = settings.max_num_training_steps * settings.training_batch_size
-    return _PASSES_OF_STEP * steps * images * _seconds_per_pass(settings.dataset, settings.width)
+    return passes * images * _seconds_per_pass(settings.dataset, settings.width)
 
 
 def evaluation_seconds(
