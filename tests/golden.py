@@ -12,8 +12,8 @@ GOLDEN500_BROKEN = (
     *(445, 447, 448, 449, 460, 468, 471, 495, 497),
 )
 GOLDEN500_CLEAN = 99.6
-# Per cent standing after each attack of its cascade.
-GOLDEN500_STANDING = {"apgd-ce": 91.6, "apgd-t": 91.0, "fab-t": 91.0, "square": 90.6}
+# Per cent still robust after each attack of its cascade.
+GOLDEN500_ROBUST = {"apgd-ce": 91.6, "apgd-t": 91.0, "fab-t": 91.0, "square": 90.6}
 
 
 def trades_network(shared) -> keras.Model:

@@ -94,14 +94,14 @@ def test_from_a_noisy_start_all_that_can_be_broken_breaks():
 
 
 @pytest.mark.slow
-def test_stages_share_the_standing_examples_and_reach_the_exact_worst_case():
+def test_stages_share_the_active_set_and_reach_the_exact_worst_case():
     model, images, labels, is_breakable = case(5)
     attack = SHORT
     found = evaluate(model, {"adaptive": attack}, images, labels, batch_size=5)
     np.testing.assert_array_equal(found.robust, ~is_breakable)
     stages = dict(found.records["adaptive"].stages)
     assert list(stages) == list(attack.attacks(5))
-    counts = [standing.sum() for standing in stages.values()]
+    counts = [robust.sum() for robust in stages.values()]
     assert counts == sorted(counts, reverse=True)
     np.testing.assert_array_equal(list(stages.values())[-1], found.robust)
     forwards, backwards = attack.cost()

@@ -12,7 +12,7 @@ from exact_margins import (
     curved,
     curved_examples,
 )
-from golden import GOLDEN500_BROKEN, GOLDEN500_CLEAN, GOLDEN500_STANDING, trades_network
+from golden import GOLDEN500_BROKEN, GOLDEN500_CLEAN, GOLDEN500_ROBUST, trades_network
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.autoattack import AutoAttack
@@ -73,7 +73,7 @@ def test_finds_what_lies_just_within_the_budget(norm, box_is_active, num_classes
 @pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
 @pytest.mark.parametrize("threat", [LINF, ThreatModel("l2", 0.1), ThreatModel("linf", 8, 0, 255)])
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
-def test_each_stage_leaves_fewer_standing(version, threat):
+def test_each_stage_leaves_fewer_robust(version, threat):
     def model(images):
         return curved(images / threat.upper)
 
@@ -83,12 +83,12 @@ def test_each_stage_leaves_fewer_standing(version, threat):
     attack = AutoAttack(threat, version, **LIGHT)
     result = attack.run(model, images, labels, seed=0)
     assert [name for name, _ in result.stages] == list(attack.attacks(5))
-    standing = np.arange(30) > 0
+    robust = np.arange(30) > 0
     for _, after in result.stages:
-        assert not np.any(after & ~standing)
-        standing = after
-    assert 3 < standing.sum() < 27
-    np.testing.assert_array_equal(standing, ~result.fooled)
+        assert not np.any(after & ~robust)
+        robust = after
+    assert 3 < robust.sum() < 27
+    np.testing.assert_array_equal(robust, ~result.fooled)
     check_threat("autoattack", result.adversarial, images, np.arange(30), threat)
     np.testing.assert_array_equal(result.adversarial[0], images[0])
     fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
@@ -270,8 +270,8 @@ def test_golden_500(shared, tfds_dir):
     network, images, labels = _golden(shared, tfds_dir, 500)
     found = evaluate(network, {"autoattack": AutoAttack(ThreatModel())}, images, labels)
     assert 100 * found.clean.mean() == pytest.approx(GOLDEN500_CLEAN)
-    for name, standing in found.records["autoattack"].stages:
-        assert 100 * standing.mean() == pytest.approx(GOLDEN500_STANDING[name], abs=0.6), name
+    for name, robust in found.records["autoattack"].stages:
+        assert 100 * robust.mean() == pytest.approx(GOLDEN500_ROBUST[name], abs=0.6), name
     broken = set(np.flatnonzero(~found.robust).tolist())
     assert len(broken ^ set(GOLDEN500_BROKEN)) <= 3
 

@@ -63,6 +63,13 @@ class Scripted:
         return 1, 0
 
 
+class Minimal(Scripted):
+    """Knows none of the arguments that are optional."""
+
+    def run(self, logits_fn, images, labels, *, seed, indices):
+        return super().run(logits_fn, images, labels, seed=seed, indices=indices)
+
+
 def first_pixel_classifier(images):
     """Class 1 where the first pixel is bright."""
     bright = 10.0 * (images[:, 0, 0, 0] - 0.5)
@@ -95,7 +102,7 @@ def test_worst_case_is_per_example_and_credits_the_first_attack():
     np.testing.assert_allclose(found.distance[[1, 2, 3]], 0.65, atol=1e-6)
 
 
-def test_separate_attacks_see_all_correct_examples_and_the_shared_set_only_the_standing():
+def test_separate_attacks_see_all_correct_examples_and_the_active_set_only_the_robust():
     images, labels = digits()
     for shared, expected in ((False, [0, 1, 2, 3, 4, 5, 6, 7, 8]), (True, [0, 3, 4, 5, 6, 7, 8])):
         two = Scripted(WIDE, "two", (3,))
@@ -342,6 +349,14 @@ def test_a_ledger_reads_back_as_it_was_written(tmp_path):
         assert stated["accuracy_last_iterate"] >= stated["accuracy"]
         settings = stated["settings"]
         assert settings.get("wrapper", settings["attack"]) == type(attacks[name]).__name__
+
+
+def test_an_attack_needs_to_know_only_the_arguments_that_are_set():
+    attack = Minimal(WIDE, "minimal", targets=(2, 4))
+    attacks = {"alone": attack, "once": Restarts(attack, 1)}
+    found = evaluate(first_pixel_classifier, attacks, *digits(), with_checks=False)
+    for correct in found.correct.values():
+        np.testing.assert_array_equal(np.flatnonzero(found.clean & ~correct), [2, 4])
 
 
 def test_settings_name_a_wrapper_and_what_it_wraps():
