@@ -11,6 +11,7 @@ An interrupted evaluation goes on when the same command is given again. --num_wo
 among processes, here or on a Ray cluster; the result is the same.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def _print_next(is_strong, output_dir, count, model, run_folder=None) -> None:
 def challenge_protocols(challenge):
     """Attacks by protocol and name, from --protocol, the attack flags or the challenge."""
     from logit_reg.commands.attack_flags import attack_from_flags, challenge_threat
-    from logit_reg.evaluation.ledger import FLAGS_PROTOCOL
+    from logit_reg.evaluation.ledger import FLAGS_PROTOCOL, threat_suffix
     from logit_reg.evaluation.protocols import any_threat_attacks, protocol_attacks
 
     names = [name.strip() for name in FLAGS.protocol or ()]
@@ -279,12 +280,11 @@ def challenge_protocols(challenge):
     if names:
         _refuse_frozen(names, f"leave out --{given[0]}")
         threat = challenge_threat(challenge)
-        suffix = f"{threat.norm}-{threat.epsilon:g}"
+        suffix = threat_suffix(dataclasses.asdict(threat))
         # Another threat model is another attack: it never shares a column with the protocol's.
         return {
             name: {
-                f"{key}-{suffix}": attack
-                for key, attack in any_threat_attacks(name, threat).items()
+                f"{key}{suffix}": attack for key, attack in any_threat_attacks(name, threat).items()
             }
             for name in names
         }
