@@ -11,7 +11,7 @@ import pytest
 from commands import assert_one_line_error, command
 from test_report import ATTACKS, first, save_evaluation, save_run, save_strong, save_training
 
-from logit_reg.attacks import PGD, AutoAttack, Restarts
+from logit_reg.attacks import PGD, Adaptive, AutoAttack, Restarts
 from logit_reg.commands import command_line
 from logit_reg.evaluation.ledger import evaluation_label, evaluation_name, planned_result
 from logit_reg.evaluation.protocols import protocol_attacks
@@ -26,6 +26,7 @@ from madry_compat.challenges import CIFAR10, MNIST
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SMALL = ThreatModel("linf", 0.1, 0.0, 1.0)
+L2 = ThreatModel("l2", 2.0, 0.0, 1.0)
 
 
 def plan(protocols, seed=0, count=100, **settings):
@@ -46,6 +47,14 @@ def plan(protocols, seed=0, count=100, **settings):
             plan({"autoattack": {"a": AutoAttack(SMALL)}}, data="a.npz"),
             "autoattack-linf0.1-n100",
         ),
+        # A challenge's images under another threat model than the protocol's.
+        (plan({"adaptive": {"adaptive-l2-2": Adaptive(L2)}}), "adaptive-l2-2-n100"),
+        (
+            plan({"autoattack": {"autoattack-linf-0.1": AutoAttack(SMALL)}}),
+            "autoattack-linf0.1-n100",
+        ),
+        (plan({"autoattack-l2": protocol_attacks("autoattack-l2", MNIST)}), "autoattack-l2-n100"),
+        (plan({"adaptive": {"a": Adaptive(L2)}}, data="a.npz"), "adaptive-l2-2-n100"),
         (
             plan({"flags": {"pgd40-xent": PGD(SMALL)}}, count=9),
             "pgd40-xent-step0.01-linf0.1-n9",

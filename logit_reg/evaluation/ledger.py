@@ -157,7 +157,7 @@ def evaluation_identity(result: Mapping) -> dict:
 
 
 def evaluation_label(result: Mapping) -> str:
-    """The protocols of an evaluation, on data of the user's own with the threat model.
+    """The protocols of an evaluation, with the threat model where it is the user's own.
 
     An attack of the flags is told by its settings, as "pgd40-xent-step0.01-linf0.1".
 
@@ -173,11 +173,21 @@ def evaluation_label(result: Mapping) -> str:
             threat = _threat(settings)
             if protocol == FLAGS_PROTOCOL:
                 words += [name, *_step_words(settings), _threat_word(threat)]
-            elif is_own_data:
+            elif is_own_data or name.endswith(threat_suffix(threat)):
                 words += [protocol, _threat_word(threat)]
             else:
                 words.append(protocol)
     return "-".join(filter(None, words))
+
+
+def threat_suffix(threat: Mapping) -> str:
+    """What the name of a protocol's attack ends in where the threat model is not the protocol's.
+
+    Args:
+        threat: "norm" and "epsilon", pixel units.
+    """
+    epsilon = threat.get("epsilon")
+    return f"-{threat.get('norm')}-{epsilon:g}" if isinstance(epsilon, int | float) else "-"
 
 
 def evaluation_name(result: Mapping) -> str:
@@ -223,8 +233,10 @@ def _threat(settings) -> Mapping:
 
 
 def _threat_word(threat):
-    epsilon = threat.get("epsilon")
-    return f"{threat.get('norm')}{epsilon:g}" if isinstance(epsilon, int | float) else ""
+    norm, epsilon = str(threat.get("norm")), threat.get("epsilon")
+    # "l2-0.5", not "l20.5".
+    dash = "-" if norm[-1:].isdigit() else ""
+    return f"{norm}{dash}{epsilon:g}" if isinstance(epsilon, int | float) else ""
 
 
 def _step_words(settings):

@@ -3,7 +3,7 @@
 import dataclasses
 
 from logit_reg.attacks import PGD, Attack, Restarts
-from logit_reg.evaluation.ledger import FLAGS_PROTOCOL
+from logit_reg.evaluation.ledger import FLAGS_PROTOCOL, threat_suffix
 from logit_reg.evaluation.protocols import (
     ANY_THREAT,
     CHALLENGE_CONFIDENCE,
@@ -109,11 +109,11 @@ class AttackChoice:
             return {name: protocol_attacks(name, challenge) for name in self.protocols}
         self._refuse_frozen(f"leave out --{self.given[0]}")
         threat = self.threat(challenge)
-        suffix = f"{threat.norm}-{threat.epsilon:g}"
+        suffix = threat_suffix(dataclasses.asdict(threat))
         # Another threat model is another attack: it never shares a column with the protocol's.
         return {
             name: {
-                f"{key}-{suffix}": attack
+                f"{key}{suffix}": attack
                 for key, attack in any_threat_attacks(name, threat, challenge.num_classes).items()
             }
             for name in self.protocols

@@ -353,9 +353,13 @@ def _labels(runs):
     labels = {}
     for run in runs:
         twins = [other for other in shared if other.name == run.name]
-        words = [f"{name} {run.settings.get(name)}" for name in differing_settings(twins)]
+        words = [_setting_words(name, run.settings.get(name)) for name in differing_settings(twins)]
         labels[id(run)] = ", ".join([run.name, *words])
     return labels
+
+
+def _setting_words(name, value):
+    return f"no {name}" if value in ("", None) else f"{name} {value}"
 
 
 def _strength(evaluation):
