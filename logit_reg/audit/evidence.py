@@ -15,7 +15,7 @@ from logit_reg.attacks import Transfer
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack
 from logit_reg.attacks.engine.checks import Probabilities, probabilities
-from logit_reg.attacks.engine.examples import attack_inputs, check_classes
+from logit_reg.attacks.engine.examples import attack_inputs, check_classes, within_bounds
 from logit_reg.attacks.engine.forward import (
     LogitsFn,
     batch_spec,
@@ -136,7 +136,8 @@ class Evidence:
     ):
         """Classify the clean images; the arguments are those of `logit_reg.audit.audit`."""
         images, labels, _ = attack_inputs(images, labels, None)
-        _check(logits_fn, images, threat, claim, budget, batch_size, state_dir)
+        _check(logits_fn, images, claim, budget, batch_size, state_dir)
+        images = within_bounds(images, threat.lower, threat.upper)
         self.given_logits_fn, self.threat = logits_fn, threat
         self.images, self.labels = images, labels
         self.claim = claim / 100 if claim > 1 else claim
@@ -493,7 +494,7 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _check(logits_fn, images, threat, claim, budget, batch_size, state_dir):
+def _check(logits_fn, images, claim, budget, batch_size, state_dir):
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}.")
     if not (math.isfinite(claim) and 0 <= claim <= 100):
@@ -502,13 +503,6 @@ def _check(logits_fn, images, threat, claim, budget, batch_size, state_dir):
         raise ValueError("an audit needs at least one image; got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    low, high = float(np.min(images)), float(np.max(images))
-    if not (threat.lower <= low and high <= threat.upper):
-        raise ValueError(
-            f"images span [{low:g}, {high:g}], but the threat model has bounds "
-            f"[{threat.lower:g}, {threat.upper:g}]; images, epsilon and bounds must share pixel "
-            f"units."
-        )
     if state_dir is not None and not isinstance(logits_fn, keras.Model):
         raise ValueError(
             "state_dir needs a Keras network: another function has no content to key it by."

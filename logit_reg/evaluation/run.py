@@ -23,8 +23,8 @@ from logit_reg.attacks.engine.checks import (
     followed_losses,
     warn,
 )
-from logit_reg.attacks.engine.examples import Examples, check_examples
-from logit_reg.attacks.engine.forward import Classifier, Judgement, count_classes
+from logit_reg.attacks.engine.examples import Examples, check_examples, within_bounds
+from logit_reg.attacks.engine.forward import Classifier, Judgement, count_classes, forget_if_changed
 from logit_reg.attacks.engine.inference_copy import copy_for_inference
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.state import EvaluationState
@@ -156,13 +156,18 @@ def evaluate(
     examples = Examples.checked(
         images, labels, seed=seed, indices=indices, gradient_logits_fn=gradient_logits_fn
     )
+    examples = dataclasses.replace(
+        examples, images=_check_inputs(examples.images, attacks, batch_size)
+    )
     images, labels = examples.images, examples.labels
-    _check_inputs(images, attacks, batch_size)
+    for function in (logits_fn, gradient_logits_fn):
+        if function is not None:
+            forget_if_changed(function, images)
     check_examples(logits_fn, images, labels)
     findings: list[Finding] = []
     cost = (0, 0)
     if with_checks:
-        found, cost = _check(logits_fn, attacks, examples.take(slice(batch_size)))
+        found, cost = _check(logits_fn, attacks, examples, batch_size)
         findings += found
         warn(findings)
     judgement = _judge(logits_fn, images, labels, batch_size)
@@ -212,6 +217,7 @@ def predict(logits_fn, images, *, batch_size: int = 200) -> np.ndarray:
     Returns:
         (N,) int64.
     """
+    forget_if_changed(logits_fn, images)
     starts = range(0, len(images), batch_size)
     parts = [_CLASSIFIER.predict(logits_fn, images[i : i + batch_size]) for i in starts]
     return np.concatenate(parts).astype(np.int64)
@@ -487,7 +493,7 @@ def _judge(logits_fn, images, labels, batch_size) -> Judgement:
     return judgement
 
 
-def _check(logits_fn, attacks, examples):
+def _check(logits_fn, attacks, examples, batch_size):
     """What the first images show of the network, and the forwards and backwards that took."""
     examples = examples.take(slice(NUM_CHECKED))
     num_classes = count_classes(logits_fn, examples.images)
@@ -505,6 +511,7 @@ def _check(logits_fn, attacks, examples):
         for_randomised=for_randomised,
         seed=examples.seed,
         indices=examples.indices,
+        batch_size=batch_size,
     )
     cost = cost_of_checks(len(examples.images), for_randomised=for_randomised)
     return list(dict.fromkeys(findings)), cost
@@ -517,14 +524,9 @@ def _check_inputs(images, attacks, batch_size):
         raise ValueError("evaluate needs at least one attack; got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    low, high = float(images.min()), float(images.max())
-    for name, attack in attacks.items():
-        lower, upper = attack.threat.lower, attack.threat.upper
-        if not (lower <= low and high <= upper):
-            raise ValueError(
-                f"images span [{low:g}, {high:g}], but the threat model of {name} has bounds "
-                f"[{lower:g}, {upper:g}]; images, epsilon and bounds must share pixel units."
-            )
+    for attack in attacks.values():
+        images = within_bounds(images, attack.threat.lower, attack.threat.upper)
+    return images
 
 
 def _hash_of(indices: np.ndarray) -> str:

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.attacks.engine.checks import probabilities
+from logit_reg.attacks.engine.forward import only_output
 from logit_reg.objectives import class_indices, label_error
 from logit_reg.threat import ThreatModel
 
@@ -17,11 +19,13 @@ from logit_reg.threat import ThreatModel
 _ROUNDING = 1e-6
 # Images that span less of the pixel range than this are probably in other units.
 _NARROW = 0.01
+# Images that show whether a network returns logits.
+_NUM_SHOWN = 8
 # What an assertion of a graph says, a part in each pair of brackets.
 _ASSERTED = re.compile(r"assertion failed: (\[.*\])")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class InputCheck:
     """What a model takes, and the checks of it."""
 
@@ -31,11 +35,11 @@ class InputCheck:
     """Lowest and highest pixel value."""
     dtype: str
     """What images become."""
+    num_classes: int | None = None
+    """K; None until images are seen, where the network does not know their shape."""
 
-    @property
-    def num_classes(self) -> int | None:
-        """K; None if it is not known."""
-        return getattr(self.network, "output_shape", (None,))[-1]
+    def __post_init__(self):
+        self._count_classes(known_shape(self.network))
 
     def of_batch(self, data) -> tuple[Any, Any]:
         """Images and labels of a batch of any source; wrong ones are an error in the graph.
@@ -58,11 +62,12 @@ class InputCheck:
             )
         if labels is None:
             raise ValueError("labels are missing; pass images and labels, or a data set of both.")
-        images = tf.cast(images, self.dtype)
+        images = tf.cast(_only_tensor("images", images), self.dtype)
         if not images.shape[1:].is_fully_defined():
             # Random numbers are drawn in a static shape.
-            images = tf.ensure_shape(images, self.network.input_shape)
-        given = tf.convert_to_tensor(labels)
+            images = tf.ensure_shape(images, (None, *image_shape(self.network)))
+        self._count_classes(images.shape[1:])
+        given = tf.convert_to_tensor(_only_tensor("labels", labels))
         if given.shape.rank is None:
             given = tf.reshape(given, (-1,))
         labels = class_indices(given, self.num_classes)
@@ -84,6 +89,39 @@ class InputCheck:
             is_right.append(require(tf.reduce_all(is_class), label_error(self.num_classes), first))
         with tf.control_dependencies(is_right):
             return tf.identity(images), tf.identity(labels)
+
+    def of_network(self, images=None) -> None:
+        """Check what the network returns, as far as the shape of its images is known.
+
+        Args:
+            images: (N, H, W, C) array or tensor, if that is what is trained on.
+
+        Raises:
+            ValueError: if it returns one logit an image.
+        """
+        is_array = isinstance(images, np.ndarray | tf.Tensor)
+        shape = images.shape[1:] if is_array else known_shape(self.network)
+        self._count_classes(shape)
+        if shape is None:
+            return
+        sample = np.random.default_rng(0).uniform(*self.bounds, (_NUM_SHOWN, *shape))
+        outputs = only_output(self.network(tf.constant(sample, self.dtype), training=False))
+        if probabilities(np.asarray(outputs, np.float64)) is not None:
+            warnings.warn(
+                "the network returns probabilities, expected logits: the objective takes the "
+                "softmax itself; leave it out of the network.",
+                stacklevel=3,
+            )
+
+    def _count_classes(self, shape) -> None:
+        """Learn K from the network, for images of a shape, (H, W, C) or None."""
+        if self.num_classes is None and shape is not None:
+            image = keras.KerasTensor((None, *shape), self.dtype)
+            self.num_classes = only_output(self.network(image, training=False)).shape[-1]
+            if self.num_classes == 1:
+                raise ValueError(
+                    "the network returns 1 logit an image, expected one for each class, at least 2."
+                )
 
     def of_arrays(self, images=None, labels=None) -> None:
         """Check what is at hand as an array, all of it at once.
@@ -154,6 +192,41 @@ def _warn_of_units(name: str, value: float, bounds) -> None:
         # Whoever makes the model.
         stacklevel=4,
     )
+
+
+def known_shape(network: keras.Model) -> tuple[int, ...] | None:
+    """(H, W, C) of a network's images, or None where it does not know all of it."""
+    shape = getattr(network, "input_shape", None)
+    if isinstance(shape, list | dict) and len(shape) == 1:
+        (shape,) = shape.values() if isinstance(shape, dict) else shape
+    if not isinstance(shape, tuple) or None in shape[1:]:
+        return None
+    return shape[1:]
+
+
+def image_shape(network: keras.Model) -> tuple[int, ...]:
+    """(H, W, C) of a network's images.
+
+    Raises:
+        ValueError: if it does not know all of it.
+    """
+    shape = known_shape(network)
+    if shape is None:
+        raise ValueError(
+            "the network does not know the shape of its images: with image = keras.Input((H, W, "
+            "C)), give keras.Model(image, network(image))."
+        )
+    return shape
+
+
+def _only_tensor(name: str, value):
+    """One dense tensor, out of a dictionary or list of one."""
+    if isinstance(value, dict | list | tuple) and len(value) == 1:
+        (value,) = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | tf.RaggedTensor | tf.SparseTensor):
+        kind = f"{len(value)} parts" if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be one dense tensor; got {kind}.")
+    return value
 
 
 def require(is_right, *parts):

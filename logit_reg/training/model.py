@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from logit_reg.attacks.engine.forward import only_output
 from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.objectives import Objective, class_indices
 from logit_reg.training.adversaries.none import NoAdversary
@@ -116,7 +117,6 @@ class RegularizedModel(keras.Model):
         self.seed = seed
         self.precision = "float64" if network.variable_dtype == "float64" else "float32"
         self._inputs = InputCheck(network, bounds, self.precision)
-        self.num_classes = self._inputs.num_classes
         self.adversary_state: Any = self.adversary.create_state(self)
         self._trackers = [keras.metrics.Mean(name=name) for name in _MEASURES]
         # Seen when the network is first called in training.
@@ -126,6 +126,11 @@ class RegularizedModel(keras.Model):
     def call(self, images, training=None):
         """Logits of the network."""
         return self.network(images, training=training)
+
+    @property
+    def num_classes(self) -> int | None:
+        """K; None until images are seen, where the network does not know their shape."""
+        return self._inputs.num_classes
 
     @property
     def metrics(self):
@@ -160,6 +165,7 @@ class RegularizedModel(keras.Model):
         """
         given = inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments
         validation = given.get("validation_data")
+        self._inputs.of_network(x)
         for pair in ((x, y), validation if isinstance(validation, tuple | list) else ()):
             self._inputs.of_arrays(*pair[:2])
         return super().fit(x, y, *args, **kwargs)
@@ -184,6 +190,10 @@ class RegularizedModel(keras.Model):
         go on with training, keep `save_weights` or use Keras' `BackupAndRestore`.
         """
         self.network.save(filepath, *args, **kwargs)
+
+    def export(self, filepath, *args, **kwargs):
+        """Export the network alone, as `model.network.export` does."""
+        self.network.export(filepath, *args, **kwargs)
 
     def get_config(self):
         """Refuse; see `save`."""
@@ -277,7 +287,7 @@ class RegularizedModel(keras.Model):
         """(B, K) logits of the whole batch, of which every replica computes its part, and the
         network's own losses of this replica's part.
         """
-        logits = self.network(images, training=training)
+        logits = only_output(self.network(images, training=training))
         # Before anything is exchanged: another replica's call would put its own in their place.
         own_losses = self.network.losses
         return whole_batch(logits), own_losses

@@ -7,6 +7,9 @@ import numpy as np
 from logit_reg.attacks.engine.forward import LogitsFn, count_classes
 from logit_reg.attacks.engine.random_numbers import random_stream
 
+ROUNDING = 1e-6
+"""Share of the pixel range's larger end by which images may leave the range."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
@@ -93,6 +96,34 @@ def check_classes(labels: np.ndarray, num_classes: int) -> None:
             f"labels must be 0 to {num_classes - 1}, for the network's {num_classes} classes; "
             f"label {outside[0]} is {labels[outside[0]]} ({len(outside)} such labels)."
         )
+
+
+def within_bounds(images: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    """Images that may leave the pixel range by a rounding, and no more.
+
+    Args:
+        images: (N, H, W, C) float, pixel units.
+        lower: lowest pixel value.
+        upper: highest pixel value.
+
+    Returns:
+        The images, clipped to the range where they leave it by at most a millionth of its larger
+        end, as a bound that is no float32 makes them.
+
+    Raises:
+        ValueError: if they leave it by more, or are not finite.
+    """
+    if not len(images):
+        return images
+    lowest, highest = float(images.min()), float(images.max())
+    slack = ROUNDING * max(abs(lower), abs(upper))
+    if not (lower - slack <= lowest and highest <= upper + slack):
+        raise ValueError(
+            f"images span [{lowest:.9g}, {highest:.9g}], but the threat model has bounds "
+            f"[{lower:.9g}, {upper:.9g}]; images, epsilon and bounds must share pixel units."
+        )
+    is_inside = lower <= lowest and highest <= upper
+    return images if is_inside else np.clip(images, np.float32(lower), np.float32(upper))
 
 
 def attack_inputs(images, labels, indices):

@@ -14,6 +14,9 @@ from logit_reg.attacks.engine.losses import is_finite, is_fooled
 LogitsFn = Callable[[Any], Any]
 """Images (N, H, W, C) in pixel units -> logits (N, K)."""
 
+# Images whose logits tell whether a function is still the one that was traced.
+_NUM_COMPARED = 4
+
 
 def call_logits(logits_fn: LogitsFn, images):
     """Logits in float32 at least, a Keras model in evaluation mode, whatever surrounds the call.
@@ -30,9 +33,15 @@ def call_logits(logits_fn: LogitsFn, images):
         ValueError: if the result is not a matrix of at least two real logits an image, or the
             callable is not written in TensorFlow.
     """
+    if not callable(logits_fn):
+        raise ValueError(
+            f"logits_fn must be a function from images to logits; got {type(logits_fn).__name__}: "
+            f"of a SavedModel give its serve, or signatures['serving_default']; of a file what "
+            f"logit_reg.load_model makes of it."
+        )
     options = {"training": False} if isinstance(logits_fn, keras.Model) else {}
     try:
-        logits = _only_output(logits_fn(images, **options))
+        logits = tf.convert_to_tensor(only_output(logits_fn(images, **options)))
     except (NotImplementedError, AttributeError, tf.errors.OperatorNotAllowedInGraphError) as error:
         # What numpy, PyTorch and plain Python raise when they are given a tensor of a graph.
         if tf.is_symbolic_tensor(images) and _is_about_symbols(error):
@@ -59,8 +68,12 @@ def call_logits(logits_fn: LogitsFn, images):
     return logits if dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
-def _only_output(result):
-    """The one tensor that a network returns, out of a dictionary or list of one."""
+def only_output(result):
+    """The one tensor that a network returns, out of a dictionary or list of one.
+
+    Raises:
+        ValueError: if there are several, or it is not dense.
+    """
     if isinstance(result, tf.RaggedTensor | tf.SparseTensor):
         raise ValueError(
             f"logits_fn must return a dense tensor (N, K) of logits; got a "
@@ -81,7 +94,7 @@ def _only_output(result):
             )
         if parts and not is_matrix:
             (result,) = parts
-    return tf.convert_to_tensor(result)
+    return result
 
 
 def _is_about_symbols(error):
@@ -89,12 +102,11 @@ def _is_about_symbols(error):
     return is_graph_error or "symbolic" in str(error).lower()
 
 
-@functools.lru_cache(maxsize=64)
 def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
     """The traced form of `attack.method(*functions, *tensors)`: one trace for any batch size.
 
     The attack's settings and the functions are baked in, and the trace is kept for as long as
-    the same ones come back.
+    the same ones come back, or until `forget_traces`.
 
     Args:
         attack: a frozen dataclass.
@@ -105,8 +117,39 @@ def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
     Returns:
         A `tf.function` of the tensors; its `experimental_get_tracing_count()` stays 1.
     """
-    bound = functools.partial(getattr(attack, method), *functions)
+    return _compiled(attack, method, tuple(map(_Key, functions)), signature)
+
+
+def forget_traces() -> None:
+    """Trace every function anew when it comes next."""
+    _compiled.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(attack, method, keys, signature):
+    bound = functools.partial(getattr(attack, method), *(key.function for key in keys))
     return tf.function(bound, input_signature=signature, autograph=False)
+
+
+class _Key:
+    """A function as a key: by its identity where it has no hash, as objects of a dataclass."""
+
+    def __init__(self, function):
+        self.function = function
+        try:
+            self._hash = hash(function)
+            self._has_hash = True
+        except TypeError:
+            self._hash = id(function)
+            self._has_hash = False
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        if self.function is other.function:
+            return True
+        return self._has_hash and other._has_hash and self.function == other.function
 
 
 def isolated(function):
@@ -186,6 +229,29 @@ def count_classes(logits_fn: LogitsFn, images) -> int:
     """K of a network, from its trace; from one image where that does not say."""
     traced = _compiled_forward(logits_fn, images).get_concrete_function()
     return traced.structured_outputs.shape[1] or clean_logits(logits_fn, images[:1]).shape[1]
+
+
+def forget_if_changed(logits_fn: LogitsFn, images) -> None:
+    """Drop all traces if a function computes something else than when it was traced.
+
+    A trace follows the values of variables, but no layer whose activation is replaced or that is
+    quantised, and no number or array of a Python object.
+
+    Args:
+        logits_fn: images -> logits.
+        images: (N, H, W, C) float, pixel units.
+    """
+    traced = _compiled_forward(logits_fn, images)
+    if not traced.experimental_get_tracing_count():
+        return
+    now = tf.function(
+        functools.partial(_Forward()._logits, logits_fn),
+        input_signature=traced.input_signature,
+        autograph=False,
+    )
+    sample = images[:_NUM_COMPARED]
+    if not np.array_equal(traced(sample), now(sample), equal_nan=True):
+        forget_traces()
 
 
 def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from logit_reg.threat import ThreatModel
 from logit_reg.training.adversaries.protocol import Adversary, Batch, check_ramp, default_ramp
 from logit_reg.training.distribution import num_replicas, own_slice, whole_batch
-from logit_reg.training.inputs import require
+from logit_reg.training.inputs import image_shape, require
 
 _REPLAYS = 8
 
@@ -88,7 +88,7 @@ class FreeAdversary(Adversary):
         """
         return model.add_weight(
             name="perturbation",
-            shape=(self.batch_size, *model.network.input_shape[1:]),
+            shape=(self.batch_size, *image_shape(model.network)),
             initializer="zeros",
             dtype=model.precision,
             trainable=False,
