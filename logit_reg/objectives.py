@@ -141,14 +141,16 @@ def class_indices(labels, num_classes: int | None):
     values = _values(labels)
     shape = tuple(labels.shape if values is None else values.shape)
     if len(shape) != 1 and not (len(shape) == 2 and shape[1] in (1, None)):
+        advice = "pass the argmax of one-hot labels" if shape else "put the data set in batches"
         raise ValueError(
-            f"labels must be class indices of shape (B,) or (B, 1); got shape {shape}: pass the "
-            f"argmax of one-hot labels."
+            f"labels must be class indices of shape (B,) or (B, 1); got shape {shape}: {advice}."
         )
     if values is not None:
         labels = _checked(values.reshape(-1), num_classes)
     labels = ops.reshape(labels, (-1,)) if len(shape) == 2 else ops.convert_to_tensor(labels)
     dtype = keras.backend.standardize_dtype(labels.dtype)
+    if dtype == "string":
+        raise ValueError(f"{label_error(num_classes)} a string.")
     if keras.backend.is_float_dtype(dtype):
         labels = ops.where(labels == ops.floor(labels), labels, -1.0)
     return labels if dtype == "int64" else ops.cast(labels, "int64")
@@ -174,13 +176,15 @@ def _values(labels) -> np.ndarray | None:
 
 def _checked(values: np.ndarray, num_classes: int | None) -> np.ndarray:
     """The (B,) labels themselves, if all of them are classes."""
+    is_number = values.dtype.kind in "iuf"
     is_class = np.zeros(len(values), bool)
-    if values.dtype.kind in "iuf":
+    if is_number:
         is_class = np.equal(values, np.floor(values)) & (values >= 0)
         is_class &= num_classes is None or values < num_classes
     if not is_class.all():
         first = int(np.argmin(is_class))
-        raise ValueError(f"{label_error(num_classes)} {values[first]}, at place {first}.")
+        shown = values[first] if is_number else repr(str(values[first]))
+        raise ValueError(f"{label_error(num_classes)} {shown}, at place {first}.")
     return values
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
-from logit_reg.attacks.engine.attack import attack_inputs
+from logit_reg.attacks.engine.attack import attack_inputs, within_bounds
 from logit_reg.audit.bench import (
     BUDGETS,
     Bench,
@@ -182,7 +181,8 @@ def prepare(
 ) -> Bench:
     """The workbench that the tests of `DIAGNOSTICS` run on, one by one; see `audit`."""
     images, labels, _ = attack_inputs(images, labels, None)
-    _check(images, threat, claim, budget, batch_size)
+    _check(images, claim, budget, batch_size)
+    images = within_bounds(images, threat.lower, threat.upper)
     if state_dir is not None and not isinstance(logits_fn, keras.Model):
         raise ValueError(
             "state_dir needs a Keras network: another function has no content to key it by."
@@ -287,7 +287,7 @@ def _is_in(diagnostic: Diagnostic, budget: str) -> bool:
     return BUDGETS.index(diagnostic.budget) <= BUDGETS.index(budget)
 
 
-def _check(images, threat, claim, budget, batch_size):
+def _check(images, claim, budget, batch_size):
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}.")
     if not (math.isfinite(claim) and 0 <= claim <= 100):
@@ -296,10 +296,3 @@ def _check(images, threat, claim, budget, batch_size):
         raise ValueError("an audit needs at least one image; got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    low, high = float(np.min(images)), float(np.max(images))
-    if not (threat.lower <= low and high <= threat.upper):
-        raise ValueError(
-            f"images span [{low:g}, {high:g}], but the threat model has bounds "
-            f"[{threat.lower:g}, {threat.upper:g}]; images, epsilon and bounds must share pixel "
-            f"units."
-        )

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from logit_reg.attacks.engine.active_set import check_examples, count_classes
+from logit_reg.attacks.engine.active_set import check_examples, count_classes, forget_if_changed
 from logit_reg.attacks.engine.attack import (
     Attack,
     AttackResult,
@@ -20,6 +20,7 @@ from logit_reg.attacks.engine.attack import (
     Classifier,
     Judgement,
     attack_inputs,
+    within_bounds,
 )
 from logit_reg.attacks.engine.checks import (
     NUM_CHECKED,
@@ -160,7 +161,10 @@ def evaluate(
         GateError: if an attack leaves its threat model.
     """
     images, labels, indices = attack_inputs(images, labels, indices)
-    _check_inputs(images, attacks, batch_size)
+    images = _check_inputs(images, attacks, batch_size)
+    for function in (logits_fn, gradient_logits_fn):
+        if function is not None:
+            forget_if_changed(function, images)
     check_examples(logits_fn, images, labels)
     findings, cost = [], (0, 0)
     if with_checks:
@@ -223,6 +227,7 @@ def predict(logits_fn, images, *, batch_size: int = 200) -> np.ndarray:
     Returns:
         (N,) int64.
     """
+    forget_if_changed(logits_fn, images)
     starts = range(0, len(images), batch_size)
     parts = [_CLASSIFIER.predict(logits_fn, images[i : i + batch_size]) for i in starts]
     return np.concatenate(parts).astype(np.int64)
@@ -538,8 +543,7 @@ def _judge(logits_fn, images, labels, batch_size) -> Judgement:
 
 def _check(logits_fn, attacks, images, labels, indices, batch_size, seed):
     """What a look at the first images says of the network, and its forwards and backwards."""
-    count = min(batch_size, NUM_CHECKED)
-    images, labels, indices = images[:count], labels[:count], indices[:count]
+    images, labels, indices = (part[:NUM_CHECKED] for part in (images, labels, indices))
     num_classes = count_classes(logits_fn, images)
     findings: list[Finding] = []
     for attack in attacks.values():
@@ -555,6 +559,7 @@ def _check(logits_fn, attacks, images, labels, indices, batch_size, seed):
         for_randomised=for_randomised,
         seed=seed,
         indices=indices,
+        batch_size=batch_size,
     )
     cost = cost_of_checks(len(images), for_randomised=for_randomised)
     return list(dict.fromkeys(findings)), cost
@@ -567,14 +572,9 @@ def _check_inputs(images, attacks, batch_size):
         raise ValueError("evaluate needs at least one attack; got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    low, high = float(images.min()), float(images.max())
-    for name, attack in attacks.items():
-        lower, upper = attack.threat.lower, attack.threat.upper
-        if not (lower <= low and high <= upper):
-            raise ValueError(
-                f"images span [{low:g}, {high:g}], but the threat model of {name} has bounds "
-                f"[{lower:g}, {upper:g}]; images, epsilon and bounds must share pixel units."
-            )
+    for attack in attacks.values():
+        images = within_bounds(images, attack.threat.lower, attack.threat.upper)
+    return images
 
 
 def _hash_of(indices: np.ndarray) -> str:

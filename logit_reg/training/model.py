@@ -12,7 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.attack import is_fooled
+from logit_reg.attacks.engine.attack import is_fooled, only_output
+from logit_reg.attacks.engine.checks import probabilities
 from logit_reg.attacks.engine.inference_copy import following_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.objectives import Objective, class_indices, label_error
@@ -30,6 +31,8 @@ _NOISE, _START, _RADIUS, _CROP = range(4)
 _ROUNDING = 1e-6
 # Images that span less of the pixel range than this are probably in other units.
 _NARROW = 0.01
+# Images that show whether a network returns logits.
+_NUM_SHOWN = 8
 # What an assertion of a graph says, a part in each pair of brackets.
 _ASSERTED = re.compile(r"assertion failed: (\[.*\])")
 
@@ -195,7 +198,7 @@ class RegularizedModel(keras.Model):
             self._attacked_fn = following_copy(network)
         self.perturbation: Any = None
         if isinstance(adversary, FreeAdversary):
-            shape = (adversary.batch_size, *network.input_shape[1:])
+            shape = (adversary.batch_size, *_image_shape(network))
             # State of training, not a weight of the network: it is saved with the checkpoint only.
             self.perturbation = self.add_weight(
                 name="perturbation",
@@ -205,7 +208,8 @@ class RegularizedModel(keras.Model):
                 trainable=False,
             )
         self._replays = adversary.replays if isinstance(adversary, FreeAdversary) else 1
-        self.num_classes = getattr(network, "output_shape", (None,))[-1]
+        self.num_classes: int | None = None
+        """K; None until images are seen, where the network does not know their shape."""
         self._trackers = [
             keras.metrics.Mean(name=name)
             for name in (
@@ -221,6 +225,7 @@ class RegularizedModel(keras.Model):
         # Seen when the network is first called in training.
         self._has_own_losses = False
         self.built = True
+        self._count_classes(_known_shape(network))
 
     def call(self, images, training=None):
         """Logits of the network."""
@@ -259,6 +264,9 @@ class RegularizedModel(keras.Model):
         """
         given = inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments
         validation = given.get("validation_data")
+        shape = x.shape[1:] if isinstance(x, np.ndarray | tf.Tensor) else _known_shape(self.network)
+        self._count_classes(shape)
+        self._check_logits(shape)
         for pair in ((x, y), validation if isinstance(validation, tuple | list) else ()):
             self._check_arrays(*pair[:2])
         return super().fit(x, y, *args, **kwargs)
@@ -283,6 +291,10 @@ class RegularizedModel(keras.Model):
         go on with training, keep `save_weights` or use Keras' `BackupAndRestore`.
         """
         self.network.save(filepath, *args, **kwargs)
+
+    def export(self, filepath, *args, **kwargs):
+        """Export the network alone, as `model.network.export` does."""
+        self.network.export(filepath, *args, **kwargs)
 
     def get_config(self):
         """Refuse; see `save`."""
@@ -377,7 +389,7 @@ class RegularizedModel(keras.Model):
             The () loss of this replica, of which the optimiser sums the gradients over the
             replicas, and the measures of the whole batch; see `update`.
         """
-        logits = whole_batch(self.network(images, training=training))
+        logits = whole_batch(only_output(self.network(images, training=training)))
         own_losses = self.network.losses
         terms = self.objective(logits, labels)
         total = loss = terms.total
@@ -411,11 +423,12 @@ class RegularizedModel(keras.Model):
             )
         if labels is None:
             raise ValueError("labels are missing; pass images and labels, or a data set of both.")
-        images = tf.cast(images, self.precision)
+        images = tf.cast(_only_tensor("images", images), self.precision)
         if not images.shape[1:].is_fully_defined():
             # Random numbers are drawn in a static shape.
-            images = tf.ensure_shape(images, self.network.input_shape)
-        given = tf.convert_to_tensor(labels)
+            images = tf.ensure_shape(images, (None, *_image_shape(self.network)))
+        self._count_classes(images.shape[1:])
+        given = tf.convert_to_tensor(_only_tensor("labels", labels))
         if given.shape.rank is None:
             given = tf.reshape(given, (-1,))
         labels = class_indices(given, self.num_classes)
@@ -446,6 +459,30 @@ class RegularizedModel(keras.Model):
             f"and leave the bounds of the model, {lower:g} to {upper:g}; scale the images, or "
             f"give RegularizedModel their bounds",
         )
+
+    def _count_classes(self, shape):
+        """Learn K from the network, for images of a shape, (H, W, C) or None."""
+        if self.num_classes is None and shape is not None:
+            image = keras.KerasTensor((None, *shape), self.precision)
+            self.num_classes = only_output(self.network(image, training=False)).shape[-1]
+            if self.num_classes == 1:
+                raise ValueError(
+                    "the network returns 1 logit an image, expected one for each class, at least 2."
+                )
+
+    def _check_logits(self, shape):
+        """Warn if the network has a softmax, for images of a shape, (H, W, C) or None."""
+        if shape is None:
+            return
+        images = np.random.default_rng(0).uniform(*self.bounds, (_NUM_SHOWN, *shape))
+        images = tf.constant(images, self.precision)
+        outputs = np.asarray(only_output(self.network(images, training=False)), np.float64)
+        if probabilities(outputs) is not None:
+            warnings.warn(
+                "the network returns probabilities, expected logits: the objective takes the "
+                "softmax itself; leave it out of the network.",
+                stacklevel=3,
+            )
 
     def _check_arrays(self, images=None, labels=None):
         """Check what is at hand as an array, all of it at once."""
@@ -598,6 +635,35 @@ def _warn_of_units(name: str, value: float, bounds) -> None:
         f"{bounds[1]:g} here; is it meant for another pixel range?",
         stacklevel=4,
     )
+
+
+def _known_shape(network: keras.Model) -> tuple[int, ...] | None:
+    """(H, W, C) of a network's images, or None where it does not know all of it."""
+    shape = getattr(network, "input_shape", None)
+    if isinstance(shape, list | dict) and len(shape) == 1:
+        (shape,) = shape.values() if isinstance(shape, dict) else shape
+    is_known = isinstance(shape, tuple) and None not in shape[1:]
+    return shape[1:] if is_known else None
+
+
+def _image_shape(network: keras.Model) -> tuple[int, ...]:
+    shape = _known_shape(network)
+    if shape is None:
+        raise ValueError(
+            "the network does not know the shape of its images: with image = keras.Input((H, W, "
+            "C)), give keras.Model(image, network(image))."
+        )
+    return shape
+
+
+def _only_tensor(name: str, value):
+    """One dense tensor, out of a dictionary or list of one."""
+    if isinstance(value, dict | list | tuple) and len(value) == 1:
+        (value,) = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | tf.RaggedTensor | tf.SparseTensor):
+        kind = f"{len(value)} parts" if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be one dense tensor; got {kind}.")
+    return value
 
 
 def _require(is_right, *parts):

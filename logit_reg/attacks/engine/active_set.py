@@ -1,6 +1,7 @@
 """The books of a run: who is misclassified clean, who still stands, what was found for the rest."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +13,11 @@ from logit_reg.attacks.engine.attack import (
     call_logits,
     check_classes,
     compiled,
+    forget_traces,
 )
+
+# Images whose logits tell whether a function is still the one that was traced.
+_NUM_COMPARED = 4
 
 
 class Standing:
@@ -147,6 +152,29 @@ def check_examples(logits_fn: LogitsFn, images, labels) -> None:
     """
     if len(images):
         check_classes(labels, count_classes(logits_fn, images))
+
+
+def forget_if_changed(logits_fn: LogitsFn, images) -> None:
+    """Drop all traces if a function computes something else than when it was traced.
+
+    A trace follows the values of variables, but no layer whose activation is replaced or that is
+    quantised, and no number or array of a Python object.
+
+    Args:
+        logits_fn: images -> logits.
+        images: (N, H, W, C) float, pixel units.
+    """
+    traced = _compiled_forward(logits_fn, images)
+    if not traced.experimental_get_tracing_count():
+        return
+    now = tf.function(
+        functools.partial(_Forward()._logits, logits_fn),
+        input_signature=traced.input_signature,
+        autograph=False,
+    )
+    sample = images[:_NUM_COMPARED]
+    if not np.array_equal(traced(sample), now(sample), equal_nan=True):
+        forget_traces()
 
 
 def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:

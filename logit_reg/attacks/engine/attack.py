@@ -21,6 +21,9 @@ LogitsFn = Callable[[Any], Any]
 LOSSES = ("xent", "cw")
 """Losses for any number of classes; "dlr" needs at least 3."""
 
+ROUNDING = 1e-6
+"""Share of the pixel range's larger end by which images may leave the range."""
+
 # Keeps 0 / 0 out of DLR, as published.
 _TINY = 1e-12
 
@@ -134,9 +137,15 @@ def call_logits(logits_fn: LogitsFn, images):
         ValueError: if the result is not a matrix of at least two real logits an image, or the
             callable is not written in TensorFlow.
     """
+    if not callable(logits_fn):
+        raise ValueError(
+            f"logits_fn must be a function from images to logits; got {type(logits_fn).__name__}: "
+            f"of a SavedModel give its serve, or signatures['serving_default']; of a file what "
+            f"logit_reg.load_model makes of it."
+        )
     options = {"training": False} if isinstance(logits_fn, keras.Model) else {}
     try:
-        logits = _only_output(logits_fn(images, **options))
+        logits = tf.convert_to_tensor(only_output(logits_fn(images, **options)))
     except (NotImplementedError, AttributeError, tf.errors.OperatorNotAllowedInGraphError) as error:
         # What numpy, PyTorch and plain Python raise when they are given a tensor of a graph.
         if tf.is_symbolic_tensor(images) and _is_about_symbols(error):
@@ -163,8 +172,12 @@ def call_logits(logits_fn: LogitsFn, images):
     return logits if dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
-def _only_output(result):
-    """The one tensor that a network returns, out of a dictionary or list of one."""
+def only_output(result):
+    """The one tensor that a network returns, out of a dictionary or list of one.
+
+    Raises:
+        ValueError: if there are several, or it is not dense.
+    """
     if isinstance(result, tf.RaggedTensor | tf.SparseTensor):
         raise ValueError(
             f"logits_fn must return a dense tensor (N, K) of logits; got a "
@@ -185,7 +198,7 @@ def _only_output(result):
             )
         if parts and not is_matrix:
             (result,) = parts
-    return tf.convert_to_tensor(result)
+    return result
 
 
 def _is_about_symbols(error):
@@ -374,12 +387,11 @@ def random_direction(threat: ThreatModel, images, *, stream, indices, restart):
     return tf.math.divide_no_nan(noise, largest)
 
 
-@functools.lru_cache(maxsize=64)
 def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
     """The traced form of `attack.method(*functions, *tensors)`: one trace for any batch size.
 
     The attack's settings and the functions are baked in, and the trace is kept for as long as
-    the same ones come back.
+    the same ones come back, or until `forget_traces`.
 
     Args:
         attack: a frozen dataclass.
@@ -390,8 +402,39 @@ def compiled(attack: Any, method: str, functions: tuple, signature: tuple):
     Returns:
         A `tf.function` of the tensors; its `experimental_get_tracing_count()` stays 1.
     """
-    bound = functools.partial(getattr(attack, method), *functions)
+    return _compiled(attack, method, tuple(map(_Key, functions)), signature)
+
+
+def forget_traces() -> None:
+    """Trace every function anew when it comes next."""
+    _compiled.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(attack, method, keys, signature):
+    bound = functools.partial(getattr(attack, method), *(key.function for key in keys))
     return tf.function(bound, input_signature=signature, autograph=False)
+
+
+class _Key:
+    """A function as a key: by its identity where it has no hash, as objects of a dataclass."""
+
+    def __init__(self, function):
+        self.function = function
+        try:
+            self._hash = hash(function)
+            self._has_hash = True
+        except TypeError:
+            self._hash = id(function)
+            self._has_hash = False
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        if self.function is other.function:
+            return True
+        return self._has_hash and other._has_hash and self.function == other.function
 
 
 def isolated(function):
@@ -496,6 +539,34 @@ def check_classes(labels: np.ndarray, num_classes: int) -> None:
             f"labels must be 0 to {num_classes - 1}, for the network's {num_classes} classes; "
             f"label {outside[0]} is {labels[outside[0]]} ({len(outside)} such labels)."
         )
+
+
+def within_bounds(images: np.ndarray, lower: float, upper: float) -> np.ndarray:
+    """Images that may leave the pixel range by a rounding, and no more.
+
+    Args:
+        images: (N, H, W, C) float, pixel units.
+        lower: lowest pixel value.
+        upper: highest pixel value.
+
+    Returns:
+        The images, clipped to the range where they leave it by at most a millionth of its larger
+        end, as a bound that is no float32 makes them.
+
+    Raises:
+        ValueError: if they leave it by more, or are not finite.
+    """
+    if not len(images):
+        return images
+    lowest, highest = float(images.min()), float(images.max())
+    slack = ROUNDING * max(abs(lower), abs(upper))
+    if not (lower - slack <= lowest and highest <= upper + slack):
+        raise ValueError(
+            f"images span [{lowest:.9g}, {highest:.9g}], but the threat model has bounds "
+            f"[{lower:.9g}, {upper:.9g}]; images, epsilon and bounds must share pixel units."
+        )
+    is_inside = lower <= lowest and highest <= upper
+    return images if is_inside else np.clip(images, np.float32(lower), np.float32(upper))
 
 
 def attack_inputs(images, labels, indices):

@@ -1,6 +1,7 @@
 """Signs that a robustness evaluation cannot be trusted, as AutoAttack looks for them."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -27,8 +28,9 @@ from logit_reg.threat import ThreatModel
 
 SAME_LOGITS = 1e-4
 """Largest l2 distance of an image's normalised logits between two passes."""
-# How near to probabilities outputs are that count as such.
+# How near to 1 sums are that count as those of probabilities; in half precision they are further.
 _PROBABILITY_SLACK = 1e-5
+_HALF_SLACK = ((tf.bfloat16.as_numpy_dtype, 2.0**-6), (np.float16, 2.0**-9))
 # The smallest probability that is told from 0, so that its logarithm is finite.
 _LEAST_PROBABILITY = 1e-37
 # How near to probabilities up to scale and offset outputs have to be, of their range.
@@ -105,7 +107,7 @@ def probabilities(outputs: np.ndarray) -> Probabilities | None:
         return None
     wide = outputs.astype(np.float64)
     sums, num_classes = wide.sum(axis=1), wide.shape[1]
-    slack = _PROBABILITY_SLACK
+    slack = _slack(outputs)
     is_in_range = wide.min() > -slack and wide.max() < 1 + slack
     if is_in_range and np.all(np.abs(sums - 1) < slack):
         return Probabilities()
@@ -116,6 +118,14 @@ def probabilities(outputs: np.ndarray) -> Probabilities | None:
     if num_classes < 3 or span == 0 or not (is_constant and is_sure):
         return None
     return Probabilities(scale, offset)
+
+
+def _slack(outputs: np.ndarray) -> float:
+    """How far from 1 the sums of probabilities may be, by the precision that the outputs show."""
+    for dtype, slack in _HALF_SLACK:
+        if np.array_equal(outputs, outputs.astype(dtype).astype(outputs.dtype)):
+            return slack
+    return _PROBABILITY_SLACK
 
 
 def check_outputs(outputs: np.ndarray) -> list[Finding]:
@@ -166,7 +176,8 @@ def check_finite(not_finite: np.ndarray) -> list[Finding]:
         Finding(
             "not_finite",
             f"the network's logits are not finite for {num_broken} of {len(not_finite)} images, "
-            "which count as wrong: look for weights that are not numbers, or for an overflow.",
+            "which count as wrong: look for weights that are not numbers, for an overflow, or for "
+            "classes masked with -inf, where a large negative number does.",
             num_broken,
         )
     ]
@@ -300,6 +311,7 @@ def check_network(
     for_randomised: bool = False,
     seed: int = 0,
     indices=None,
+    batch_size: int = NUM_CHECKED,
 ) -> tuple[Finding, ...]:
     """What can be seen of a network, on a few images, that makes any attack's figure doubtful.
 
@@ -312,6 +324,7 @@ def check_network(
         for_randomised: the attacks are made for a network that is randomised.
         seed: source of random numbers.
         indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+        batch_size: most images sent through the network at once.
 
     Returns:
         The findings, in order.
@@ -322,15 +335,24 @@ def check_network(
     """
     images, labels, indices = attack_inputs(images, labels, indices)
     images, labels, indices = (part[:NUM_CHECKED] for part in (images, labels, indices))
-    passes = [clean_logits(logits_fn, images) for _ in range(1 if for_randomised else _NUM_PASSES)]
+
+    def in_batches(look, *arrays):
+        starts = range(0, len(images), batch_size)
+        parts = [look(*(part[i : i + batch_size] for part in arrays)) for i in starts]
+        return np.concatenate(parts)
+
+    passes = [
+        in_batches(lambda part: clean_logits(logits_fn, part), images)
+        for _ in range(1 if for_randomised else _NUM_PASSES)
+    ]
     findings = check_outputs(passes[0]) + check_dynamic(forward_graph(logits_fn, images))
     if not for_randomised:
         findings += check_randomised(passes, labels)
     stream = random_stream(seed, "checks")
-    zero = {
-        loss: _GradientProbe(threat, loss).is_zero(logits_fn, images, labels, indices, stream)
-        for loss in LOSSES
-    }
+    zero = {}
+    for loss in LOSSES:
+        look = functools.partial(_GradientProbe(threat, loss).is_zero, logits_fn, stream=stream)
+        zero[loss] = in_batches(look, images, labels, indices)
     return tuple(findings + check_zero_gradients(zero, followed))
 
 
@@ -365,7 +387,7 @@ class _GradientProbe:
     threat: ThreatModel
     loss: str
 
-    def is_zero(self, logits_fn, images, labels, indices, stream) -> np.ndarray:
+    def is_zero(self, logits_fn, images, labels, indices, *, stream) -> np.ndarray:
         """(N,) bool: where the gradient vanishes although the logits are finite."""
         image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
         signature = (image, numbers, numbers, tf.TensorSpec((), tf.int64))
