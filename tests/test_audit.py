@@ -23,8 +23,12 @@ from logit_reg.audit.records import DECISIVE, Cost, WorstCase, verdict
 from logit_reg.audit.run import DIAGNOSTICS, run_test
 from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 from logit_reg.experiments import controls
+from logit_reg.experiments.attack_choice import AttackChoice
+from logit_reg.experiments.audits import AuditSettings, audited_own, run_audit
 from logit_reg.experiments.defaults import resolve_settings
+from logit_reg.experiments.own_models import load_own_model
 from logit_reg.experiments.runs import read_run
+from logit_reg.messages import UsageError
 from logit_reg.threat import ThreatModel
 from madry_compat import data
 from madry_compat.challenges import image_set
@@ -816,6 +820,31 @@ def test_the_command_writes_audit_and_page_and_ends_with_the_verdict(tmp_path):
     assert written["verdict"] == "REFUTED" and written["worst_case"]["accuracy"] == 0.4
     assert "REFUTED" in (tmp_path / "out" / "audit.html").read_text()
     assert not (tmp_path / "out" / ".state").exists()
+    assert_other_audits_are_refused(tmp_path)
+
+
+def assert_other_audits_are_refused(folder):
+    """Whatever the audit in `out` was made with, another value of it is another audit."""
+    before = (folder / "out" / "audit.json").read_bytes()
+    threat = ThreatModel("linf", 0.022, 0.0, 1.0)
+    settings = AuditSettings(claim=0.93, output_dir=folder / "out")
+    others = {
+        "claim 0.93 -> 0.92": {"claim": 0.92},
+        "claimed_by None -> paper-mnist": {"claimed_by": "paper-mnist"},
+        "seed 0 -> 1": {"seed": 1},
+        "num_eval_examples 40 -> 39": {"num_examples": 39},
+        "threat.epsilon 0.022 -> 0.03": {"threat": ThreatModel("linf", 0.03, 0.0, 1.0)},
+        r"attacks \[\] -> \['pgd3-xent'\]": {"attack": AttackChoice(num_steps=3)},
+        "budget quick -> standard": {"budget": "standard", "controls": ("none",)},
+    }
+    for words, changes in others.items():
+        used = changes.pop("threat", threat)
+        changed = dataclasses.replace(settings, **changes)
+        files = folder / "linear.keras", folder / "images.npz"
+        audited = audited_own(load_own_model(*files, used, changed.num_examples), changed)
+        with pytest.raises(UsageError, match=f"{words}.*choose another --output_dir"):
+            run_audit(audited, changed)
+    assert (folder / "out" / "audit.json").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -14,9 +15,14 @@ from readable import check_html
 from logit_reg.analysis.curves import CurveSettings
 from logit_reg.analysis.landscape import Landscape, compare, load_comparison, save_comparison
 from logit_reg.attacks import FGSM, PGD
+from logit_reg.experiments.attack_choice import AttackChoice
+from logit_reg.experiments.landscapes import LandscapeSettings, compute_landscape
+from logit_reg.experiments.sources import find_model
 from logit_reg.files import read_json, write_json
+from logit_reg.messages import UsageError
 from logit_reg.report.landscape_page import write_landscape_page
 from logit_reg.threat import ThreatModel
+from madry_compat.data import load
 
 EPSILON = 0.02
 
@@ -318,6 +324,35 @@ def test_the_command_compares_models_and_draws_again_from_its_arrays(models):
     assert names == figures | {"landscape.npz", "landscape.json", "landscape.html"}
     for name in (*figures, "landscape.html"):
         assert (models / "again" / name).read_bytes() == (models / "first" / name).read_bytes()
+
+
+def test_every_landscape_has_a_folder_of_its_own(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = (find_model(models / name) for name in ("a", "b"))
+    digits = load("mnist_5k", "test")
+    cheap = LandscapeSettings(num_points=3, num_examples=2, chosen=(), show_progress=False)
+    others = (
+        ([a], {"seed": 1}),
+        ([a], {"extent": 1.0}),
+        ([a], {"clip": True}),
+        ([a], {"attack": AttackChoice(epsilon=0.2)}),
+        ([a], {"direction": "pgd", "attack": AttackChoice(num_steps=1)}),
+        ([b], {}),
+        ([b, a], {}),
+    )
+
+    folder, *_ = compute_landscape([a], digits, cheap)
+    assert compute_landscape([a], digits, cheap)[0] == folder
+    assert folder.parent == Path("runs/landscapes/a") and folder.name.startswith("fgsm-linf0.3-n2-")
+    before = (folder / "landscape.npz").read_bytes()
+    found = {folder}
+    for chosen, changes in others:
+        changed = dataclasses.replace(cheap, **changes)
+        with pytest.raises(UsageError, match="->|other.*choose another --output_dir"):
+            compute_landscape(chosen, digits, dataclasses.replace(changed, output_dir=folder))
+        found.add(compute_landscape(chosen, digits, changed)[0])
+    assert len(found) == 1 + len(others)
+    assert (folder / "landscape.npz").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def test_a_failed_run_is_reported_with_its_last_words_and_status_1(tmp_path):
 
     assert process.returncode == 1
     *_, words, error = process.stderr.strip().splitlines()
-    assert words.startswith("beta-1: error: s/beta-1/run.json: no settings of a run")
+    assert words.startswith("beta-1: error: s/beta-1/run.json: not the settings of a run")
     assert error == "error: 1 of 2 runs failed; the same command goes on."
 
 

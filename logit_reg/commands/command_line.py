@@ -35,6 +35,8 @@ FAILURE = 1
 INTERRUPTED = 130
 # "logit-reg-eval" for eval_challenge, and so on.
 _ENTRY_POINT = "logit-reg-"
+# For the processes that a command starts: what the user typed.
+_STARTED_AS = "LOGIT_REG_STARTED_AS"
 
 
 def run(
@@ -75,6 +77,7 @@ def run(
         message = " ".join(str(error).split())
         _fail(f"{message} (--help lists the {len(names)} flags)", USAGE_ERROR)
     warnings.showwarning = _show_warning
+    os.environ.setdefault(_STARTED_AS, _started_as())
     try:
         check_values()
         check_flags()
@@ -177,11 +180,19 @@ def print_next(command: str, flags: Mapping[str, object]) -> None:
     print(f"next: {shlex.join(words)}", flush=True)
 
 
-def _start_of(command):
-    program = sys.argv[0]
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and spec.name.rpartition(".")[0]:
-        return ["python", "-m", f"{spec.name.rpartition('.')[0]}.{command}"]
+def _started_as() -> str:
+    """The program that was started, or "-m PACKAGE"."""
+    program, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
+    is_program = Path(program).suffix == ".py" or Path(program).name.startswith(_ENTRY_POINT)
+    if is_program and not (spec is not None and spec.name.rpartition(".")[0]):
+        return program
+    return f"-m {__name__.rpartition('.')[0]}"
+
+
+def _start_of(command: str) -> list[str]:
+    program = os.environ.get(_STARTED_AS) or _started_as()
+    if program.startswith("-m "):
+        return ["python", "-m", f"{program.removeprefix('-m ')}.{command}"]
     if Path(program).name.startswith(_ENTRY_POINT):
         # As it was typed: with its folder only where that is needed.
         name = f"{_ENTRY_POINT}{command.partition('_')[0]}"

@@ -200,8 +200,8 @@ def load_run(folder: Path | str) -> Run:
     networks = {evaluation_identity(e.result).get("network") for e in loaded.values()}
     if not record and len(networks) > 1:
         raise ValueError(
-            f"{folder}: holds evaluations of {len(networks)} networks and no run.json; name two of "
-            f"them with --compare."
+            f"{folder}: holds evaluations of {len(networks)} networks and no run.json; compare "
+            f"two of them instead."
         )
     return Run(
         name=record.get("name") or folder.resolve().name,
