@@ -17,9 +17,10 @@ from logit_reg.attacks.engine.attack import Attack
 from logit_reg.attacks.engine.forward import Classifier
 from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.evaluation.ledger import build_result
-from logit_reg.evaluation.protocols import FAMILIES, PROTOCOLS, protocol_attacks
+from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
 from logit_reg.evaluation.run import evaluate, predict
 from logit_reg.threat import ThreatModel
+from madry_compat.challenges import CIFAR10, MNIST
 
 SHAPE, NUM_CLASSES = (8, 8, 1), 4
 THREAT = ThreatModel("linf", 0.1)
@@ -126,19 +127,21 @@ def quietly(*arguments, **options):
 
 
 def every_protocol():
-    for family in FAMILIES:
+    for challenge in (MNIST, CIFAR10):
         for name in PROTOCOLS:
             try:
-                yield family, name, protocol_attacks(name, family)
+                yield challenge, name, protocol_attacks(name, challenge)
             except ValueError as error:
-                # A protocol of the other family.
+                # A protocol of the other challenge.
                 assert "is defined on" in str(error)
 
 
 EVERY_PROTOCOL = list(every_protocol())
 each_attack = pytest.mark.parametrize("name", SMALL)
 each_protocol = pytest.mark.parametrize(
-    ("family", "protocol"), [(family, name) for family, name, _ in EVERY_PROTOCOL]
+    "cases",
+    [attacks for _, _, attacks in EVERY_PROTOCOL],
+    ids=[f"{challenge.family}-{name}" for challenge, name, _ in EVERY_PROTOCOL],
 )
 each_broken = pytest.mark.parametrize("network", BROKEN.values(), ids=BROKEN.keys())
 
@@ -181,8 +184,7 @@ def nan_or_inf(images):
 
 
 @each_protocol
-def test_no_image_is_robust_under_any_protocol_where_logits_are_not_finite(family, protocol):
-    cases = protocol_attacks(protocol, family)
+def test_no_image_is_robust_under_any_protocol_where_logits_are_not_finite(cases):
     upper = next(iter(cases.values())).threat.upper
     assert np.isnan(nan_or_inf(IMAGES)).any() and np.isinf(nan_or_inf(IMAGES)).any()
     found, findings = quietly(nan_or_inf, cases, upper * IMAGES, LABELS)
@@ -232,8 +234,7 @@ def test_vanishing_gradients_are_noticed_whatever_the_attack(name):
 
 
 @each_protocol
-def test_vanishing_gradients_are_noticed_under_every_protocol(family, protocol):
-    cases = protocol_attacks(protocol, family)
+def test_vanishing_gradients_are_noticed_under_every_protocol(cases):
     upper = next(iter(cases.values())).threat.upper
     network = {1.0: without_gradients, 255.0: without_gradients_255}[upper]
     _, findings = quietly(network, cases, upper * IMAGES, (ROUNDED + 1) % NUM_CLASSES)
@@ -248,8 +249,7 @@ def test_a_tie_counts_as_fooled(name):
 
 
 @each_protocol
-def test_a_tie_counts_as_fooled_under_every_protocol(family, protocol):
-    cases = protocol_attacks(protocol, family)
+def test_a_tie_counts_as_fooled_under_every_protocol(cases):
     upper = next(iter(cases.values())).threat.upper
     found, _ = quietly(tied, cases, upper * IMAGES, LABELS)
     assert not found.clean.any() and not found.robust.any()
