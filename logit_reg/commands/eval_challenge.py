@@ -81,7 +81,6 @@ def _evaluate_challenge() -> None:
         network_name,
         print_result,
         published_beside,
-        training_notices,
     )
     from logit_reg.experiments.sources import RUNS, dataset_for, load_model, load_split
     from logit_reg.experiments.submissions import score_files
@@ -127,8 +126,6 @@ def _evaluate_challenge() -> None:
             "steps_planned": model.run.max_num_training_steps,
         }
         settings["training"] = training
-        for found in training_notices(training):
-            command_line.notice(f"notice: {found['message']}")
     if model.folder is not None:
         folder = model.folder / EVALUATIONS
     else:
