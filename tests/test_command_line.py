@@ -91,7 +91,6 @@ def test_the_bare_evaluation_command_takes_the_newest_run(bare):
     assert process.returncode == 0, process.stderr
     assert "the newest run" in process.stderr
     assert "protocol: madry-mnist" in process.stdout
-    assert "PGD flatters this family, run --protocol=autoattack" in process.stdout
     output = the_run(folder) / "evaluations" / "madry-mnist-n20"
     result = json.loads((output / "result.json").read_text())
     with (output / "ledger.csv").open() as file:
@@ -207,6 +206,19 @@ def test_help_that_nobody_reads_to_its_end_is_no_error(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("epsilon", [0.001, 1])
+def test_pgd_flatters_a_squeezed_run_of_which_it_leaves_something(bare, epsilon):
+    flags = (f"--epsilon={epsilon}", "--num_steps=2", f"--step_size={epsilon}", "--output_dir=out")
+    process = command("eval_challenge", *flags, "--num_eval_examples=200", cwd=bare[0])
+    assert process.returncode == 0, process.stderr
+    left = json.loads((bare[0] / "out" / "result.json").read_text())["robust_accuracy"]
+    shutil.rmtree(bare[0] / "out")
+    assert (left > 0) == (epsilon < 1)
+    flatters = "PGD flatters this family, run --protocol=autoattack"
+    assert (flatters in process.stdout.splitlines()) == (left > 0)
+    assert "for 1 attack on 200 images" in process.stdout
+
+
 def test_your_own_model_and_data(bare, tmp_path):
     folder, _ = bare
     rng = np.random.default_rng(0)

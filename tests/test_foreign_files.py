@@ -1,5 +1,6 @@
 """Networks, images, labels and paths as people really have them."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from commands import assert_one_line_error, command
 
+from logit_reg.experiments.defaults import resolve_settings
 from logit_reg.experiments.keras_files import read_keras
-from logit_reg.experiments.sources import load_keras, load_model, load_own_images
-from logit_reg.files import read_json
+from logit_reg.experiments.sources import find_model, load_keras, load_model, load_own_images
+from logit_reg.files import read_json, write_json
 from madry_compat.networks import mnist_cnn
 from madry_compat.tf1_checkpoints import load_network, read_step, save_network
 
@@ -199,6 +201,15 @@ def test_a_checkpoint_is_read_back_from_a_folder_of_any_name(tmp_path, name, mon
         "checkpoint-5.data-00000-of-00001",
         "checkpoint-5.index",
     ]
+
+
+@pytest.mark.parametrize(("planned", "is_told"), [(5, False), (20_000, True)])
+def test_every_command_tells_of_an_unfinished_run(tmp_path, capsys, planned, is_told):
+    save_network(mnist_cnn(), tmp_path, 5)
+    settings = resolve_settings({"dataset": "mnist_5k", "max_num_training_steps": planned})
+    write_json(tmp_path / "run.json", {"schema": 1, "settings": dataclasses.asdict(settings)})
+    find_model(tmp_path / "checkpoint-5")
+    assert ("5 of 20,000 training steps" in capsys.readouterr().err) == is_told
 
 
 def test_a_folder_that_another_one_matches_as_a_pattern_is_not_read_in_its_place(tmp_path):

@@ -25,7 +25,6 @@ from logit_reg.experiments.evaluations import (
     plan_evaluation,
     print_estimate,
     read_attack_dtype,
-    training_notices,
 )
 from logit_reg.experiments.own_models import OwnModel
 from logit_reg.experiments.sources import RUNS, Model, num_examples
@@ -119,8 +118,6 @@ def challenge_subject(model: Model, dataset: Dataset, count: int | None) -> Subj
             "steps_planned": model.run.max_num_training_steps,
         }
         provenance["training"] = training
-        for found in training_notices(training):
-            notice(f"notice: {found['message']}")
     if model.folder is not None:
         folder = model.folder / EVALUATIONS
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from logit_reg.experiments.evaluations import training_notices
 from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import read_run, step_of_network
 from logit_reg.experiments.settings import RunSettings
@@ -210,8 +211,12 @@ def find_model(path: Path | str, named: str | None = None) -> Model:
 
 
 def _model_of_run(network, path, folder, step) -> Model:
-    data_dir = read_json(folder / "run.json").get("data_dir")
-    return Model(network, path, read_run(folder), data_dir, folder=folder, finished_steps=step)
+    data_dir, run = read_json(folder / "run.json").get("data_dir"), read_run(folder)
+    if step is not None:
+        training = {"steps_done": step, "steps_planned": run.max_num_training_steps}
+        for found in training_notices(training):
+            notice(f"notice: {found['message']}")
+    return Model(network, path, run, data_dir, folder=folder, finished_steps=step)
 
 
 def _load_with_step(folder: Path) -> tuple[keras.Model, int | None]:
