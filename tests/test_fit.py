@@ -477,6 +477,9 @@ def test_a_checkpoint_of_keras_is_the_bare_network_and_loads_without_this_projec
     other.load_weights(tmp_path / "x.weights.h5")
     assert_same_weights(model, other)
     np.testing.assert_array_equal(model.adversary_state.numpy(), other.adversary_state.numpy())
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(IMAGES), logits, atol=1e-6)
     with pytest.raises(NotImplementedError, match="save its network"):
         keras.saving.save_model(model, tmp_path / "whole.keras")
 
@@ -529,5 +532,117 @@ def test_a_network_of_own_class_is_trained_too():
     model.compile(keras.optimizers.SGD(0.1))
     plain = small_model()
     assert fit(model, IMAGES, LABELS) == fit(plain, IMAGES, LABELS)
-    # What has no output shape is not checked, but not taken for a number either.
-    assert np.isnan(fit(model, as_dataset(IMAGES, LABELS + 1))["loss"][0])
+    with pytest.raises(ValueError, match="the first other one is 3"):
+        fit(model, as_dataset(IMAGES, LABELS + 1))
+
+
+def own_class(num_classes=3):
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.dense = keras.layers.Dropout(0.5), keras.layers.Dense(num_classes)
+
+        def call(self, images, training=None):
+            flat = keras.ops.reshape(images, (-1, 36))
+            return self.dense(self.drop(flat, training=training))
+
+    return Own()
+
+
+UNBUILT = {
+    "own class": own_class,
+    "Sequential": lambda k=3: keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(k)]),
+}
+
+
+def wrapped(network, **settings):
+    model = RegularizedModel(network, Objective(), bounds=(0.0, 1.0), **settings)
+    model.compile("sgd")
+    return model
+
+
+@pytest.mark.parametrize("source", ["arrays", "dataset", "generator"])
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_labels_are_checked_for_networks_that_learn_their_shapes_from_the_images(kind, source):
+    with pytest.raises(ValueError, match="from 0 to 2, for 3 logits; the first other one is 3[.,]"):
+        fit(wrapped(UNBUILT[kind]()), *SOURCES[source](IMAGES, LABELS + 1))
+    assert np.isfinite(fit(wrapped(UNBUILT[kind]()), *SOURCES[source](IMAGES, LABELS))["loss"][0])
+    with pytest.raises(ValueError, match="returns 1 logit an image, expected one for each class"):
+        fit(wrapped(UNBUILT[kind](1)), *SOURCES[source](IMAGES, LABELS))
+
+
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_where_a_shape_is_needed_before_the_images_it_is_asked_for(kind):
+    message = r"does not know the shape of its images: .* keras.Model\(image, network\(image\)\)"
+    with pytest.raises(ValueError, match=message):
+        wrapped(UNBUILT[kind](), adversary=ADVERSARIES["free"])
+    with pytest.raises(ValueError, match=message):
+        fit(wrapped(UNBUILT[kind]()), as_dataset_of_unknown_shape(IMAGES, LABELS))
+    image = keras.Input((6, 6, 1))
+    network = keras.Model(image, UNBUILT[kind]()(image))
+    fit(wrapped(network, adversary=ADVERSARIES["free"]), IMAGES, LABELS)
+
+
+STRUCTURES = {
+    "dictionary": (lambda x: x, lambda z: {"digits": z}),
+    "lists": (lambda x: [x], lambda z: [z]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "adversary"), [("dictionary", "none"), ("dictionary", "pgd"), ("lists", "free")]
+)
+def test_one_input_and_one_output_train_in_whatever_they_come(kind, adversary):
+    given, returned = STRUCTURES[kind]
+    network = small_network()
+    image = keras.Input(network.input_shape[1:])
+    structured = wrapped(
+        keras.Model(given(image), returned(network(image))), adversary=ADVERSARIES[adversary]
+    )
+    plain = wrapped(keras.models.clone_model(network), adversary=ADVERSARIES[adversary])
+    plain.network.set_weights(network.get_weights())
+    validation = (IMAGES, LABELS)
+    history = fit(plain, IMAGES, LABELS, validation_data=validation)
+    found = fit(structured, given(IMAGES), {"y": LABELS}, validation_data=validation, batch_size=8)
+    for name, values in history.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5)
+    with pytest.raises(ValueError, match="the first other one is 3[.,]"):
+        fit(structured, IMAGES, LABELS + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: ({"a": x, "b": x}, y), "images must be one dense tensor; got 2 parts"),
+        (lambda x, y: (x, {"a": y, "b": y}), "labels must be one dense tensor; got 2 parts"),
+        (lambda x, y: (x, tf.RaggedTensor.from_tensor(y[:, None])), "got a RaggedTensor"),
+        (lambda x, y: (x, tf.sparse.from_dense(tf.one_hot(y, 3))), "got a SparseTensor"),
+        (lambda x, y: (x, tf.as_string(y)), "the first other one is a string"),
+        (lambda x, y: (x[0], y[0]), r"got shape \(\): put the data set in batches"),
+    ],
+)
+def test_batches_of_another_structure_are_refused_in_one_line(change, message):
+    batches = as_dataset(IMAGES, LABELS).map(change)
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(small_model(), batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_strings_are_shown_as_such():
+    with pytest.raises(ValueError, match=f"the first other one is '{LABELS[0]}', at place 0"):
+        fit(small_model(), IMAGES, LABELS.astype(str))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_classes"), [("float32", 2), ("mixed_float16", 3), ("bfloat16", 3)]
+)
+def test_a_network_with_a_softmax_is_told(dtype, num_classes):
+    flat = keras.layers.Flatten(dtype=dtype)
+    for activation in ("softmax", None):
+        last = keras.layers.Dense(num_classes, activation=activation, dtype=dtype)
+        model = wrapped(keras.Sequential([keras.Input((6, 6, 1)), flat, last]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(model, *SOURCES["dataset"](IMAGES, LABELS % num_classes))
+        told = [str(w.message) for w in caught if "returns probabilities" in str(w.message)]
+        assert len(told) == (activation == "softmax")
