@@ -474,7 +474,8 @@ class RegularizedModel(keras.Model):
         """Warn if the network has a softmax, for images of a shape, (H, W, C) or None."""
         if shape is None:
             return
-        images = np.random.default_rng(0).uniform(*self.bounds, (_NUM_SHOWN, *shape))
+        lower, upper = self.bounds
+        images = np.random.default_rng(0).uniform(lower, upper, (_NUM_SHOWN, *shape))
         images = tf.constant(images, self.precision)
         outputs = np.asarray(only_output(self.network(images, training=False)), np.float64)
         if probabilities(outputs) is not None:
@@ -642,8 +643,9 @@ def _known_shape(network: keras.Model) -> tuple[int, ...] | None:
     shape = getattr(network, "input_shape", None)
     if isinstance(shape, list | dict) and len(shape) == 1:
         (shape,) = shape.values() if isinstance(shape, dict) else shape
-    is_known = isinstance(shape, tuple) and None not in shape[1:]
-    return shape[1:] if is_known else None
+    if not isinstance(shape, tuple) or None in shape[1:]:
+        return None
+    return shape[1:]
 
 
 def _image_shape(network: keras.Model) -> tuple[int, ...]:
