@@ -101,8 +101,12 @@ def test_a_label_that_is_no_class_is_named_and_is_no_number_in_a_trace(labels, n
 
 
 def test_labels_of_another_shape_are_refused():
-    for labels in (np.eye(3)[LABELS], LABELS[:, None, None], np.array(1)):
-        with pytest.raises(ValueError, match="pass the argmax of one-hot labels"):
+    for labels, advice in (
+        (np.eye(3)[LABELS], "pass the argmax of one-hot labels"),
+        (LABELS[:, None, None], "pass the argmax of one-hot labels"),
+        (np.array(1), "put the data set in batches"),
+    ):
+        with pytest.raises(ValueError, match=advice):
             Objective()(LOGITS, labels)
     with pytest.raises(ValueError, match="one an image; got 1 for 2 images"):
         Objective()(LOGITS, LABELS[:1])
