@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.examples import Examples
+from logit_reg.attacks.engine.examples import Examples, within_bounds
 from logit_reg.attacks.engine.forward import LogitsFn
 from logit_reg.threat import ThreatModel
 
@@ -86,6 +86,13 @@ class Attack(Protocol):
 class ImageAttack:
     """What attacks inherit: `run` with its inputs checked, and the call as a function of images."""
 
+    if TYPE_CHECKING:
+
+        @property
+        def threat(self) -> ThreatModel:
+            """A field, or what its fields make of it."""
+            ...
+
     def run(
         self,
         logits_fn: LogitsFn,
@@ -97,7 +104,11 @@ class ImageAttack:
         restart: int = 0,
         gradient_logits_fn: LogitsFn | None = None,
     ) -> AttackResult:
-        """Attack a batch; see `Attack.run`."""
+        """Attack a batch; see `Attack.run`.
+
+        Raises:
+            ValueError: if shapes or types do not fit, or an image is outside the bounds.
+        """
         examples = Examples.checked(
             images,
             labels,
@@ -106,7 +117,8 @@ class ImageAttack:
             restart=restart,
             gradient_logits_fn=gradient_logits_fn,
         )
-        return self._run(logits_fn, examples)
+        images = within_bounds(examples.images, self.threat.lower, self.threat.upper)
+        return self._run(logits_fn, dataclasses.replace(examples, images=images))
 
     def __call__(self, logits_fn: LogitsFn, images, labels, *, seed: int) -> tf.Tensor:
         """Return `run(...).adversarial` as a tensor (N, H, W, C)."""
