@@ -318,7 +318,7 @@ def test_an_audit_refutes_a_broken_network_and_names_the_cause(network):
     found = audit(network, THREAT, IMAGES, LABELS, claim=90.0)
     assert found.verdict == "REFUTED" and not found.worst_case.robust.any()
     (squeeze,) = (test for test in found.tests if test.number == 6)
-    assert "not finite for 5 of 5 images" in squeeze.reason
+    assert "the logits of 5 of 5 clean images are not finite" in squeeze.reason
 
 
 def test_curves_of_a_broken_network_are_zero():

@@ -36,9 +36,8 @@ for words in lines:
     if rest and script != "fetch_model":
         sys.exit(f"unexpected {rest} in {words}")
     if script == "sweep":
-        # One process per command; here all evaluations are parsed at once.
-        module._check_evaluations = lambda *arguments: None
-        print(json.dumps([[step.arguments for step in job.steps] for job in module.sweep_jobs()]))
+        jobs = module.planned_sweep().jobs
+        print(json.dumps([[step.arguments for step in job.steps] for job in jobs]))
 """
 
 _RESOLVE = """

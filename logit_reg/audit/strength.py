@@ -118,8 +118,7 @@ def _iteration_convergence(evidence: Evidence) -> Outcome:
     steps = [float(attack.num_steps) for attack in attacks.values()]
     curve = _curve("steps", "steps of PGD", steps, correct)
     what = f"doubling {attacks[half].num_steps} steps"
-    pair = {half: attacks[half], double: attacks[double]}
-    return _convergence(evidence, pair, what, _ITERATION_GAP, curves=(curve,))
+    return _convergence(evidence, attacks, (half, double), what, _ITERATION_GAP, curves=(curve,))
 
 
 def _restart_attacks(evidence: Evidence) -> dict[str, Attack]:
@@ -129,7 +128,8 @@ def _restart_attacks(evidence: Evidence) -> dict[str, Attack]:
 
 def _restart_convergence(evidence: Evidence) -> Outcome:
     what = "going from 10 to 100 restarts"
-    return _convergence(evidence, _restart_attacks(evidence), what, _RESTART_GAP)
+    attacks = _restart_attacks(evidence)
+    return _convergence(evidence, attacks, tuple(attacks), what, _RESTART_GAP)
 
 
 def _step_size_attacks(evidence: Evidence) -> dict[str, PGD]:
@@ -150,9 +150,8 @@ def _step_size_sweep(evidence: Evidence) -> Outcome:
     sizes, plain = [attack.step_size for attack in attacks.values()], evidence.step_size
     curve = _curve("step_size", "step size of PGD (pixel units)", sizes, correct, plain)
     what = f"the best step size, {attacks[best].step_size:.3g} instead of {plain:.3g},"
-    pair = {"pgd40-xent": attacks["pgd40-xent"], best: attacks[best]}
     options: dict[str, Any] = {"without_control": _STEP_SIZE_GAP_WIDE, "curves": (curve,)}
-    return _convergence(evidence, pair, what, _STEP_SIZE_GAP, **options)
+    return _convergence(evidence, attacks, ("pgd40-xent", best), what, _STEP_SIZE_GAP, **options)
 
 
 def _scale_attacks(evidence: Evidence) -> dict[str, Attack]:
@@ -254,14 +253,21 @@ def against_control(
     return Outcome(decision.status, f"{what} takes {decision}", measured, tuple(curves))
 
 
-def _convergence(evidence, pair, what, threshold, **options) -> Outcome:
-    """Judge what the second of two attacks takes of what the first one leaves."""
+def _convergence(evidence, attacks, names, what, threshold, **options) -> Outcome:
+    """Judge what the second named attack takes of what the first, or the same one, leaves."""
+    pair = {name: attacks[name] for name in names}
 
-    def takes_from(control):
-        return PairedDifference.of(*evidence.run_on_control(control, pair).values())
+    def gap(correct):
+        return PairedDifference.of(*(correct[name] for name in names))
 
-    gap = PairedDifference.of(*evidence.run(pair).values())
-    return against_control(evidence, gap, takes_from, what, threshold, **options)
+    return against_control(
+        evidence,
+        gap(evidence.run(pair)),
+        lambda control: gap(evidence.run_on_control(control, pair)),
+        what,
+        threshold,
+        **options,
+    )
 
 
 def _apart(attacks, threshold, least_classes=2, *, either_way=False):

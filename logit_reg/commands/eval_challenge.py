@@ -29,7 +29,9 @@ flag_groups.define_own_model_flags()
 flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
 flag_groups.define_example_flags()
 flags.DEFINE_bool("trial", False, f"to try the command out: at most {TRIAL_EXAMPLES} images")
-flags.DEFINE_bool("worst_case_only", False, "attack only what is still robust after the attacks before")
+flags.DEFINE_bool(
+    "worst_case_only", False, "attack only what is still robust after the attacks before"
+)
 flag_groups.define_attack_flags("attack flag: ")
 flag_groups.define_attack_dtype_flag()
 

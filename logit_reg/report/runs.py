@@ -197,7 +197,7 @@ def load_run(folder: Path | str) -> Run:
     timing = _read_columns(folder / "timing.csv", TIMING_COLUMNS)
     seed = record.get("seed")
     loaded = {path.relative_to(folder).as_posix(): _load_evaluation(path) for path in evaluations}
-    networks = {evaluation_identity(e.result).get("network") for e in loaded.values()}
+    networks = {str(evaluation_identity(e.result).get("network")) for e in loaded.values()}
     if not record and len(networks) > 1:
         raise ValueError(
             f"{folder}: holds evaluations of {len(networks)} networks and no run.json; compare "
