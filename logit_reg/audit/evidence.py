@@ -160,10 +160,11 @@ class Evidence:
         if self.probabilities is not None:
             self.logits_fn = log_of(logits_fn, self.probabilities)
             self.logits = self.probabilities.logarithm(self.outputs).numpy()
-        ordered = np.sort(self.logits, axis=1)
-        self.median_margin = float(np.median(ordered[:, -1] - ordered[:, -2]))
-        """Median over the clean images of the largest minus the second largest logit."""
-        # Logits that are not numbers have no margin.
+        ordered = np.sort(self.logits[np.isfinite(self.logits).all(axis=1)], axis=1)
+        margins = ordered[:, -1] - ordered[:, -2]
+        self.median_margin = float(np.median(margins)) if len(margins) else math.nan
+        """Median over the clean images of the largest minus the second largest logit; images whose
+        logits are not finite have no margin, NaN if no others are left."""
         large = np.nan_to_num(self.median_margin / _LARGE_MARGIN, nan=1.0)
         self.divisor = float(np.clip(large, 1.0, _MOST_DIVIDED))
         """What the logits are divided by before they are attacked; see `precise`."""
