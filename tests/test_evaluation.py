@@ -29,9 +29,9 @@ from logit_reg.evaluation.run import (
     content_hash,
     estimate_seconds,
     evaluate,
-    wilson_interval,
 )
 from logit_reg.evaluation.state import EvaluationState
+from logit_reg.evaluation.statistics import wilson_interval
 from logit_reg.files import write_json
 from logit_reg.threat import ThreatModel
 from madry_compat.challenges import CIFAR10, MNIST

@@ -13,9 +13,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from logit_reg.messages import UsageError as UsageError
-from logit_reg.messages import notice as notice
-from logit_reg.messages import tell as tell
+from logit_reg.messages import UsageError, notice
 
 FLAGS = flags.FLAGS
 

@@ -6,7 +6,7 @@ from absl import flags
 
 from logit_reg.commands import command_line
 from logit_reg.commands.command_line import FLAGS
-from logit_reg.messages import existing_path
+from logit_reg.messages import existing_path, notice
 from madry_compat.challenges import IMAGE_SETS
 from madry_compat.config import ChallengeConfig, load_config
 
@@ -106,7 +106,7 @@ def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
         return None
     config = load_config(existing_path("config", FLAGS.config))
     if config.unknown:
-        command_line.notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
+        notice(f"config: keys without meaning here: {', '.join(config.unknown)}")
     # Only the command line decides which files are written.
     ignored = {*without, "store_adv_path"}
     values = {key: value for key, value in config.settings.items() if key not in ignored}

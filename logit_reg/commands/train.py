@@ -23,6 +23,7 @@ from absl import flags
 from logit_reg.commands import command_line, flag_effects
 from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import DATASETS, LARGEST_SEED, apply_config
+from logit_reg.messages import UsageError, notice, tell
 from logit_reg.regularizers import REGULARIZERS
 from logit_reg.training import supervisor
 from logit_reg.training.adversaries import ADVERSARIES, taking
@@ -154,7 +155,7 @@ def main() -> None:
     try:
         _train()
     except WorkerLost as error:
-        command_line.notice(str(error))
+        notice(str(error))
         # Nothing here can still end in an orderly way: TensorFlow would wait for the others.
         os._exit(supervisor.RESTART)
 
@@ -193,10 +194,10 @@ def _train() -> None:
     training_set = load_split(name, "train", data_dir, download=FLAGS.download)
     model_dir = Path(FLAGS.model_dir) if FLAGS.model_dir else RUNS / settings.name
     print(f"run:  {settings.description}, {settings.max_num_training_steps} steps -> {model_dir}")
-    command_line.tell(_unit_notices(settings))
+    tell(_unit_notices(settings))
     _warn_of_collapse(settings)
     if settings.train_dtype == "bfloat16" and not has_bfloat16():
-        command_line.notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
+        notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
     step = train_run(
         settings,
         training_set.images,
@@ -219,7 +220,7 @@ def _ramp_of_extended_run(ramp_steps: int | None) -> int | None:
     from logit_reg.experiments.runs import read_run
 
     if not FLAGS.model_dir:
-        raise command_line.UsageError("--extend needs the folder of the run: --model_dir.")
+        raise UsageError("--extend needs the folder of the run: --model_dir.")
     return ramp_steps if ramp_steps is not None else read_run(FLAGS.model_dir).ramp_steps or None
 
 
@@ -235,7 +236,7 @@ def _checkpoint_in_model_dir() -> str | None:
         return read_run(folder).init_checkpoint
     if not any(folder.glob("*.index")):
         return None
-    command_line.notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
+    notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
     return FLAGS.model_dir
 
 
@@ -262,7 +263,7 @@ def _warn_of_collapse(settings) -> None:
         reduction=settings.loss_reduction,
     )
     if settings.beta >= threshold:
-        command_line.notice(
+        notice(
             f"warning: beta {settings.beta:g} is at or above {threshold:.4g}, from which on "
             f"all-zero logits minimise this objective over free logits (batch "
             f"{settings.training_batch_size}, {settings.challenge.num_classes} classes), so "
@@ -278,7 +279,7 @@ def schedule(value):
         pairs = json.loads(value)
         return tuple((int(step), float(rate)) for step, rate in pairs)
     except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise command_line.UsageError(
+        raise UsageError(
             f"--step_size_schedule must look like [[0, 0.1], [40000, 0.01]]; got {value!r}."
         ) from error
 
@@ -288,7 +289,7 @@ def steps(value):
     if value is None:
         return None
     if not all(step.strip().isdigit() for step in value):
-        raise command_line.UsageError(
+        raise UsageError(
             f"--keep_checkpoint_steps must be whole numbers, as 100,200; got {','.join(value)!r}."
         )
     return tuple(sorted({int(step) for step in value}))

@@ -28,7 +28,6 @@ from logit_reg.attacks.engine.forward import Classifier, Judgement, count_classe
 from logit_reg.attacks.engine.inference_copy import copy_for_inference
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.state import EvaluationState
-from logit_reg.evaluation.statistics import wilson_interval as wilson_interval
 from logit_reg.progress import Progress
 from logit_reg.threat import ThreatModel
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from logit_reg.attacks.engine.examples import ROUNDING
 from logit_reg.experiments.evaluations import training_notices
 from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import read_run, step_of_network
@@ -23,8 +24,6 @@ from madry_compat.tf1_checkpoints import load_network
 RUNS = Path("runs")
 
 _OWN_ARRAYS = ("images", "labels")
-# Of the largest pixel value: a few units in the last place of float32.
-_ROUNDING = 1e-6
 _MIN_NPZ_BYTES = 2**28
 _MAX_NPZ_BYTES = 8 * 2**30
 
@@ -356,7 +355,7 @@ def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.n
     excess = max(lower - lowest, highest - upper)
     if excess <= 0:
         return images
-    if excess > _ROUNDING * max(abs(lower), abs(upper)):
+    if excess > ROUNDING * max(abs(lower), abs(upper)):
         raise UsageError(
             f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
             f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel "

@@ -11,12 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.checks import probabilities
+from logit_reg.attacks.engine.examples import ROUNDING
 from logit_reg.attacks.engine.forward import only_output
 from logit_reg.objectives import class_indices, label_error
 from logit_reg.threat import ThreatModel
 
-# Share of the pixel range by which rounding may leave it.
-_ROUNDING = 1e-6
 # Images that span less of the pixel range than this are probably in other units.
 _NARROW = 0.01
 # Images that show whether a network returns logits.
@@ -145,11 +144,11 @@ class InputCheck:
 
     @property
     def _lowest(self):
-        return self.bounds[0] - _ROUNDING * (self.bounds[1] - self.bounds[0])
+        return self.bounds[0] - ROUNDING * (self.bounds[1] - self.bounds[0])
 
     @property
     def _highest(self):
-        return self.bounds[1] + _ROUNDING * (self.bounds[1] - self.bounds[0])
+        return self.bounds[1] + ROUNDING * (self.bounds[1] - self.bounds[0])
 
     def _bounds_error(self, lowest, highest):
         lower, upper = self.bounds
