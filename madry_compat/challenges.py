@@ -49,7 +49,7 @@ class PaperDefaults:
     """How the paper trains and attacks on a challenge's images, in pixel units.
 
     Attributes:
-        noise_stddev: of the Gaussian noise beside a regulariser.
+        sigma: standard deviation of the Gaussian noise beside a regulariser, pixel units.
         adversarial_step_size: of a step of 7-step adversarial training.
         step_size: of the attacks of the `paper-*` protocols.
         epsilon_l2: l2 distance of `paper-l2`. The challenges have no l2 threat model.
@@ -63,7 +63,7 @@ class PaperDefaults:
         distance is the field's.
     """
 
-    noise_stddev: float
+    sigma: float
     adversarial_step_size: float
     step_size: float
     epsilon_l2: float
@@ -147,7 +147,7 @@ MNIST = Challenge(
         num_checkpoint_steps=300,
     ),
     paper=PaperDefaults(
-        noise_stddev=0.5,
+        sigma=0.5,
         adversarial_step_size=0.1,
         step_size=0.01,
         epsilon_l2=2.0,
@@ -193,7 +193,7 @@ CIFAR10 = Challenge(
         num_checkpoint_steps=1000,
     ),
     paper=PaperDefaults(
-        noise_stddev=20.0,
+        sigma=20.0,
         adversarial_step_size=2.0,
         step_size=2.0,
         epsilon_l2=382.5,

@@ -58,7 +58,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
                 (step * paper.stretch, rate) for step, rate in training.step_size_schedule
             )
     if is_regularized:
-        defaults["sigma"] = paper.noise_stddev
+        defaults["sigma"] = paper.sigma
     for name, usual in REGULARIZERS.get(reg, {}).items():
         if usual is not None:
             defaults[name] = usual

@@ -319,7 +319,6 @@ def _differences(held, wanted, prefix=""):
             found.append(f"other {prefix}{name}")
         else:
             found.append(f"{prefix}{name} {before} -> {value}")
-    # The names say more than the settings that go with them.
     return found
 
 
