@@ -15,7 +15,19 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 from logit_reg.training import supervisor
 
-KINDS = ("squeeze", "pairing", "batch floor", "pgd", "free", "decay", "own losses", "batch norm")
+KINDS = (
+    "squeeze",
+    "pairing",
+    "batch floor",
+    "pgd",
+    "free",
+    "nuat",
+    "gat",
+    "trades",
+    "decay",
+    "own losses",
+    "batch norm",
+)
 BATCH_SIZE = 8
 
 
@@ -27,7 +39,11 @@ def tiny_model(kind, dtype="float64"):
     from logit_reg.objectives import Objective
     from logit_reg.threat import ThreatModel
     from logit_reg.training.adversaries.free import FreeAdversary
+    from logit_reg.training.adversaries.gat import GATAdversary
+    from logit_reg.training.adversaries.nuat import NuATAdversary
     from logit_reg.training.adversaries.pgd import PGDAdversary
+    from logit_reg.training.adversaries.trades import TRADESAdversary
+    from logit_reg.training.beta_schedule import BetaSchedule
     from logit_reg.training.model import RegularizedModel
 
     keras.utils.set_random_seed(0)
@@ -43,6 +59,9 @@ def tiny_model(kind, dtype="float64"):
     threat = ThreatModel("linf", 0.3, 0.0, 1.0)
     objective = {
         "pairing": Objective("pairing", beta=0.5),
+        "nuat": Objective("nuat", beta=2.0),
+        "gat": Objective("gat", beta=2.0),
+        "trades": Objective("trades", beta=2.0),
         "batch floor": Objective("clip_xent_batch", omega=1.0, reduction="sum"),
     }.get(kind, Objective("squeeze", beta=1.0))
     adversary = None
@@ -50,6 +69,11 @@ def tiny_model(kind, dtype="float64"):
         adversary = PGDAdversary(PGD(threat, num_steps=3, step_size=0.1), ramp_steps=10)
     elif kind == "free":
         adversary = FreeAdversary(threat, BATCH_SIZE)
+    elif kind in ("nuat", "gat"):
+        single_step = {"nuat": NuATAdversary, "gat": GATAdversary}[kind]
+        adversary = single_step(threat, 0.3, 0.3, ramp_steps=10, weight=2.0)
+    elif kind == "trades":
+        adversary = TRADESAdversary(threat, 0.1, 0.01, ramp_steps=10, num_steps=3)
     model = RegularizedModel(
         network,
         objective,
@@ -58,6 +82,7 @@ def tiny_model(kind, dtype="float64"):
         adversary=adversary,
         augment=kind == "decay",
         weight_decay=0.01 if kind == "decay" else 0.0,
+        beta_schedule=BetaSchedule(((0, 1.0), (20, 3.0)), ramp_steps=10),
         seed=3,
     )
     model.compile(optimizer=keras.optimizers.Adam(0.01))

@@ -122,6 +122,7 @@ def test_a_step_asks_an_adversary_for_all_that_the_protocol_says():
         pair = tf.reduce_mean(tf.square(logits - clean_logits))
         return LossTerms(terms.total + pair, terms.cross_entropy, pair)
 
+    objective.wants_clean_logits = True
     model, seen = model_that_remembers(8, adversary=Toy(), objective=objective)
     images, labels = some_data(8)
     measures = model.update(images, labels)

@@ -54,7 +54,8 @@ for words in json.loads(sys.argv[1]):
         FLAGS[name].unparse()
     FLAGS(["", *words])
     given = {name: FLAGS[name].value for name in names if name in FLAGS}
-    given["step_size_schedule"] = train.schedule(FLAGS.step_size_schedule)
+    for name in ("step_size_schedule", "beta_schedule"):
+        given[name] = train.schedule(FLAGS[name].value, name)
     given["keep_checkpoint_steps"] = train.steps(FLAGS.keep_checkpoint_steps)
     resolve_settings(given)
 """

@@ -158,7 +158,8 @@ def _training_of(job) -> dict:
             value = str(name in FLAGS)
             name = name if name in FLAGS else name.removeprefix("no")
         values[name] = FLAGS[name].parser.parse(value)
-    values["step_size_schedule"] = train.schedule(values.get("step_size_schedule"))
+    for name in ("step_size_schedule", "beta_schedule"):
+        values[name] = train.schedule(values.get(name), name)
     values["keep_checkpoint_steps"] = train.steps(values.get("keep_checkpoint_steps"))
     return values
 

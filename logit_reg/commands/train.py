@@ -24,7 +24,8 @@ from logit_reg.commands import command_line, flag_effects
 from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import DATASETS, LARGEST_SEED, apply_config
 from logit_reg.messages import UsageError, notice, tell
-from logit_reg.regularizers import REGULARIZERS
+from logit_reg.regularizers import CENTRES, MATRIX_NORMS, REGULARIZERS
+from logit_reg.regularizers import taking as regs_taking
 from logit_reg.training import supervisor
 from logit_reg.training.adversaries import ADVERSARIES, taking
 from madry_compat.config import load_config
@@ -50,9 +51,24 @@ flags.DEFINE_enum(
     "reg",
     None,
     list(REGULARIZERS),
-    "what regularises the logits: Eq. 5, Eq. 2, Eq. 7, Eq. 6 (two variants) or CLP",
+    "what regularises the logits: Eq. 5, Eq. 2, Eq. 7, Eq. 6 (two variants), CLP, or the pair term "
+    "of NuAT, GAT, TRADES or ALP with an --adversary (which may bring its own)",
 )
 flags.DEFINE_float("beta", None, "weight of the penalty")
+flags.DEFINE_string("beta_schedule", None, "factors of beta, as [[0, 1], [40000, 3]]")
+flags.DEFINE_integer("beta_ramp_steps", None, "steps over which beta grows from 0 (0)")
+flags.DEFINE_enum(
+    "matrix_norm",
+    None,
+    MATRIX_NORMS,
+    f"norm of the batch's logits with --reg={' or '.join(regs_taking('matrix_norm'))} (frobenius)",
+)
+flags.DEFINE_enum(
+    "centre",
+    None,
+    CENTRES,
+    "what --reg=squeeze pulls the logits towards: zero, or with an --adversary the clean logits",
+)
 flags.DEFINE_float("gamma", None, "value that --reg=similarity pulls logits towards (1)")
 flags.DEFINE_float("smoothing", None, "lambda of label smoothing, Eq. 8, in [0, 1)")
 flags.DEFINE_float("omega", None, "floor of the cross-entropy of --reg=clip_xent* (1.5)")
@@ -66,6 +82,9 @@ flags.DEFINE_enum("adversary", None, list(ADVERSARIES), "adversarial training")
 flags.DEFINE_float("epsilon", None, "linf budget of the adversary, pixel units (0.3 or 8)")
 flags.DEFINE_integer("num_steps", None, f"steps of {_with('num_steps')} (7 with pgd)")
 flags.DEFINE_float("step_size", None, f"step size of {_with('step_size')}, pixel units")
+flags.DEFINE_float(
+    "start_noise", None, f"size of the random start of {_with('start_noise')}, pixel units"
+)
 flags.DEFINE_enum("loss_func", None, ["xent", "cw"], f"loss of {_with('loss_func')} (xent)")
 flags.DEFINE_bool("random_start", None, f"random start of {_with('random_start')} (on)")
 flags.DEFINE_integer(
@@ -125,6 +144,9 @@ _WORKER_ENVIRONMENT = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 
+# Settings that a recipe gives as shares of the training.
+_COUNTED_IN_STEPS = ("ramp_steps", "beta_ramp_steps", "beta_schedule", "step_size_schedule")
+
 # A newcomer's first run ends within minutes.
 _BARE_STEPS = 1000
 
@@ -182,10 +204,11 @@ def _train() -> None:
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
     if dataset is None and config is None and given["max_num_training_steps"] is None:
         given["max_num_training_steps"] = _BARE_STEPS
-    given["step_size_schedule"] = schedule(FLAGS.step_size_schedule)
+    for name in ("step_size_schedule", "beta_schedule"):
+        given[name] = schedule(FLAGS[name].value, name)
     given["keep_checkpoint_steps"] = steps(FLAGS.keep_checkpoint_steps)
     if FLAGS.extend:
-        given["ramp_steps"] = _ramp_of_extended_run(given["ramp_steps"])
+        given |= _of_extended_run(given)
     given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
     settings = resolve_settings({"dataset": name, **given}, is_challenge_config=config is not None)
 
@@ -215,13 +238,17 @@ def _train() -> None:
     command_line.print_next("eval_challenge", {"model_dir": model_dir})
 
 
-def _ramp_of_extended_run(ramp_steps: int | None) -> int | None:
-    """The ramp of the run in --model_dir: its default would grow with the number of steps."""
+def _of_extended_run(given):
+    """What the run in --model_dir has where a default would change with the number of steps."""
     from logit_reg.experiments.runs import read_run
+    from logit_reg.experiments.settings import DEFAULTS
 
     if not FLAGS.model_dir:
         raise UsageError("--extend needs the folder of the run: --model_dir.")
-    return ramp_steps if ramp_steps is not None else read_run(FLAGS.model_dir).ramp_steps or None
+    run = read_run(FLAGS.model_dir)
+    names = [name for name in _COUNTED_IN_STEPS if given[name] is None]
+    values = {name: getattr(run, name) for name in names}
+    return {name: value for name, value in values.items() if value != DEFAULTS[name]}
 
 
 def _checkpoint_in_model_dir() -> str | None:
@@ -261,6 +288,8 @@ def _warn_of_collapse(settings) -> None:
         reg=settings.reg,
         smoothing=settings.smoothing,
         reduction=settings.loss_reduction,
+        matrix_norm=settings.matrix_norm,
+        centre=settings.centre,
     )
     if settings.beta >= threshold:
         notice(
@@ -271,8 +300,8 @@ def _warn_of_collapse(settings) -> None:
         )
 
 
-def schedule(value):
-    """The pairs that --step_size_schedule says."""
+def schedule(value, name="step_size_schedule"):
+    """The pairs that a flag says."""
     if not isinstance(value, str):
         return value
     try:
@@ -280,7 +309,7 @@ def schedule(value):
         return tuple((int(step), float(rate)) for step, rate in pairs)
     except (json.JSONDecodeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"--step_size_schedule must look like [[0, 0.1], [40000, 0.01]]; got {value!r}."
+            f"--{name} must look like [[0, 0.1], [40000, 0.01]]; got {value!r}."
         ) from error
 
 

@@ -9,6 +9,7 @@ import keras
 
 from logit_reg.attacks.engine.low_precision import bfloat16_copy
 from logit_reg.experiments.settings import RunSettings
+from logit_reg.training.beta_schedule import BetaSchedule
 from logit_reg.training.model import RegularizedModel
 from madry_compat.networks import build
 from madry_compat.optimizers import ADAM_EPSILON, TF1Adam, TF1Momentum, piecewise_constant
@@ -60,6 +61,7 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
             adversary=settings.training_adversary,
             augment=settings.augment,
             weight_decay=settings.weight_decay,
+            beta_schedule=BetaSchedule(settings.beta_schedule, settings.beta_ramp_steps),
             seed=settings.random_seed,
         )
     rate = piecewise_constant(settings.step_size_schedule)

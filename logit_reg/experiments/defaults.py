@@ -4,8 +4,8 @@ from typing import Any
 
 from logit_reg.experiments.effects import TRAINING, check_effects
 from logit_reg.experiments.settings import PAPER_BATCH_SIZE, RunSettings, check_settings
-from logit_reg.regularizers import REGULARIZERS
-from logit_reg.training.adversaries import OF_CHALLENGES, adversary_class
+from logit_reg.regularizers import REGULARIZERS, comes_with_noise
+from logit_reg.training.adversaries import OF_CHALLENGES, adversary_class, reg_of
 from madry_compat.challenges import challenge_for, image_set
 
 
@@ -26,9 +26,9 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     given = {name: value for name, value in given.items() if value is not None}
     challenge = challenge_for(given["dataset"])
     training, paper = challenge.training, challenge.paper
-    reg = given.get("reg", "none")
     adversary = given.get("adversary", OF_CHALLENGES if is_challenge_config else "none")
-    is_regularized = reg != "none" or given.get("smoothing", 0.0) > 0
+    reg = given.get("reg", reg_of(adversary))
+    is_regularized = comes_with_noise(reg, given.get("centre", "zero"), given.get("smoothing", 0.0))
 
     defaults: dict[str, Any] = {
         "width": paper.width,
@@ -42,6 +42,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
         "max_num_training_steps": training.max_num_training_steps,
         "step_size_schedule": training.step_size_schedule,
         "adversary": adversary,
+        "reg": reg,
     }
     if is_challenge_config:
         defaults |= {
@@ -67,8 +68,11 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
                 f"--reg={reg} needs --{name}, the weight of its penalty (2 is the paper's choice "
                 f"on MNIST; `squeeze` collapses from 10.73 on at batch {PAPER_BATCH_SIZE})."
             )
+    known = {"epsilon": challenge.epsilon, "reg": reg} | given
     defaults |= adversary_class(adversary).defaults(
-        challenge, defaults | given, is_challenge_config=is_challenge_config
+        challenge,
+        {"max_num_training_steps": defaults["max_num_training_steps"]} | known,
+        is_challenge_config=is_challenge_config,
     )
     if not is_challenge_config:
         check_effects(TRAINING, given, given)

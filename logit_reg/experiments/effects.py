@@ -75,12 +75,14 @@ def _adversary(values: Values) -> str:
     return values["adversary"] or (adversaries.OF_CHALLENGES if values["config"] else "none")
 
 
-def _with_a_regularizer(setting: str) -> Effect:
-    """A setting of the objective has an effect with those regularisers that take it."""
-    names = regularizers.taking(setting)
-    return Effect(
-        (setting,), lambda v: (v["reg"] or "none") in names, f"with --reg={' or '.join(names)}"
-    )
+def _reg(values: Values) -> str:
+    return values["reg"] or adversaries.reg_of(_adversary(values))
+
+
+def _with_a_regularizer(*settings: str, where: str) -> Effect:
+    """Settings of the objective have an effect with those regularisers that take one of them."""
+    names = regularizers.taking(where)
+    return Effect(settings, lambda v: _reg(v) in names, f"with --reg={' or '.join(names)}")
 
 
 def _with_an_adversary(flag: str) -> Effect:
@@ -93,7 +95,9 @@ def _has_noise(values: Values) -> bool:
     if values["sigma"] is not None:
         return values["sigma"] > 0
     # The paper's noise comes with its regularisers.
-    return (values["reg"] or "none") != "none" or bool(values["smoothing"])
+    return regularizers.comes_with_noise(
+        _reg(values), values["centre"] or "zero", values["smoothing"] or 0.0
+    )
 
 
 _EMBEDDED = [record for record in IMAGE_SETS.values() if record.format == "embedded"]
@@ -121,7 +125,8 @@ DATA_PATH = Effect(
 TRAINING = (
     *DATA,
     DATA_PATH,
-    *map(_with_a_regularizer, regularizers.SETTINGS),
+    *(_with_a_regularizer(setting, where=setting) for setting in regularizers.SETTINGS),
+    _with_a_regularizer("beta_schedule", "beta_ramp_steps", where="beta"),
     Effect(("clip_noise",), _has_noise, "with noise: --sigma above 0"),
     *map(_with_an_adversary, adversaries.FLAGS),
     on_challenges(

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from logit_reg.experiments.settings import RunSettings
 
 # Settings of later versions; where they have their defaults, runs keep the names they had before.
-_LATER_SETTINGS = ("train_dtype", "max_to_keep")
+_LATER_SETTINGS = (
+    "train_dtype",
+    "max_to_keep",
+    "matrix_norm",
+    "centre",
+    "beta_schedule",
+    "beta_ramp_steps",
+    "start_noise",
+)
 
 
 def describe(settings: "RunSettings") -> str:
@@ -18,12 +26,18 @@ def describe(settings: "RunSettings") -> str:
     words = []
     if settings.reg != "none":
         words.append(settings.reg)
+    if settings.matrix_norm != "frobenius":
+        words.append(settings.matrix_norm)
+    if settings.centre != "zero":
+        words.append(f"centre={settings.centre}")
     for name in ("beta", "gamma", "omega"):
         if getattr(settings, name) and not (name == "gamma" and settings.gamma == 1.0):
             words.append(f"{name}={getattr(settings, name):g}")
     if settings.smoothing:
         words.append(f"label smoothing {settings.smoothing:g}")
-    if adversary := settings.training_adversary.description:
+    adversary = settings.training_adversary.description
+    # A method and its own pair term have one name.
+    if adversary and adversary.lower() != settings.reg:
         words.append(adversary)
     if settings.sigma:
         words.append("+ noise" if words else "noise only")

@@ -7,8 +7,9 @@ from typing import Any, get_args, get_type_hints
 from logit_reg.experiments.naming import describe, run_name
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
-from logit_reg.training.adversaries import adversary_class
+from logit_reg.training.adversaries import ADVERSARIES, adversary_class
 from logit_reg.training.adversaries.protocol import Adversary
+from logit_reg.training.beta_schedule import BetaSchedule
 from logit_reg.training.loop import LoopSettings
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.optimizers import piecewise_constant
@@ -44,6 +45,15 @@ class RunSettings:
     """Lambda of label smoothing (Eq. 8), in [0, 1)."""
     omega: float = 0.0
     """Floor of the cross-entropy (Eq. 6) with reg "clip_xent" and "clip_xent_batch", in nats."""
+    matrix_norm: str = "frobenius"
+    """Norm of the batch's logits with reg "squeeze" and "similarity": "frobenius" or "nuclear"."""
+    centre: str = "zero"
+    """What reg "squeeze" pulls the logits towards: "zero", or "clean", those of the images before
+    the attack."""
+    beta_schedule: tuple[tuple[int, float], ...] = ((0, 1.0),)
+    """(first step, factor of beta) pairs, ascending from step 0."""
+    beta_ramp_steps: int = 0
+    """Training steps over which beta grows from 0 linearly; 0: at once."""
     loss_reduction: str = "mean"
     """Of the cross-entropy over the batch: "mean", or "sum" as in the MNIST challenge."""
     sigma: float = 0.0
@@ -59,6 +69,8 @@ class RunSettings:
     """Gradient steps of the adversary in one training step."""
     step_size: float = 0.0
     """Length of one of them, pixel units."""
+    start_noise: float = 0.0
+    """Size of the adversary's random start, pixel units; adversaries define its distribution."""
     loss_func: str = "xent"
     """What the adversary raises: "xent", or "cw", the margin."""
     random_start: bool = True
@@ -117,7 +129,17 @@ class RunSettings:
             smoothing=self.smoothing,
             omega=self.omega,
             reduction=self.loss_reduction,
+            matrix_norm=self.matrix_norm,
+            centre=self.centre,
         )
+
+    @property
+    def step_cost(self) -> tuple[int, int]:
+        """Forward and backward passes of a batch in a training step."""
+        adversary, wants_clean_logits = self.training_adversary, self.objective.wants_clean_logits
+        forwards, backwards = adversary.cost
+        has_them = adversary.wants_clean_logits
+        return forwards + (wants_clean_logits and not has_them), backwards + wants_clean_logits
 
     @property
     def threat(self) -> ThreatModel:
@@ -169,6 +191,13 @@ def check_settings(settings: RunSettings) -> None:
             f"train_dtype must be one of {', '.join(TRAIN_DTYPES)}; got {settings.train_dtype!r}."
         )
     _ = settings.objective, settings.threat, settings.loop, settings.training_adversary
+    _ = BetaSchedule(settings.beta_schedule, settings.beta_ramp_steps)
+    if settings.objective.wants_clean_logits and settings.adversary == "none":
+        raise ValueError(
+            f"reg {settings.reg!r}{' with centre clean' * (settings.centre == 'clean')} compares "
+            f"the logits of adversarial images with those of the clean ones; give an --adversary "
+            f"({', '.join(name for name in ADVERSARIES if name != 'none')})."
+        )
     piecewise_constant(settings.step_size_schedule)
     if settings.challenge.paper.width and settings.width < 1:
         raise ValueError(f"width must be at least 1; got {settings.width}.")

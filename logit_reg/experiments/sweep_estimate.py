@@ -20,7 +20,7 @@ _NUM_IMAGES = 8
 
 def training_seconds(settings: RunSettings) -> float:
     """Of a training, on this machine."""
-    forwards, backwards = settings.training_adversary.cost
+    forwards, backwards = settings.step_cost
     passes = forwards + _FORWARDS_OF_GRADIENT * backwards
     images = settings.max_num_training_steps * settings.training_batch_size
     return passes * images * _seconds_per_pass(settings.dataset, settings.width)

@@ -1,5 +1,6 @@
 """A network with a training step: adversary, noise, objective, update."""
 
+import dataclasses
 import inspect
 import math
 from typing import Any
@@ -13,6 +14,7 @@ from logit_reg.objectives import Objective, class_indices
 from logit_reg.training.adversaries.none import NoAdversary
 from logit_reg.training.adversaries.protocol import Adversary, Batch
 from logit_reg.training.augmentation import random_crop_and_flip
+from logit_reg.training.beta_schedule import CONSTANT, BetaSchedule
 from logit_reg.training.distribution import average, num_replicas, whole_batch
 from logit_reg.training.inputs import InputCheck, check_units, in_one_line
 from logit_reg.training.random_numbers import CROP, NOISE, StepNumbers
@@ -67,6 +69,7 @@ class RegularizedModel(keras.Model):
         adversary: Adversary | None = None,
         augment: bool = False,
         weight_decay: float = 0.0,
+        beta_schedule: BetaSchedule = CONSTANT,
         seed: int = 0,
     ):
         """Wrap a network for training.
@@ -84,6 +87,7 @@ class RegularizedModel(keras.Model):
             augment: pad by 2 pixels a side, crop at random and flip, as the CIFAR-10 challenge.
             weight_decay: weight of the sum of half the squared norms of all kernels (not biases,
                 not BatchNorm), added to the total: the challenge's coupled weight decay.
+            beta_schedule: how the objective's beta changes while it trains.
             seed: source of all random numbers of training.
 
         Raises:
@@ -114,6 +118,7 @@ class RegularizedModel(keras.Model):
         self.bounds = tuple(bounds)
         self.augment = augment
         self.weight_decay = weight_decay
+        self.beta_schedule = beta_schedule
         self.seed = seed
         self.precision = "float64" if network.variable_dtype == "float64" else "float32"
         self._inputs = InputCheck(network, bounds, self.precision)
@@ -219,8 +224,12 @@ class RegularizedModel(keras.Model):
     def test_step(self, data):
         """Evaluate a batch without noise or adversary; see `train_step`."""
         images, labels = self._inputs.of_batch(data)
-        outputs = self._forward(images, training=False)
-        _, measures = self._loss_and_measures(*outputs, whole_batch(labels))
+        logits, own_losses = self._forward(images, training=False)
+        batch = self._batch(images, labels, augment=False)
+        # Nothing was attacked: a pair is twice the same.
+        measures = self._loss_and_measures(
+            logits, own_losses, batch, whole_batch(batch.labels), logits
+        )[1]
         return self._track(measures, tf.shape(images)[0])
 
     def update(self, images, labels) -> dict:
@@ -235,20 +244,22 @@ class RegularizedModel(keras.Model):
         """
         batch = self._batch(images, labels)
         labels = whole_batch(batch.labels)
-        found = self.adversary.find(batch)
         variables = self.network.trainable_variables
         sources = [variable.value for variable in variables]
         with tf.GradientTape() as tape:
+            clean = None
+            if self._pairs or self.adversary.wants_clean_logits:
+                noisy_clean = self._add_noise(batch.images, batch.numbers)
+                clean, _ = self._forward(noisy_clean, training=True)
+                batch = dataclasses.replace(batch, clean_logits=tf.stop_gradient(clean))
+            with tape.stop_recording():
+                found = self.adversary.find(batch)
             if self.adversary.learns:
                 tape.watch(found)
                 sources.append(found)
             noisy = self._add_noise(self.adversary.images(batch, found), batch.numbers)
-            clean: tuple = ()
-            if self.adversary.wants_clean_logits:
-                noisy_clean = self._add_noise(batch.images, batch.numbers)
-                clean = self._forward(noisy_clean, training=True)[:1]
             outputs = self._forward(noisy, training=True)
-            loss, measures = self._loss_and_measures(*outputs, labels, *clean)
+            loss, measures = self._loss_and_measures(*outputs, batch, labels, clean)
             # Against underflow in float16; `apply` divides by it.
             loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(loss, sources)
@@ -263,18 +274,30 @@ class RegularizedModel(keras.Model):
         """The adversary's variables, which a checkpoint of training holds; see `Adversary`."""
         return self.adversary.variables(self.adversary_state)
 
-    def _batch(self, images, labels) -> Batch:
+    @property
+    def _pairs(self) -> bool:
+        """Whether the objective compares with the clean logits; any function can be one."""
+        return getattr(self.objective, "wants_clean_logits", False)
+
+    def _batch(self, images, labels, *, augment: bool | None = None) -> Batch:
         """What the adversary sees of a batch."""
         step = tf.cast(self.optimizer.iterations, tf.int64)
         images = tf.cast(images, self.precision)
         labels = class_indices(labels, self.num_classes)
         numbers = StepNumbers(self.seed, step, tf.shape(images)[0], self.precision)
-        if self.augment:
+        if self.augment if augment is None else augment:
             # One crop for all replays of a minibatch.
             draws = numbers.of_step(step // self.adversary.replays).unit(CROP, (3,))
             images = random_crop_and_flip(images, draws)
         return Batch(
-            images, labels, step, self.network, self.objective, numbers, self.adversary_state
+            images,
+            labels,
+            step,
+            self.network,
+            self.objective,
+            numbers,
+            self.adversary_state,
+            self.beta_schedule(step),
         )
 
     def _add_noise(self, images, numbers: StepNumbers):
@@ -310,20 +333,24 @@ class RegularizedModel(keras.Model):
         variables = self.network.non_trainable_variables
         return [v for v in variables if tf.as_dtype(v.dtype).is_floating]
 
-    def _loss_and_measures(self, logits, own_losses, labels, *clean_logits):
+    def _loss_and_measures(self, logits, own_losses, batch, labels, clean_logits):
         """What is minimised, and what is logged.
 
         Args:
             logits: (B, K) of the whole batch.
             own_losses: of the same forward pass; see `_forward`.
+            batch: see `Batch`.
             labels: (B,) int64 of the whole batch.
-            clean_logits: one more argument (B, K) of the objective, if the adversary wants it.
+            clean_logits: (B, K) of the whole batch, for an objective that wants them.
 
         Returns:
             The () loss of this replica, of which the optimiser sums the gradients over the
             replicas, and the measures of the whole batch; see `update`.
         """
-        terms = self.objective(logits, labels, *clean_logits)
+        more: dict = {"clean_logits": clean_logits} if self._pairs else {}
+        if self.beta_schedule != CONSTANT:
+            more["beta_scale"] = batch.beta_scale
+        terms = self.objective(logits, labels, **more)
         total = loss = terms.total
         if self.weight_decay:
             decay = self.weight_decay * sum(tf.nn.l2_loss(kernel) for kernel in self._kernels)

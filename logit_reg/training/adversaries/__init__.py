@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from logit_reg.training.adversaries.protocol import Adversary
 
 _STEPS = ("epsilon", "num_steps", "step_size", "loss_func", "random_start", "ramp_steps")
+_SINGLE_STEP = ("epsilon", "step_size", "start_noise", "ramp_steps", "attack_batch_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Entry:
     """Module of this package and class in it, as "pgd.PGDAdversary"."""
     flags: tuple[str, ...] = ()
     """Settings of a run that have an effect with it: flags of train.py, fields of its settings."""
+    reg: str = "none"
+    """The regulariser that comes with it, unless another is chosen."""
 
     def load(self) -> "type[Adversary]":
         """Import the class."""
@@ -34,6 +37,11 @@ ADVERSARIES: Mapping[str, Entry] = {
     "none": Entry("none.NoAdversary"),
     "pgd": Entry("pgd.PGDAdversary", (*_STEPS, "attack_batch_norm")),
     "free": Entry("free.FreeAdversary", ("epsilon", "ramp_steps", "replays")),
+    "fgsm_rs": Entry("fgsm_rs.FGSMRSAdversary", _SINGLE_STEP),
+    "n_fgsm": Entry("n_fgsm.NFGSMAdversary", _SINGLE_STEP),
+    "gat": Entry("gat.GATAdversary", _SINGLE_STEP, reg="gat"),
+    "nuat": Entry("nuat.NuATAdversary", _SINGLE_STEP, reg="nuat"),
+    "trades": Entry("trades.TRADESAdversary", ("num_steps", *_SINGLE_STEP), reg="trades"),
 }
 
 FLAGS = tuple(dict.fromkeys(flag for entry in ADVERSARIES.values() for flag in entry.flags))
@@ -57,3 +65,8 @@ def adversary_class(name: str) -> "type[Adversary]":
 def taking(flag: str) -> tuple[str, ...]:
     """The adversaries with which a flag has an effect."""
     return tuple(name for name, entry in ADVERSARIES.items() if flag in entry.flags)
+
+
+def reg_of(name: str) -> str:
+    """The regulariser that an adversary comes with; "none" for an unknown one, too."""
+    return ADVERSARIES[name].reg if name in ADVERSARIES else "none"

@@ -1,17 +1,14 @@
 """Adversarial training on the last iterate of PGD."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-from logit_reg.attacks.engine.inference_copy import following_copy
 from logit_reg.attacks.pgd import PGD
 from logit_reg.threat import ThreatModel
+from logit_reg.training.adversaries.attacked import attacked_network, check_batch_norm
 from logit_reg.training.adversaries.protocol import Adversary, Batch, check_ramp, default_ramp
 from logit_reg.training.random_numbers import RADIUS, START
-
-BATCH_NORM_MODES = ("evaluation", "training")
 
 # The attack of "7-step adversarial training".
 _NUM_STEPS = 7
@@ -39,10 +36,7 @@ class PGDAdversary(Adversary):
 
     def __post_init__(self):
         check_ramp(self.ramp_steps)
-        if self.batch_norm not in BATCH_NORM_MODES:
-            raise ValueError(
-                f"batch_norm must be one of {', '.join(BATCH_NORM_MODES)}; got {self.batch_norm!r}."
-            )
+        check_batch_norm(self.batch_norm)
 
     @property
     def threat(self) -> ThreatModel:  # type: ignore[override]
@@ -88,9 +82,7 @@ class PGDAdversary(Adversary):
 
     def create_state(self, model: Any) -> Any:
         """Return the images -> logits that the attack follows."""
-        if self.batch_norm == "training":
-            return functools.partial(model.network, training=True)
-        return following_copy(model.network)
+        return attacked_network(model.network, self.batch_norm)
 
     def find(self, batch: Batch) -> Any:
         """Attack the batch."""

@@ -28,11 +28,16 @@ class Batch:
     network: keras.Model
     """Images -> logits (B, K); its mode is that of the call."""
     objective: Callable
-    """What is minimised: (logits, labels) or (logits, labels, clean logits) -> `LossTerms`."""
+    """What is minimised; see `objectives.Objective`."""
     numbers: StepNumbers
     """Random numbers of this step, for each image its own."""
     state: Any
     """What the adversary's `create_state` returned."""
+    beta_scale: Any = 1.0
+    """() share of beta in this step."""
+    clean_logits: Any = None
+    """(B, K) of the whole batch, noise included, in training mode, where the adversary or the
+    objective wants them; no gradient flows into them."""
 
     def ramp(self, ramp_steps: int):
         """() fraction of its budget that an adversary has in this step.
@@ -62,8 +67,8 @@ class Adversary(Protocol):
     learns: ClassVar[bool] = False
     """Whether it wants the gradient of the loss with respect to what it found."""
     wants_clean_logits: ClassVar[bool] = False
-    """Whether the objective also gets the logits of the images before the attack, of the same
-    noise. Their forward pass comes first: the network's own losses (`add_loss`) are of the last."""
+    """Whether `find` needs `Batch.clean_logits`. Their forward pass comes first: the network's own
+    losses (`add_loss`) are of the last. The objective has an attribute of this name as well."""
     rules: ClassVar[Mapping[str, str]] = {}
     """What an earlier version computed otherwise, for run.json: a run that it began does not go on
     bit-exactly."""
@@ -75,7 +80,11 @@ class Adversary(Protocol):
 
     @property
     def cost(self) -> tuple[int, int]:
-        """Forward and backward passes of a batch in a step, those of the update included."""
+        """Forward and backward passes of a batch in a step, those of the update included.
+
+        An objective that wants clean logits adds a backward and, where the adversary does not want
+        them, a forward.
+        """
         return 1, 1
 
     @classmethod

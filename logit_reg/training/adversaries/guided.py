@@ -1,0 +1,39 @@
+"""What GAT and NuAT share: a Bernoulli start, and a step up a loss with a pair term."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import tensorflow as tf
+
+from logit_reg.training.adversaries.protocol import Batch
+from logit_reg.training.adversaries.single_step import SingleStepAdversary
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedAdversary(SingleStepAdversary):
+    """Noise of one size and random sign, then one step up cross-entropy + weight * pair term."""
+
+    weight: float = 0.0
+    """Of the pair term; it follows the schedule of beta."""
+
+    wants_clean_logits: ClassVar[bool] = True
+    reg: ClassVar[str]
+    """The objective with the same pair term."""
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """See `Adversary.cost`."""
+        return 3, 2
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> "GuidedAdversary":
+        """See `Adversary.from_settings`; with another pair term in training, its own has the weight
+        that its authors give it.
+        """
+        published = cls.recipes[settings.challenge.family].beta
+        weight = settings.beta if settings.reg == cls.reg else published
+        return dataclasses.replace(super().from_settings(settings), weight=weight)
+
+    def start(self, batch: Batch) -> Any:
+        """Return random signs."""
+        return tf.where(super().start(batch) < 0, -1.0, 1.0)
