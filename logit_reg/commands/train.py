@@ -204,8 +204,8 @@ def _train() -> None:
     given = {flag: FLAGS[flag].value for flag in names if flag in FLAGS}
     if dataset is None and config is None and given["max_num_training_steps"] is None:
         given["max_num_training_steps"] = _BARE_STEPS
-    for name in ("step_size_schedule", "beta_schedule"):
-        given[name] = schedule(FLAGS[name].value, name)
+    for flag in ("step_size_schedule", "beta_schedule"):
+        given[flag] = schedule(FLAGS[flag].value, flag)
     given["keep_checkpoint_steps"] = steps(FLAGS.keep_checkpoint_steps)
     if FLAGS.extend:
         given |= _of_extended_run(given)
