@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from logit_reg.training.adversaries import ADVERSARIES
+
 TRAINED = ("natural", "squeezed", "adversarial")
 """Networks that the harness trains."""
 
@@ -41,6 +43,8 @@ class Case:
     """Source of random numbers; every library draws its own from it."""
     contenders: tuple[str, ...] = ()
     """Who takes part; everybody of the kind if empty."""
+    adversary: str = "none"
+    """Of a step of training, a key of `training.adversaries.ADVERSARIES`."""
 
     @property
     def work(self) -> int:
@@ -91,6 +95,24 @@ CASES = (
         num_steps=7,
         step_size=0.1,
         num_batches=20,
+    ),
+    *(
+        Case(
+            f"step-{adversary}{suffix}",
+            "method_step",
+            network,
+            batch_size=128,
+            epsilon=epsilon,
+            upper=upper,
+            num_batches=num_batches,
+            repeats=3,
+            adversary=adversary,
+        )
+        for network, suffix, epsilon, upper, num_batches in (
+            ("mnist_cnn", "", 0.3, 1.0, 20),
+            ("wide_resnet-1", "-narrow", 8.0, 255.0, 6),
+        )
+        for adversary in ADVERSARIES
     ),
     Case("startup", "startup", "natural", num_images=1),
     Case("images-100", "pgd", num_images=100, num_steps=40, contenders=("ours",)),

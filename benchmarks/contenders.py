@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 
-from benchmarks import attack_contenders, other_contenders
+from benchmarks import attack_contenders, other_contenders, step_contenders
 from benchmarks.problem import Outcome, Problem
 
 Contender = Callable[[Problem], Callable[[], Outcome]]
@@ -61,6 +61,10 @@ CONTENDERS: dict[str, dict[str, Contender]] = {
         "ours": other_contenders.adversarial_training_ours,
         "keras": other_contenders.adversarial_training_keras,
         "plain step": other_contenders.training_ours,
+    },
+    "method_step": {
+        "ours": step_contenders.step_ours,
+        "parts": step_contenders.parts_of_step,
     },
     "startup": {
         "ours": other_contenders.startup_ours,

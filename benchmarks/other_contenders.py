@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.cases import Case
 from benchmarks.problem import Outcome, Problem
+from benchmarks.step_contenders import steps_of_ours, training_set
 
 _LEARNING_RATE = 1e-4
 _MATRIX_SIZE = 4096
@@ -18,7 +16,7 @@ _MATRIX_SIZE = 4096
 
 def training_ours(problem: Problem) -> Callable[[], Outcome]:
     """Steps of `RegularizedModel` without a regulariser, as `train.py` takes them on MNIST."""
-    return _steps_of_ours(problem, None)
+    return steps_of_ours(problem, None)
 
 
 def adversarial_training_ours(problem: Problem) -> Callable[[], Outcome]:
@@ -29,9 +27,7 @@ def adversarial_training_ours(problem: Problem) -> Callable[[], Outcome]:
 
     case = problem.case
     threat = ThreatModel("linf", case.epsilon, 0.0, case.upper)
-    return _steps_of_ours(
-        problem, PGDAdversary(PGD(threat, "xent", case.num_steps, case.step_size))
-    )
+    return steps_of_ours(problem, PGDAdversary(PGD(threat, "xent", case.num_steps, case.step_size)))
 
 
 def training_keras(problem: Problem) -> Callable[[], Outcome]:
@@ -140,37 +136,6 @@ def matrix_flops() -> int:
     return 2 * _MATRIX_SIZE**3
 
 
-def _steps_of_ours(problem, adversary):
-    import keras
-
-    from logit_reg.objectives import Objective
-    from logit_reg.training.feeding import BatchOrder, traced_train_step
-    from logit_reg.training.loop import repeatable_steps
-    from logit_reg.training.model import RegularizedModel
-    from madry_compat.optimizers import TF1Adam
-
-    case = problem.case
-    network = keras.saving.load_model(problem.folder / "network.keras", compile=False)
-    model = RegularizedModel(network, Objective(), bounds=(0.0, case.upper), adversary=adversary)
-    model.compile(optimizer=TF1Adam(_LEARNING_RATE))
-    images, labels = _training_set(problem)
-    pixels = np.round(images * (255 / case.upper)).astype(np.uint8)
-    batches = BatchOrder(len(images), case.batch_size, case.seed).batches(0)
-    # As `loop.train` does unless told otherwise.
-    with repeatable_steps():
-        step = traced_train_step(model, pixels, labels, case.batch_size)
-        step(next(batches))
-
-    def repetition():
-        for _ in range(case.num_batches):
-            measures = step(next(batches))
-        # Waits for the last step.
-        float(measures["total"])
-        return Outcome()
-
-    return repetition
-
-
 def _fit(problem, model):
     """Steps of `fit`, up to the end of the last one.
 
@@ -186,7 +151,7 @@ def _fit(problem, model):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    images, labels = _training_set(problem)
+    images, labels = training_set(problem)
     model.fit(images, labels, batch_size=case.batch_size, steps_per_epoch=1, verbose=0)
 
     class Clock(keras.callbacks.Callback):
@@ -201,14 +166,6 @@ def _fit(problem, model):
         return Outcome(seconds=clock.last - started)
 
     return repetition
-
-
-def _training_set(problem) -> tuple[np.ndarray, np.ndarray]:
-    """As many images as a repetition uses, repeated if there are fewer."""
-    case: Case = problem.case
-    arrays = problem.arrays()
-    rows = np.arange(case.num_batches * case.batch_size) % len(arrays["images"])
-    return arrays["images"][rows], arrays["labels"][rows]
 
 
 def _run(*arguments):
