@@ -96,6 +96,11 @@ def _has_noise(values: Values) -> bool:
     return (values["reg"] or "none") != "none" or bool(values["smoothing"])
 
 
+def _is_watched(values: Values) -> bool:
+    steps = values["num_robustness_steps"]
+    return _adversary(values) != "none" if steps is None else steps > 0
+
+
 _EMBEDDED = [record for record in IMAGE_SETS.values() if record.format == "embedded"]
 
 _EMBEDDED_NAMES = [record.name for record in _EMBEDDED]
@@ -123,6 +128,12 @@ TRAINING = (
     DATA_PATH,
     *map(_with_a_regularizer, regularizers.SETTINGS),
     Effect(("clip_noise",), _has_noise, "with noise: --sigma above 0"),
+    Effect(("ema_momentum",), lambda v: bool(v["ema"]), "with --ema"),
+    Effect(
+        ("stop_on_overfitting",),
+        _is_watched,
+        "where robustness is watched: with an adversary or --num_robustness_steps above 0",
+    ),
     *map(_with_an_adversary, adversaries.FLAGS),
     on_challenges(
         ("width",), lambda c: c.paper.width > 0, "whose network has one; the others' has one size"

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from logit_reg.experiments.settings import RunSettings
 
 # Settings of later versions; where they have their defaults, runs keep the names they had before.
-_LATER_SETTINGS = ("train_dtype", "max_to_keep")
+_LATER_SETTINGS = (
+    "train_dtype",
+    "max_to_keep",
+    "learning_rate_schedule",
+    "ema",
+    "ema_momentum",
+    "num_robustness_steps",
+    "stop_on_overfitting",
+)
 
 
 def describe(settings: "RunSettings") -> str:
@@ -27,6 +35,8 @@ def describe(settings: "RunSettings") -> str:
         words.append(adversary)
     if settings.sigma:
         words.append("+ noise" if words else "noise only")
+    if settings.ema:
+        words = [*(words or ["natural"]), "+ ema"]
     return " ".join(words) or "natural"
 
 
