@@ -31,9 +31,7 @@ class WeightAverage:
         # Not the counters of random numbers.
         self._averaged = [v for v in network.variables if tf.as_dtype(v.dtype).is_floating]
         self.variables = [
-            keras.Variable(
-                v.numpy(), dtype=v.dtype, trainable=False, name=f"{v.name}_average"
-            )
+            keras.Variable(v.numpy(), dtype=v.dtype, trainable=False, name=f"{v.name}_average")
             for v in self._averaged
         ]
         """Keras variables, one for each floating-point variable of the network."""

@@ -198,9 +198,7 @@ def train(
         repeatable_steps() if deterministic else contextlib.nullcontext(),
         _stop_on_signal() as signalled,
     ):
-        train_step = traced_train_step(
-            model, images, labels, settings.training_batch_size, average
-        )
+        train_step = traced_train_step(model, images, labels, settings.training_batch_size, average)
         records = None
         if workers.is_chief:
             measured = train_step.get_concrete_function().structured_outputs

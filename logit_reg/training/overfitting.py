@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from logit_reg.attacks.engine.examples import class_numbers
 from logit_reg.attacks.engine.forward import Classifier
 from logit_reg.attacks.pgd import PGD
 from logit_reg.messages import notice
-from logit_reg.objectives import class_indices
 from logit_reg.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class RobustnessProbe:
         self._images = threat.lower + images[self._rows].astype(np.float32) * (
             (threat.upper - threat.lower) / 255
         )
-        self._labels = class_indices(labels).numpy()[self._rows]
+        self._labels = class_numbers(labels)[self._rows]
         self._network = network
         self._attack = PGD(
             threat, "xent", _NUM_STEPS, 2.5 * threat.epsilon / _NUM_STEPS, early_stop=True

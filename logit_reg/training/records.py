@@ -135,7 +135,8 @@ class Records:
         Args:
             row: values of `ROBUSTNESS_COLUMNS`.
         """
-        assert self._robustness is not None
+        if self._robustness is None:
+            raise ValueError("these records were made without robustness.csv.")
         self._robustness.append(row)
         with self._summaries.as_default(step=row["step"]):
             for name in ROBUSTNESS_COLUMNS[1:]:
