@@ -77,7 +77,7 @@ class Records:
     def robustness(self) -> list[dict[str, float]]:
         """The rows of robustness.csv, those of earlier processes included."""
         table = self._robustness
-        return [] if table is None else list(map(_numbers, table.rows))
+        return [] if table is None else [_numbers(table.path, row) for row in table.rows]
 
     @property
     def seconds(self) -> float:
@@ -147,7 +147,7 @@ class _Table:
     """A CSV file that grows by a row at a time; rows after the restored step are cut."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], *, last_step: int):
-        self._path = path
+        self.path = path
         self._columns = columns
         rows = _read_rows(path, columns) if last_step else []
         self.rows = [row for row in rows if int(row["step"]) <= last_step]
@@ -159,7 +159,7 @@ class _Table:
 
     def append(self, row):
         # Not "a", which would make a file in a folder that has been emptied meanwhile.
-        with self._path.open("r+", newline="") as file:
+        with self.path.open("r+", newline="") as file:
             file.seek(0, os.SEEK_END)
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             values = {name: _format(row[name]) for name in self._columns}
@@ -167,12 +167,15 @@ class _Table:
         self.rows.append(values)
 
     def sync(self):
-        with self._path.open("r+") as file:
+        with self.path.open("r+") as file:
             os.fsync(file.fileno())
 
 
-def _numbers(row):
-    return {name: int(value) if name == "step" else float(value) for name, value in row.items()}
+def _numbers(path, row):
+    try:
+        return {name: int(row[name]) if name == "step" else float(row[name]) for name in row}
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"{path} is damaged ({one_line(error)}); move it away.") from error
 
 
 def _format(value):
