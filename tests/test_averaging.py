@@ -106,7 +106,7 @@ def test_keras_own_averages_go_on_working_in_fit():
     model, seen = fresh_model(), []
     model.compile(optimizer=keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.5))
     remember = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda *_: seen.append(model.network.get_weights())
+        on_train_batch_end=lambda batch, logs: seen.append(model.network.get_weights())
     )
     model.fit(images, labels, batch_size=8, callbacks=[remember], verbose=0)
     averages = seen[0]

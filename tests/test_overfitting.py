@@ -19,7 +19,12 @@ from logit_reg.training.adversaries.pgd import PGDAdversary
 from logit_reg.training.folder import Stop, TrainingError
 from logit_reg.training.loop import LoopSettings, train
 from logit_reg.training.model import RegularizedModel
-from logit_reg.training.overfitting import RobustnessProbe, best_row, is_overfitted
+from logit_reg.training.overfitting import (
+    ROBUSTNESS_COLUMNS,
+    RobustnessProbe,
+    best_row,
+    is_overfitted,
+)
 from logit_reg.training.state import restore_newest_state, saved_steps
 
 THREAT = ThreatModel("linf", 0.2, 0.0, 1.0)
@@ -143,6 +148,16 @@ def test_only_robustness_that_was_learned_can_be_lost(accuracies, expected):
     assert is_overfitted(rows) is expected
 
 
+def test_robustness_that_never_came_is_noticed_in_the_second_half(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        RobustnessProbe, "measure", lambda _: {"clean_accuracy": 1.0, "pgd_accuracy": 0.05}
+    )
+    run(tmp_path, steps=30)
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 1 and "overfitted to its adversary" in said
+    assert "warning: at step 20" in said
+
+
 def test_settings_watch_with_an_adversary_only_and_old_runs_keep_their_names():
     def steps(**given):
         return resolve_settings({"dataset": "mnist", **given}).loop.num_robustness_steps
@@ -154,7 +169,7 @@ def test_settings_watch_with_an_adversary_only_and_old_runs_keep_their_names():
     usual = [steps(adversary="pgd", max_num_training_steps=length) for length in lengths]
     assert usual == [100, 200, 500]
     settings = resolve_settings({"dataset": "mnist", "adversary": "pgd"})
-    assert settings.num_robustness_steps == -1 and "-1" not in settings.name
+    assert settings.name == "mnist-7-step-adversarial-100000steps-seed0-f14537"
 
 
 @pytest.mark.parametrize(
@@ -163,11 +178,6 @@ def test_settings_watch_with_an_adversary_only_and_old_runs_keep_their_names():
 def test_stopping_without_a_measurement_is_refused(given):
     with pytest.raises(ValueError, match="stop_on_overfitting needs num_robustness_steps from 1"):
         LoopSettings(10, stop_on_overfitting=True, **given)
-
-
-def test_robustness_at_epsilon_0_is_refused():
-    with pytest.raises(ValueError, match="at an epsilon above 0"):
-        RobustnessProbe(model().network, *data(), ThreatModel("linf", 0.0))
 
 
 def test_a_stopped_run_stays_stopped_and_says_so(tmp_path, monkeypatch, capsys):
@@ -217,7 +227,7 @@ def test_a_damaged_stop_is_none(said, tmp_path):
 
 def test_a_damaged_table_is_one_line(tmp_path):
     run(tmp_path, steps=20)
-    (tmp_path / "robustness.csv").write_text("step,clean_accuracy,pgd_accuracy\n5,a,b\n")
+    (tmp_path / "robustness.csv").write_text(",".join(ROBUSTNESS_COLUMNS) + "\n5,a,b,c\n")
     with pytest.raises(TrainingError, match=r"robustness.csv is damaged .* move it away"):
         run(tmp_path)
 

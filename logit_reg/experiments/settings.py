@@ -152,7 +152,7 @@ class RunSettings:
 
     @property
     def _usual_robustness_steps(self) -> int:
-        if self.adversary == "none" or not self.epsilon:
+        if self.adversary == "none":
             return 0
         return max(100, min(500, self.max_num_training_steps // 10))
 

@@ -150,7 +150,7 @@ def train(
         The number of finished steps, and whether training was stopped.
 
     Raises:
-        ValueError: see `traced_train_step` and `RobustnessProbe`; or if there is no threat model.
+        ValueError: see `traced_train_step`; or if there is no threat model.
         TrainingError: if the network computes in float16, the loss or a weight is no longer
             finite, a file cannot be written, or training is to end before the step that it goes
             on from.
@@ -236,8 +236,11 @@ def train(
             totals.clear()
             if "robustness" in due:
                 if watch is not None:
+                    # A ramp of epsilon is over by then.
+                    is_late = 2 * step > total_steps and model.adversary.threat is not None
+                    accuracy = float(measures["accuracy"])
                     with writing(model_dir), result_network():
-                        watch.look(step)
+                        watch.look(step, accuracy, is_late=is_late)
                 if settings.stop_on_overfitting:
                     is_overfitted = workers.any(watch is not None and watch.is_overfitted)
                     if is_overfitted:

@@ -20,7 +20,9 @@ from logit_reg.threat import ThreatModel
 if TYPE_CHECKING:
     from logit_reg.training.records import Records
 
-ROBUSTNESS_COLUMNS = ("step", "clean_accuracy", "pgd_accuracy")
+ROBUSTNESS_COLUMNS = ("step", "clean_accuracy", "pgd_accuracy", "training_accuracy")
+"""Accuracies are fractions: on `NUM_EXAMPLES` training images, under PGD on them, and on the images
+that the step trained on, the adversary's."""
 NUM_EXAMPLES = 200
 """Images that are attacked; 2,200 forwards and backwards at most, as many as in two steps of 7-step
 adversarial training, or in eight of a single-step one, at a batch of 128."""
@@ -29,6 +31,7 @@ _NUM_STEPS = 10
 # Chance is half of it with ten classes: what was never learned cannot be lost.
 _LEAST_BEST = 0.2
 _REMAINING_SHARE = 0.2
+_LEARNED = 0.5
 
 Row = Mapping[str, Any]
 
@@ -47,15 +50,7 @@ class RobustnessProbe:
             images: (N, H, W, C) uint8, mapped from [0, 255] to the bounds of the threat model.
             labels: (N,) or (N, 1) int.
             threat: what PGD may do.
-
-        Raises:
-            ValueError: if epsilon is 0.
         """
-        if not threat.epsilon > 0:
-            raise ValueError(
-                f"robustness is measured at an epsilon above 0; got {threat.epsilon:g}: leave "
-                f"--num_robustness_steps out."
-            )
         count = min(NUM_EXAMPLES, len(images))
         self._rows = np.linspace(0, len(images) - 1, count).astype(np.int64)
         self._images = threat.lower + images[self._rows].astype(np.float32) * (
@@ -94,6 +89,7 @@ class OverfittingWatch:
             records: have the rows of robustness.csv.
         """
         self._probe, self._records = probe, records
+        self._has_warned = False
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -111,12 +107,27 @@ class OverfittingWatch:
         """See the function of that name."""
         return is_overfitted(self.rows)
 
-    def look(self, step: int) -> None:
-        """Measure after a step; warn if robustness has fallen to nothing since the last time."""
+    def look(self, step: int, training_accuracy: float, *, is_late: bool) -> None:
+        """Measure after a step; warn if robustness is lost since the last time, or never came.
+
+        Args:
+            step: number of finished steps.
+            training_accuracy: on the adversary's images of this step.
+            is_late: whether robustness should have come by now.
+        """
         before = self.rows
-        self._records.write_robustness({"step": step, **self._probe.measure()})
-        if self.is_overfitted and not is_overfitted(before):
-            notice(f"warning: {fall_in_words(self.rows)}.")
+        measured = self._probe.measure() | {"training_accuracy": training_accuracy}
+        self._records.write_robustness({"step": step, **measured})
+        if self.is_overfitted:
+            if not is_overfitted(before):
+                notice(f"warning: {fall_in_words(self.rows)}.")
+        elif is_late and not self._has_warned and knows_only_its_adversary(self.rows[-1]):
+            self._has_warned = True
+            notice(
+                f"warning: at step {step:,} accuracy is {training_accuracy:.1%} on the adversary's "
+                f"images and {measured['pgd_accuracy']:.1%} under PGD on {NUM_EXAMPLES} training "
+                f"images: training has overfitted to its adversary."
+            )
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:
@@ -142,6 +153,19 @@ def is_overfitted(rows: Sequence[Row]) -> bool:
     if best is None or best["pgd_accuracy"] < _LEAST_BEST:
         return False
     return rows[-1]["pgd_accuracy"] < _REMAINING_SHARE * best["pgd_accuracy"]
+
+
+def knows_only_its_adversary(row: Row) -> bool:
+    """Whether the adversary's images are learned, and those of PGD are not.
+
+    That is what overfitting looks like where robustness never came, as in single-step training
+    whose epsilon is too large from the start.
+
+    Args:
+        row: of robustness.csv, of a training whose adversary has its full epsilon.
+    """
+    learned = row["training_accuracy"]
+    return learned >= _LEARNED and row["pgd_accuracy"] < _REMAINING_SHARE * learned
 
 
 def fall_in_words(rows: Sequence[Row]) -> str:
