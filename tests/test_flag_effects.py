@@ -58,6 +58,12 @@ WITHOUT_EFFECT = {
         (("--dataset=mnist_5k", "--data_dir=d"), "mnist_5k is embedded"),
         (("--dataset=mnist_5k", "--download"), "mnist_5k is embedded"),
         (("--data_dir=d", "--data_path=p"), "without --data_dir"),
+        (("--noema", "--ema_momentum=0.9"), "--ema"),
+        (("--stop_on_overfitting",), "where robustness is watched"),
+        (
+            ("--adversary=pgd", "--num_robustness_steps=0", "--stop_on_overfitting"),
+            "where robustness is watched",
+        ),
     ],
     "eval_challenge": [
         (("--pred_path=pred.npy",), "--attack_file"),
@@ -122,6 +128,9 @@ WITH_EFFECT = {
         ("--reg=similarity", "--beta=2", "--gamma=1"),
         ("--dataset=cifar10", "--width=1", "--momentum=0.9"),
         ("--width=1",),
+        ("--ema", "--ema_momentum=0.9", "--learning_rate_schedule=cyclic"),
+        ("--adversary=free", "--stop_on_overfitting"),
+        ("--reg=squeeze", "--beta=2", "--num_robustness_steps=50", "--stop_on_overfitting"),
     ],
     "eval_challenge": [
         OWN,

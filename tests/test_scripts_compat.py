@@ -475,7 +475,7 @@ def test_training_goes_on_as_the_challenge_would(tmp_path):
         is_challenge_config=True,
     )
     run = tmp_path / "run"
-    assert train_run(settings, stored, labels, run, show_progress=False) == 8
+    assert train_run(settings, stored, labels, run, show_progress=False).step == 8
     assert read_step(run) == 8
     assert_same_values(read_bundle(run / "checkpoint-8"), read_bundle(end))
     with (run / "log.csv").open() as file:

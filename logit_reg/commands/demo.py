@@ -74,14 +74,14 @@ def main() -> None:
         settings = resolve_settings(_COMMON | given)
         folder = demo_dir / name
         print(f"[{number}/{len(_RUNS)}] {settings.description}", flush=True)
-        step = train_run(
+        outcome = train_run(
             settings,
             training_set.images,
             training_set.labels,
             folder,
             show_progress=FLAGS.progress,
         )
-        if step < settings.max_num_training_steps:
+        if not outcome.is_finished:
             raise KeyboardInterrupt
         network = load_keras(folder / "model.keras")
         for kind, (protocols, images) in evaluations.items():

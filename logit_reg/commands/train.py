@@ -102,8 +102,17 @@ flags.DEFINE_integer("width", None, "width of CIFAR's network (10; 1 is narrow)"
 flags.DEFINE_integer("max_num_training_steps", None, "number of optimiser steps")
 flags.DEFINE_integer("training_batch_size", None, "images a step (128)")
 flags.DEFINE_string("step_size_schedule", None, "learning rates, as [[0, 0.1], [40000, 0.01]]")
+flags.DEFINE_enum(
+    "learning_rate_schedule",
+    None,
+    ["steps", "cosine", "cyclic"],
+    "the steps of --step_size_schedule, or its one rate as the peak of a rate that ends at 0: "
+    "cosine falls from it, cyclic rises to it over 2/5 of them and falls (steps)",
+)
 flags.DEFINE_float("weight_decay", None, "weight decay of kernels (CIFAR 2e-4)")
 flags.DEFINE_float("momentum", None, "momentum (CIFAR 0.9)")
+flags.DEFINE_bool("ema", None, "evaluate and export moving averages of the weights (off)")
+flags.DEFINE_float("ema_momentum", None, "momentum of these averages (0.999)")
 flags.DEFINE_integer(
     "random_seed",
     None,
@@ -114,6 +123,18 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("num_output_steps", None, "steps between rows of log.csv (100)")
 flags.DEFINE_integer("num_summary_steps", None, "steps between points of TensorBoard (100)")
 flags.DEFINE_integer("num_checkpoint_steps", None, "steps between checkpoints (300 or 1000)")
+flags.DEFINE_integer(
+    "num_robustness_steps",
+    None,
+    "steps between rows of robustness.csv, PGD on 200 training images; 0 for none (100 to 500 with "
+    "an adversary)",
+    lower_bound=0,
+)
+flags.DEFINE_bool(
+    "stop_on_overfitting",
+    None,
+    "end where robustness falls to nothing; the checkpoint of its best is what is left (off)",
+)
 flags.DEFINE_list("keep_checkpoint_steps", None, "steps whose checkpoints are kept, as 100,200")
 flags.DEFINE_integer("max_to_keep", None, "checkpoints that stay besides those to keep (3)")
 flags.DEFINE_string(
@@ -221,7 +242,7 @@ def _train() -> None:
     _warn_of_collapse(settings)
     if settings.train_dtype == "bfloat16" and not has_bfloat16():
         notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
-    step = train_run(
+    outcome = train_run(
         settings,
         training_set.images,
         training_set.labels,
@@ -232,9 +253,17 @@ def _train() -> None:
         deterministic=FLAGS.deterministic,
         show_progress=FLAGS.progress and Workers(strategy).is_chief,
     )
-    if step < settings.max_num_training_steps:
+    if not outcome.is_finished:
         raise KeyboardInterrupt
-    print(f"done: {model_dir / 'model.keras'}")
+    if outcome.stop is not None:
+        notice(
+            f"stopped: training ended at step {outcome.stop.step:,} of "
+            f"{settings.max_num_training_steps:,}, overfitted catastrophically; what is left is "
+            f"the checkpoint of step {outcome.stop.result_step:,}. Another training needs another "
+            f"--model_dir."
+        )
+    averaged = f" (weights averaged, momentum {settings.ema_momentum:g})" if settings.ema else ""
+    print(f"done: {model_dir / 'model.keras'}{averaged}")
     command_line.print_next("eval_challenge", {"model_dir": model_dir})
 
 

@@ -12,7 +12,7 @@ from logit_reg.experiments.settings import RunSettings
 from logit_reg.training.beta_schedule import BetaSchedule
 from logit_reg.training.model import RegularizedModel
 from madry_compat.networks import build
-from madry_compat.optimizers import ADAM_EPSILON, TF1Adam, TF1Momentum, piecewise_constant
+from madry_compat.optimizers import ADAM_EPSILON, TF1Adam, TF1Momentum
 from madry_compat.tf1_checkpoints import has_training_state, load_network, load_training_state
 
 
@@ -64,7 +64,7 @@ def build_model(settings: RunSettings, network) -> RegularizedModel:
             beta_schedule=BetaSchedule(settings.beta_schedule, settings.beta_ramp_steps),
             seed=settings.random_seed,
         )
-    rate = piecewise_constant(settings.step_size_schedule)
+    rate = settings.learning_rate
     if challenge.training.optimizer == "adam":
         # A mean loss has gradients 1/b as large: with epsilon / b Adam takes the same steps.
         is_mean = settings.loss_reduction == "mean"

@@ -146,7 +146,7 @@ def trained_controls(
                 f"control {kind}: {settings.max_num_training_steps:,} steps -> {folders[kind]}, "
                 f"about {in_words(seconds[kind])}"
             )
-            step = train_run(
+            outcome = train_run(
                 settings,
                 data.images,
                 data.labels,
@@ -154,7 +154,7 @@ def trained_controls(
                 data_dir=data_dir,
                 show_progress=show_progress,
             )
-            if step < settings.max_num_training_steps:
+            if not outcome.is_finished:
                 raise KeyboardInterrupt
     return tuple(
         Control(folder.name, kind, load_keras(folder / "model.keras"))

@@ -58,6 +58,8 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
             defaults["step_size_schedule"] = tuple(
                 (step * paper.stretch, rate) for step, rate in training.step_size_schedule
             )
+    if given.get("learning_rate_schedule", "steps") != "steps":
+        defaults["step_size_schedule"] = defaults["step_size_schedule"][:1]
     if is_regularized:
         defaults["sigma"] = paper.sigma
     for name, usual in REGULARIZERS.get(reg, {}).items():

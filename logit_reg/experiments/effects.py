@@ -100,6 +100,11 @@ def _has_noise(values: Values) -> bool:
     )
 
 
+def _is_watched(values: Values) -> bool:
+    steps = values["num_robustness_steps"]
+    return _adversary(values) != "none" if steps is None else steps > 0
+
+
 _EMBEDDED = [record for record in IMAGE_SETS.values() if record.format == "embedded"]
 
 _EMBEDDED_NAMES = [record.name for record in _EMBEDDED]
@@ -128,6 +133,12 @@ TRAINING = (
     *(_with_a_regularizer(setting, where=setting) for setting in regularizers.SETTINGS),
     _with_a_regularizer("beta_schedule", "beta_ramp_steps", where="beta"),
     Effect(("clip_noise",), _has_noise, "with noise: --sigma above 0"),
+    Effect(("ema_momentum",), lambda v: bool(v["ema"]), "with --ema"),
+    Effect(
+        ("stop_on_overfitting",),
+        _is_watched,
+        "where robustness is watched: with an adversary or --num_robustness_steps above 0",
+    ),
     *map(_with_an_adversary, adversaries.FLAGS),
     on_challenges(
         ("width",), lambda c: c.paper.width > 0, "whose network has one; the others' has one size"

@@ -169,7 +169,8 @@ def training_notices(training: Mapping[str, int] | None) -> list[dict]:
     """What to say of a network whose training was to go on.
 
     Args:
-        training: "steps_done" and "steps_planned"; None for a network from elsewhere.
+        training: "steps_done" and "steps_planned", and "stopped_at" where robustness had fallen to
+            nothing; None for a network from elsewhere.
 
     Returns:
         Notices for `result.json`: name, message and value.
@@ -177,6 +178,12 @@ def training_notices(training: Mapping[str, int] | None) -> list[dict]:
     if not training or training["steps_done"] >= training["steps_planned"]:
         return []
     done, planned = training["steps_done"], training["steps_planned"]
+    if "stopped_at" in training:
+        message = (
+            f"this run overfitted catastrophically at step {training['stopped_at']:,} of "
+            f"{planned:,} and was stopped; this is its network of step {done:,}."
+        )
+        return [{"name": "stopped_run", "message": message, "value": done}]
     message = (
         f"this run is unfinished: its network has {done:,} of {planned:,} training steps; "
         f"the command that began it goes on."

@@ -23,6 +23,7 @@ def build_card(
     name: str,
     dataset: str | None,
     additional_data: bool | None,
+    averaged_weights: bool | None = None,
     link: str | None = None,
 ) -> dict[str, Any]:
     """Describe a network by its ledgers; what no ledger says is null.
@@ -35,6 +36,7 @@ def build_card(
         dataset: what it was trained on, which the ledgers must be about; None if unknown: then
             they must agree, and without any it is the challenge's.
         additional_data: whether other images were used in training; None if unknown.
+        averaged_weights: whether its weights are averages over training; None if unknown.
         link: where it is described.
 
     Returns:
@@ -78,6 +80,7 @@ def build_card(
         "eps": challenge.epsilon / (challenge.upper - challenge.lower),
         "architecture": _architecture(network),
         "additional_data": additional_data,
+        "averaged_weights": averaged_weights,
         "number_forward_passes": 1,
         "clean_acc": largest.get("accuracy"),
         "reported": reported.get("accuracy"),

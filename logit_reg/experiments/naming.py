@@ -18,6 +18,11 @@ _LATER_SETTINGS = (
     "beta_schedule",
     "beta_ramp_steps",
     "start_noise",
+    "learning_rate_schedule",
+    "ema",
+    "ema_momentum",
+    "num_robustness_steps",
+    "stop_on_overfitting",
 )
 
 
@@ -41,6 +46,8 @@ def describe(settings: "RunSettings") -> str:
         words.append(adversary)
     if settings.sigma:
         words.append("+ noise" if words else "noise only")
+    if settings.ema:
+        words = [*(words or ["natural"]), "+ ema"]
     return " ".join(words) or "natural"
 
 

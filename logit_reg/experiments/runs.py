@@ -13,9 +13,10 @@ from logit_reg.experiments.building import build_model, build_network, start_fro
 from logit_reg.experiments.provenance import execution, run_record
 from logit_reg.experiments.settings import DEFAULTS, RunSettings, as_tuples, check_settings
 from logit_reg.files import atomic_path, read_json
+from logit_reg.messages import UsageError
 from logit_reg.training.distribution import Workers
-from logit_reg.training.folder import run_folder
-from logit_reg.training.loop import train
+from logit_reg.training.folder import Stop, record_stop, run_folder, stop_of
+from logit_reg.training.loop import Outcome, train
 from logit_reg.training.state import saved_steps
 from madry_compat.config import write_config
 from madry_compat.tf1_checkpoints import has_training_state, save_network
@@ -34,8 +35,10 @@ def train_run(
     strategy: tf.distribute.Strategy | None = None,
     deterministic: bool = True,
     show_progress: bool = True,
-) -> int:
+) -> Outcome:
     """Train a run in its folder, or go on with it.
+
+    Where training was stopped because of overfitting, nothing is trained any more.
 
     Args:
         settings: what to compute.
@@ -50,14 +53,21 @@ def train_run(
         show_progress: draw a progress bar.
 
     Returns:
-        The number of finished steps; smaller than asked for after a signal.
+        The number of finished steps, and whether training was stopped.
 
     Raises:
+        UsageError: if a learning rate that is stretched over the training is to be extended.
         TrainingError: see `run_folder` and `train`.
         ValueError: if this worker has other settings or data than the chief, or the checkpoint to
             start from is broken, of another network, or of the last step or a later one.
         WorkerLost: if another worker is gone.
     """
+    if extend and settings.learning_rate_schedule != "steps":
+        raise UsageError(
+            f"--extend: --learning_rate_schedule={settings.learning_rate_schedule} is stretched "
+            f"over the whole training, so that a longer one has another rate from its first step "
+            f"on; train anew in another --model_dir."
+        )
     strategy = strategy or tf.distribute.get_strategy()
     workers = Workers(strategy)
     images, labels = images[settings.first_example :], labels[settings.first_example :]
@@ -98,23 +108,34 @@ def train_run(
                 # Within the file: it is replaced while others read it.
                 with zipfile.ZipFile(temporary, "a") as archive:
                     archive.comment = f"{_STEP_COMMENT}{step}".encode()
-            save_network(model.network, folder, step, optimizer=model.optimizer, **reduction)
+            # The optimiser's state belongs to the last weights, not to their averages.
+            optimizer = None if settings.ema else model.optimizer
+            save_network(model.network, folder, step, optimizer=optimizer, **reduction)
 
         def remove_export(step):
             for path in folder.glob(f"checkpoint-{step}.*"):
                 path.unlink(missing_ok=True)
 
-        return train(
+        before = stop_of(folder) if workers.is_chief else None
+        stopped_at = workers.number_of_chief(before.step if before else 0)
+        if stopped_at:
+            step = workers.number_of_chief(before.result_step if before else 0)
+            return Outcome(step, True, Stop(stopped_at, step))
+        outcome = train(
             model,
             images,
             labels,
             settings.loop,
             folder,
+            threat=settings.threat,
             on_checkpoint=export,
             on_removal=remove_export,
             deterministic=deterministic,
             show_progress=show_progress,
         )
+        if outcome.stop is not None and workers.is_chief:
+            record_stop(folder, outcome.stop)
+        return outcome
 
 
 def _origin(checkpoint: Path) -> str:

@@ -4,12 +4,15 @@ import dataclasses
 import reprlib
 from typing import Any, get_args, get_type_hints
 
+from keras.optimizers.schedules import LearningRateSchedule
+
 from logit_reg.experiments.naming import describe, run_name
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
 from logit_reg.training.adversaries import ADVERSARIES, adversary_class
 from logit_reg.training.adversaries.protocol import Adversary
 from logit_reg.training.beta_schedule import BetaSchedule
+from logit_reg.training.learning_rates import stretched
 from logit_reg.training.loop import LoopSettings
 from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.optimizers import piecewise_constant
@@ -113,6 +116,20 @@ class RunSettings:
     """Precision of training, one of `TRAIN_DTYPES`; in bfloat16 the weights are float32."""
     max_to_keep: int = 3
     """Checkpoints that stay, the newest ones, besides those of `keep_checkpoint_steps`."""
+    learning_rate_schedule: str = "steps"
+    """"steps" of `step_size_schedule`; or its one rate as the peak of a "cosine" or "cyclic" rate,
+    see `training.learning_rates`."""
+    ema: bool = False
+    """Whether the run's networks, for evaluation and export, have averages of the weights; see
+    `training.averaging`."""
+    ema_momentum: float = 0.999
+    """Of these averages, in [0, 1)."""
+    num_robustness_steps: int = -1
+    """Training steps between two measurements of the accuracy under PGD on a few training images;
+    0: none; -1: with an adversary a tenth of the training, from 100 to 500 steps, else none."""
+    stop_on_overfitting: bool = False
+    """Whether training ends where that accuracy has fallen to nothing, and leaves the checkpoint
+    of its best."""
 
     @property
     def challenge(self) -> Challenge:
@@ -150,7 +167,34 @@ class RunSettings:
     def loop(self) -> LoopSettings:
         """Settings of the training loop."""
         names = {field.name for field in dataclasses.fields(LoopSettings)}
-        return LoopSettings(**{k: v for k, v in dataclasses.asdict(self).items() if k in names})
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k in names}
+        if self.num_robustness_steps == -1:
+            values["num_robustness_steps"] = self._usual_robustness_steps
+        return LoopSettings(**values)
+
+    @property
+    def _usual_robustness_steps(self) -> int:
+        if self.adversary == "none":
+            return 0
+        return max(100, min(500, self.max_num_training_steps // 10))
+
+    @property
+    def learning_rate(self) -> LearningRateSchedule:
+        """The learning rate, as a function of the number of updates made before.
+
+        Raises:
+            ValueError: if `step_size_schedule` is none, or is not the one rate that it has to be.
+        """
+        pairs = self.step_size_schedule
+        steps = piecewise_constant(pairs)
+        if self.learning_rate_schedule == "steps":
+            return steps
+        if len(pairs) > 1:
+            raise ValueError(
+                f"--learning_rate_schedule={self.learning_rate_schedule} takes one rate, its peak, "
+                f"as --step_size_schedule=[[0, {pairs[0][1]:g}]]; got {list(map(list, pairs))}."
+            )
+        return stretched(self.learning_rate_schedule, pairs[0][1], self.max_num_training_steps)
 
     @property
     def training_adversary(self) -> Adversary:
@@ -198,7 +242,7 @@ def check_settings(settings: RunSettings) -> None:
             f"the logits of adversarial images with those of the clean ones; give an --adversary "
             f"({', '.join(name for name in ADVERSARIES if name != 'none')})."
         )
-    piecewise_constant(settings.step_size_schedule)
+    _ = settings.learning_rate
     if settings.challenge.paper.width and settings.width < 1:
         raise ValueError(f"width must be at least 1; got {settings.width}.")
 

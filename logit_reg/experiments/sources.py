@@ -14,6 +14,7 @@ from logit_reg.experiments.runs import read_run, step_of_network
 from logit_reg.experiments.settings import RunSettings
 from logit_reg.files import read_arrays, read_json
 from logit_reg.messages import UsageError, existing_folder, notice
+from logit_reg.training.folder import Stop
 from logit_reg.training.state import saved_steps
 from madry_compat.bundle_index import is_bundle_file
 from madry_compat.challenges import IMAGE_SETS, MNIST, Challenge, challenge_for, image_set
@@ -46,6 +47,19 @@ class Model:
     """Folder of the run that it belongs to, if it does."""
     finished_steps: int | None = None
     """Training steps of this very network, if it is of a run and they are known."""
+    stop: Stop | None = None
+    """Where its run was stopped, if it was."""
+
+    @property
+    def training(self) -> dict[str, int] | None:
+        """How far this network is trained, for `training_notices`; None where that is not known."""
+        if self.run is None or self.finished_steps is None:
+            return None
+        training = {
+            "steps_done": self.finished_steps,
+            "steps_planned": self.run.max_num_training_steps,
+        }
+        return training if self.stop is None else training | {"stopped_at": self.stop.step}
 
     @property
     def usable_data_dir(self) -> str | None:
@@ -210,12 +224,19 @@ def find_model(path: Path | str, named: str | None = None) -> Model:
 
 
 def _model_of_run(network, path, folder, step) -> Model:
-    data_dir, run = read_json(folder / "run.json").get("data_dir"), read_run(folder)
-    if step is not None:
-        training = {"steps_done": step, "steps_planned": run.max_num_training_steps}
-        for found in training_notices(training):
-            notice(f"notice: {found['message']}")
-    return Model(network, path, run, data_dir, folder=folder, finished_steps=step)
+    record = read_json(folder / "run.json")
+    model = Model(
+        network,
+        path,
+        read_run(folder),
+        record.get("data_dir"),
+        folder=folder,
+        finished_steps=step,
+        stop=Stop.of_record(record),
+    )
+    for found in training_notices(model.training):
+        notice(f"notice: {found['message']}")
+    return model
 
 
 def _load_with_step(folder: Path) -> tuple[keras.Model, int | None]:

@@ -28,6 +28,8 @@ from logit_reg.files import (
     read_json,
     write_json,
 )
+from logit_reg.training.folder import Stop
+from logit_reg.training.overfitting import ROBUSTNESS_COLUMNS
 from logit_reg.training.records import LOG_COLUMNS, TIMING_COLUMNS
 from logit_reg.training.state import saved_steps
 
@@ -135,10 +137,21 @@ class Run:
     """Finished evaluations by their folder inside the run's, as "evaluations/autoattack-n200"."""
     saved_step: int | None = None
     """Training steps of the newest checkpoint; None if there is none, as in an export."""
+    robustness: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """(R,) float for each of `ROBUSTNESS_COLUMNS`; empty if it was not watched."""
+    stop: Stop | None = None
+    """Where training was stopped because robustness had fallen to nothing."""
+
+    @property
+    def has_averaged_weights(self) -> bool:
+        """Whether its networks have averages of the weights over training (`--ema`)."""
+        return bool(self.settings.get("ema"))
 
     @property
     def steps(self) -> int | None:
         """Training steps of the newest checkpoint, else those in the log; None without either."""
+        if self.stop is not None:
+            return self.stop.result_step
         if self.saved_step is not None:
             return self.saved_step
         return int(self.log["step"][-1]) if self.log else None
@@ -149,6 +162,8 @@ class Run:
 
         Evaluations that were made earlier in training are of another network.
         """
+        if self.stop is not None:
+            return self.stop.result_step
         known = [e.finished_steps for e in self.evaluations.values()]
         return max((steps for steps in known if steps is not None), default=self.steps)
 
@@ -168,7 +183,7 @@ def load_run(folder: Path | str) -> Run:
     """Read a run and its evaluations back.
 
     Args:
-        folder: holds `run.json` and, as far as they exist, `log.csv`, `timing.csv` and one
+        folder: holds `run.json` and, as far as they exist, the tables of training and one
             folder for each evaluation with `result.json`, `ledger.csv` and `examples.npz`, in
             the folder itself or in `evaluations`. Without `run.json` it is that of a network
             that was not trained here, and holds evaluations only.
@@ -213,6 +228,8 @@ def load_run(folder: Path | str) -> Run:
         minutes=float(timing["seconds"][-1]) / 60 if timing else None,
         evaluations=loaded,
         saved_step=max(saved_steps(folder), default=None),
+        robustness=_read_columns(folder / "robustness.csv", ROBUSTNESS_COLUMNS),
+        stop=Stop.of_record(record),
     )
 
 
@@ -274,7 +291,7 @@ def export_run(folder: Path | str, destination: Path | str) -> None:
         record = read_json(folder / "run.json")
         record.pop("data_dir", None)
         write_json(destination / "run.json", record)
-    names = ["log.csv", "timing.csv"]
+    names = ["log.csv", "timing.csv", "robustness.csv"]
     for evaluation in run.evaluations:
         names += [f"{evaluation}/{name}" for name in _EVALUATION_FILES]
     for name in names:

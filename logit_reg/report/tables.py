@@ -560,7 +560,7 @@ def _show_steps(run):
     steps, planned = run.evaluated_steps, run.planned_steps
     if steps is None or planned is None or steps >= planned:
         return _show(steps, "d")
-    return f"{steps:,} of {planned:,} (unfinished)"
+    return f"{steps:,} of {planned:,} ({'unfinished' if run.stop is None else 'stopped'})"
 
 
 def _show(value, form):

@@ -109,6 +109,14 @@ class Workers:
             return flag
         return bool(self._sum([tf.constant(float(flag), tf.float64)])[0] > 0)
 
+    def number_of_chief(self, number: int) -> int:
+        """The chief's number, a whole one below 2**53; all have to ask."""
+        if self.count == 1:
+            return number
+        # float64 holds it exactly.
+        own = tf.constant(float(number if self.is_chief else 0), tf.float64)
+        return int(self._sum([own])[0])
+
     def copy_from_chief(self, variables: Sequence) -> None:
         """Give variables the chief's values; only the chief needs its files."""
         if self.count == 1:
@@ -135,10 +143,8 @@ class Workers:
         for part in parts:
             is_array = hasattr(part, "tobytes")
             digest.update(part.tobytes() if is_array else json.dumps(part).encode())
-        # 48 bits, which float64 holds exactly.
         own = int.from_bytes(digest.digest()[:6], "big")
-        (chiefs,) = self._sum([tf.constant(float(own if self.is_chief else 0), tf.float64)])
-        if own != int(chiefs):
+        if own != self.number_of_chief(own):
             raise ValueError(
                 f"worker {self.number} has other settings or data than the chief; start all "
                 f"workers with the same command and the same data."

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.objectives import class_indices
+from logit_reg.training.averaging import WeightAverage
 from logit_reg.training.distribution import own_slice
 from logit_reg.training.model import RegularizedModel
 
@@ -47,7 +48,13 @@ class BatchOrder:
             step += 1
 
 
-def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
+def traced_train_step(
+    model: RegularizedModel,
+    images,
+    labels,
+    batch_size: int,
+    average: WeightAverage | None = None,
+):
     """The training step as one `tf.function` of the indices of its batch.
 
     The data stay in memory as they are on disk; a step gathers and converts its own images.
@@ -57,6 +64,7 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
         images: (N, H, W, C) uint8, mapped from [0, 255] to the model's bounds.
         labels: (N,) or (N, 1) int.
         batch_size: fixed number of indices, over all replicas.
+        average: takes in the weights after each update.
 
     Returns:
         A function from (batch_size,) int64 indices, the same in all processes, to the dict of
@@ -85,7 +93,10 @@ def traced_train_step(model: RegularizedModel, images, labels, batch_size: int):
 
     def on_replica(pixels, classes):
         scaled = tf.cast(own_slice(pixels), model.precision) / divisor + lower
-        return model.update(scaled, own_slice(classes))
+        measures = model.update(scaled, own_slice(classes))
+        if average is not None:
+            average.update(model.optimizer.iterations)
+        return measures
 
     @tf.function(input_signature=[tf.TensorSpec((batch_size,), tf.int64)], autograph=False)
     def train_step(indices):

@@ -1,6 +1,7 @@
 """The folder of a run: locked, of one run's settings, and what to say when it cannot be written."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -25,6 +26,25 @@ class WrongRun(TrainingError, ValueError):
     """The settings, which were given, are not those of the run that the folder holds."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Training that ended before its time; the "stopped" of run.json."""
+
+    step: int
+    """At which it did, because robust accuracy had fallen to nothing."""
+    result_step: int
+    """Of the checkpoint before it, which is what is left."""
+
+    @classmethod
+    def of_record(cls, record: Mapping) -> "Stop | None":
+        """What a run.json says; None if training was not stopped."""
+        said = record.get("stopped")
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(said, dict) or said.keys() != names:
+            return None
+        return cls(**said) if all(type(step) is int for step in said.values()) else None
+
+
 @contextlib.contextmanager
 def run_folder(
     model_dir: Path | str,
@@ -36,7 +56,7 @@ def run_folder(
     """Hold a folder for one run: locked, and with this run's settings in `run.json`.
 
     A run that goes on with other versions or another execution than before is told that it is
-    not bit-exact.
+    not bit-exact. A run that was stopped stays so for as long as it has its checkpoint.
 
     Args:
         model_dir: folder to make or to go on with.
@@ -74,10 +94,25 @@ def run_folder(
             _check_same_settings(path, old, record, extend, defaults or {})
             if saved_steps(model_dir):
                 _tell_if_not_bit_exact(model_dir, old, record)
+                if Stop.of_record(old) is not None:
+                    record = record | {"stopped": old["stopped"]}
         with writing(model_dir):
             remove_leftovers(model_dir)
             write_json(path, record)
         yield model_dir
+
+
+def record_stop(model_dir: Path, stop: Stop) -> None:
+    """Say in run.json that training was stopped."""
+    path = model_dir / "run.json"
+    with writing(model_dir):
+        write_json(path, read_json(path) | {"stopped": dataclasses.asdict(stop)})
+
+
+def stop_of(model_dir: Path) -> Stop | None:
+    """Whether the training of a folder was stopped."""
+    path = Path(model_dir) / "run.json"
+    return Stop.of_record(read_json(path)) if path.exists() else None
 
 
 def last_good(model_dir: Path) -> str:

@@ -6,17 +6,33 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from logit_reg.threat import ThreatModel
+from logit_reg.training.averaging import WeightAverage
 from logit_reg.training.distribution import Workers, lost_workers
 from logit_reg.training.feeding import BatchOrder, traced_train_step
-from logit_reg.training.folder import TrainingError, WrongRun, last_good, writing
+from logit_reg.training.folder import Stop, TrainingError, WrongRun, last_good, writing
 from logit_reg.training.model import RegularizedModel
+from logit_reg.training.overfitting import (
+    OverfittingWatch,
+    RobustnessProbe,
+    best_row,
+    fall_in_words,
+)
 from logit_reg.training.records import LOG_COLUMNS, OPTIONAL_LOG_COLUMNS, Records
-from logit_reg.training.state import prune_states, restore_newest_state, save_state
+from logit_reg.training.state import (
+    prune_states,
+    remove_later_states,
+    restore_newest_state,
+    restore_state,
+    save_state,
+    saved_steps,
+)
 
 _WHAT_TO_TRY = "Try a smaller learning rate (--step_size_schedule) or a smaller --beta."
 
@@ -43,6 +59,14 @@ class LoopSettings:
     """How many steps in a row train on the same minibatch (free adversarial training)."""
     random_seed: int = 0
     """Seed of the order of the data."""
+    ema: bool = False
+    """Whether what is exported and watched are averages of the weights; see `WeightAverage`."""
+    ema_momentum: float = 0.999
+    """Their momentum, in [0, 1)."""
+    num_robustness_steps: int = 0
+    """Steps between two rows of robustness.csv; 0 for none."""
+    stop_on_overfitting: bool = False
+    """End training where robustness has fallen to nothing, and leave the best checkpoint."""
 
     def __post_init__(self):
         for name in (
@@ -60,6 +84,34 @@ class LoopSettings:
             raise ValueError(
                 f"keep_checkpoint_steps must be at least 1; got {self.keep_checkpoint_steps}."
             )
+        if not 0 <= self.ema_momentum < 1:
+            raise ValueError(f"ema_momentum must be in [0, 1); got {self.ema_momentum}.")
+        if self.num_robustness_steps < 0:
+            raise ValueError(
+                f"num_robustness_steps must be at least 0; got {self.num_robustness_steps}."
+            )
+        if self.stop_on_overfitting and not self.measures_robustness:
+            raise ValueError(
+                f"stop_on_overfitting needs num_robustness_steps from 1 to "
+                f"{self.max_num_training_steps}, the number of training steps; got "
+                f"{self.num_robustness_steps}."
+            )
+
+    @property
+    def measures_robustness(self) -> bool:
+        """Whether there is a row of robustness.csv before training ends."""
+        return 0 < self.num_robustness_steps <= self.max_num_training_steps
+
+
+class Outcome(NamedTuple):
+    """How far training came."""
+
+    step: int
+    """Of the newest checkpoint; smaller than asked for after a signal or a stop."""
+    is_finished: bool
+    """Whether nothing is left to train."""
+    stop: Stop | None = None
+    """If training was ended because robustness had fallen to nothing."""
 
 
 def train(
@@ -69,11 +121,12 @@ def train(
     settings: LoopSettings,
     model_dir: Path | str,
     *,
+    threat: ThreatModel | None = None,
     on_checkpoint: Callable[[int], None] | None = None,
     on_removal: Callable[[int], None] | None = None,
     deterministic: bool = True,
     show_progress: bool = True,
-) -> int:
+) -> Outcome:
     """Train until `max_num_training_steps`, going on where an earlier call stopped.
 
     SIGINT and SIGTERM finish the step, write a checkpoint and return. Of several workers only
@@ -84,17 +137,20 @@ def train(
         images: (N, H, W, C) uint8, mapped from [0, 255] to the model's bounds.
         labels: (N,) or (N, 1) int.
         settings: see `LoopSettings`.
-        model_dir: gets `log.csv`, `timing.csv`, `tensorboard/` and `state-N.npz`.
-        on_checkpoint: called with the step before each checkpoint, to export the network.
+        model_dir: gets `log.csv`, `timing.csv`, `tensorboard/` and `state-N.npz`, and
+            `robustness.csv` if settings ask for it.
+        threat: what robustness is measured against; the adversary's if None.
+        on_checkpoint: called with the step before each checkpoint, to export the network, which
+            holds its averaged weights then if settings ask for them.
         on_removal: called with the step of each checkpoint that has been removed.
         deterministic: make steps repeatable bit for bit; see `repeatable_steps`.
         show_progress: draw a progress bar.
 
     Returns:
-        The number of finished steps; smaller than asked for after a signal.
+        The number of finished steps, and whether training was stopped.
 
     Raises:
-        ValueError: see `traced_train_step`.
+        ValueError: see `traced_train_step`; or if there is no threat model.
         TrainingError: if the network computes in float16, the loss or a weight is no longer
             finite, a file cannot be written, or training is to end before the step that it goes
             on from.
@@ -108,9 +164,19 @@ def train(
             "train in bfloat16, or in float16 with fit."
         )
     workers = Workers(model.distribute_strategy)
+    average = None
     with model.distribute_strategy.scope():
         optimizer.build(model.network.trainable_variables)
+        if settings.ema:
+            average = WeightAverage(model.network, settings.ema_momentum)
     variables = [*model.network.variables, *optimizer.variables, *model.adversary_variables]
+    variables += average.variables if average is not None else []
+    probe = None
+    if settings.measures_robustness:
+        threat = threat or model.adversary.threat
+        if threat is None:
+            raise ValueError("num_robustness_steps needs an adversary, or a threat model.")
+        probe = RobustnessProbe(model.network, images, labels, threat)
     meta = restore_newest_state(model_dir, variables) if workers.is_chief else None
     workers.copy_from_chief(variables)
     # A run that goes on from another one's checkpoint starts at that one's step.
@@ -126,13 +192,13 @@ def train(
     )
     batches = order.batches(step)
     totals = []
-    is_stopping = False
+    is_stopping = is_overfitted = False
     with (
         contextlib.ExitStack() as stack,
         repeatable_steps() if deterministic else contextlib.nullcontext(),
-        _stop_on_signal() as stop,
+        _stop_on_signal() as signalled,
     ):
-        train_step = traced_train_step(model, images, labels, settings.training_batch_size)
+        train_step = traced_train_step(model, images, labels, settings.training_batch_size, average)
         records = None
         if workers.is_chief:
             measured = train_step.get_concrete_function().structured_outputs
@@ -146,9 +212,14 @@ def train(
                 batch_size=settings.training_batch_size,
                 seconds=seconds,
                 show_progress=show_progress,
+                with_robustness=probe is not None,
             )
             stack.enter_context(records)
-        while step < total_steps and not is_stopping:
+        result_network = average.in_network if average is not None else contextlib.nullcontext
+        watch = None
+        if probe is not None and records is not None:
+            watch = OverfittingWatch(probe, records)
+        while step < total_steps and not is_stopping and not is_overfitted:
             learning_rate = optimizer.learning_rate
             with lost_workers(workers):
                 measures = train_step(next(batches))
@@ -156,13 +227,26 @@ def train(
             if records is not None:
                 records.count()
             totals.append(measures["total"])
-            is_stopping = workers.any(stop.is_set())
+            is_stopping = workers.any(signalled.is_set())
             due = _due(step, settings, is_stopping)
             if not due:
                 continue
             # Only here does the host wait for the step.
             _check_finite(totals, step, model_dir)
             totals.clear()
+            if "robustness" in due:
+                if watch is not None:
+                    # A ramp of epsilon is over by then.
+                    is_late = 2 * step > total_steps and model.adversary.threat is not None
+                    accuracy = float(measures["accuracy"])
+                    with writing(model_dir), result_network():
+                        watch.look(step, accuracy, is_late=is_late)
+                if settings.stop_on_overfitting:
+                    is_overfitted = workers.any(watch is not None and watch.is_overfitted)
+                    if is_overfitted:
+                        due.discard("checkpoint")
+                    elif watch is not None and watch.best_step == step:
+                        due.add("checkpoint")
             if "checkpoint" in due:
                 _check_weights(variables, step, model_dir)
             if records is None:
@@ -174,18 +258,35 @@ def train(
                 if "checkpoint" in due:
                     # Exports first: a kill in between repeats the steps, and with them the export.
                     if on_checkpoint is not None:
-                        on_checkpoint(step)
+                        with result_network():
+                            on_checkpoint(step)
                     save_state(model_dir, step, variables, {"seconds": records.seconds})
+                    best = watch.best_step if watch and settings.stop_on_overfitting else 0
                     for removed in prune_states(
                         model_dir,
                         max_to_keep=settings.max_to_keep,
-                        keep=settings.keep_checkpoint_steps,
+                        keep=(*settings.keep_checkpoint_steps, best),
                     ):
                         if on_removal is not None:
                             on_removal(removed)
+        ended = None
+        if is_overfitted:
+            result_step = 0
+            if watch is not None:
+                with writing(model_dir):
+                    result_step = _go_back(model_dir, watch, variables)
+                    # As with every checkpoint, exports first.
+                    if on_checkpoint is not None:
+                        with result_network():
+                            on_checkpoint(result_step)
+                    for removed in remove_later_states(model_dir, result_step):
+                        if on_removal is not None and removed not in settings.keep_checkpoint_steps:
+                            on_removal(removed)
+            ended = Stop(step, workers.number_of_chief(result_step))
+            step = ended.result_step
         # The others stay until the chief has written the last checkpoint.
         workers.any(False)
-    return step
+    return Outcome(step, step == total_steps or ended is not None, ended)
 
 
 @contextlib.contextmanager
@@ -215,12 +316,26 @@ def _due(step, settings, is_stopping):
     due = {
         "output": step == 1 or step % settings.num_output_steps == 0 or is_last,
         "summary": step % settings.num_summary_steps == 0,
+        "robustness": settings.measures_robustness
+        and (step % settings.num_robustness_steps == 0 or is_last),
         "checkpoint": step % settings.num_checkpoint_steps == 0
         or step in settings.keep_checkpoint_steps
         or is_last
         or is_stopping,
     }
     return {name for name, is_due in due.items() if is_due}
+
+
+def _go_back(model_dir, watch, variables):
+    """Fill the variables from the checkpoint of the best row of robustness.csv; its step."""
+    saved = saved_steps(model_dir)
+    best = best_row([row for row in watch.rows if row["step"] in saved])
+    if best is None:
+        raise TrainingError(
+            f"{fall_in_words(watch.rows)}; {model_dir} has no checkpoint from before it."
+        )
+    restore_state(model_dir, best["step"], variables)
+    return best["step"]
 
 
 def _check_finite(totals, step, model_dir):

@@ -1,4 +1,4 @@
-"""What a run writes besides its checkpoints: log.csv, timing.csv, TensorBoard, a progress bar."""
+"""What a run writes besides its checkpoints: tables, TensorBoard, a progress bar."""
 
 import contextlib
 import csv
@@ -15,6 +15,7 @@ import tensorflow as tf
 from logit_reg.files import one_line, write_text
 from logit_reg.progress import Progress
 from logit_reg.training.folder import TrainingError, writing
+from logit_reg.training.overfitting import ROBUSTNESS_COLUMNS
 
 LOG_COLUMNS = ("step", "lr", "xent", "penalty", "total", "accuracy", "mean_logit_norm")
 # For a network with losses of its own (`kernel_regularizer`, `add_loss`), whose sum it is.
@@ -35,6 +36,7 @@ class Records:
         batch_size: int,
         seconds: float,
         show_progress: bool,
+        with_robustness: bool = False,
     ):
         """Open the files of a run.
 
@@ -46,6 +48,7 @@ class Records:
             batch_size: images a step.
             seconds: wall-clock seconds of training in earlier processes.
             show_progress: draw a progress bar.
+            with_robustness: write robustness.csv as well.
 
         Raises:
             TrainingError: if a file is damaged or cannot be written.
@@ -57,6 +60,10 @@ class Records:
         with writing(model_dir):
             self._log = _Table(model_dir / "log.csv", columns, last_step=first_step)
             self._timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
+            self._robustness = None
+            if with_robustness:
+                path = model_dir / "robustness.csv"
+                self._robustness = _Table(path, ROBUSTNESS_COLUMNS, last_step=first_step)
             self._summaries = tf.summary.create_file_writer(str(model_dir / "tensorboard"))
         self._bar = Progress(
             total=total_steps,
@@ -65,6 +72,12 @@ class Records:
             disable=not show_progress,
             mininterval=0.5,
         )
+
+    @property
+    def robustness(self) -> list[dict[str, float]]:
+        """The rows of robustness.csv, those of earlier processes included."""
+        table = self._robustness
+        return [] if table is None else [_numbers(table.path, row) for row in table.rows]
 
     @property
     def seconds(self) -> float:
@@ -111,34 +124,58 @@ class Records:
                         tf.summary.scalar(name, value)
         if "checkpoint" in due:
             # On the disk before the checkpoint that makes them final.
-            self._log.sync()
-            self._timing.sync()
+            for table in (self._log, self._timing, self._robustness):
+                if table is not None:
+                    table.sync()
             self._summaries.flush()
+
+    def write_robustness(self, row: Mapping[str, Any]) -> None:
+        """Write a row of robustness.csv and its points of TensorBoard.
+
+        Args:
+            row: values of `ROBUSTNESS_COLUMNS`.
+        """
+        if self._robustness is None:
+            raise ValueError("these records were made without robustness.csv.")
+        self._robustness.append(row)
+        with self._summaries.as_default(step=row["step"]):
+            for name in ROBUSTNESS_COLUMNS[1:]:
+                tf.summary.scalar(f"robustness/{name}", row[name])
 
 
 class _Table:
     """A CSV file that grows by a row at a time; rows after the restored step are cut."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], *, last_step: int):
-        self._path = path
+        self.path = path
         self._columns = columns
         rows = _read_rows(path, columns) if last_step else []
+        self.rows = [row for row in rows if int(row["step"]) <= last_step]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= last_step)
+        writer.writerows(self.rows)
         write_text(path, text.getvalue())
 
     def append(self, row):
         # Not "a", which would make a file in a folder that has been emptied meanwhile.
-        with self._path.open("r+", newline="") as file:
+        with self.path.open("r+", newline="") as file:
             file.seek(0, os.SEEK_END)
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            writer.writerow({name: _format(row[name]) for name in self._columns})
+            values = {name: _format(row[name]) for name in self._columns}
+            writer.writerow(values)
+        self.rows.append(values)
 
     def sync(self):
-        with self._path.open("r+") as file:
+        with self.path.open("r+") as file:
             os.fsync(file.fileno())
+
+
+def _numbers(path, row):
+    try:
+        return {name: int(row[name]) if name == "step" else float(row[name]) for name in row}
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"{path} is damaged ({one_line(error)}); move it away.") from error
 
 
 def _format(value):

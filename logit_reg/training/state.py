@@ -55,8 +55,7 @@ def restore_newest_state(model_dir: Path, variables) -> dict | None:
         except ValueError as error:
             _LOGGER.warning("%s is damaged (%s); trying the one before.", path, error)
             continue
-        for variable, array in zip(variables, arrays, strict=True):
-            variable.assign(array)
+        _assign(variables, arrays)
         return meta
     if saved_steps(model_dir):
         raise ValueError(
@@ -64,6 +63,20 @@ def restore_newest_state(model_dir: Path, variables) -> dict | None:
             f"choose another --model_dir."
         )
     return None
+
+
+def restore_state(model_dir: Path, step: int, variables) -> None:
+    """Fill the variables from the state of a step.
+
+    Raises:
+        ValueError: if it is missing or damaged; nothing is assigned then.
+    """
+    path = state_path(model_dir, step)
+    try:
+        _, arrays = _read(path, step, variables)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    _assign(variables, arrays)
 
 
 def prune_states(model_dir: Path, *, max_to_keep: int, keep=()) -> list[int]:
@@ -78,6 +91,18 @@ def prune_states(model_dir: Path, *, max_to_keep: int, keep=()) -> list[int]:
     removed = [step for step in old if step not in keep]
     for step in removed:
         state_path(model_dir, step).unlink(missing_ok=True)
+    return removed
+
+
+def remove_later_states(model_dir: Path, step: int) -> list[int]:
+    """Remove the states of all steps after one, so that it is the newest.
+
+    Returns:
+        The steps whose states were removed.
+    """
+    removed = sorted(later for later in saved_steps(model_dir) if later > step)
+    for later in reversed(removed):
+        state_path(model_dir, later).unlink(missing_ok=True)
     return removed
 
 
@@ -97,6 +122,11 @@ def saved_steps(model_dir: Path) -> list[int]:
 def state_path(model_dir: Path, step: int) -> Path:
     """Where the state of a step stands."""
     return Path(model_dir) / f"state-{step}.npz"
+
+
+def _assign(variables, arrays):
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
 
 
 def _read(path, step, variables):

@@ -6,9 +6,6 @@ from typing import Any
 
 from logit_reg.regularizers import taking
 
-# Settings that describe the learning rate together.
-_RATES = ("step_size_schedule", "learning_rate_schedule")
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -53,8 +50,7 @@ class Recipe:
                 and stretches the schedules.
 
         Returns:
-            The recipe. Its rate where the user gives no rate of any kind, its beta with its
-            own pair term.
+            The recipe: its rate unless the user gives one, its beta with its own pair term.
         """
         epsilon = given["epsilon"]
         steps = given.get("max_num_training_steps") or self.num_steps
@@ -66,10 +62,12 @@ class Recipe:
             "weight_decay": self.weight_decay,
             "attack_batch_norm": self.batch_norm,
         }
-        if not any(name in given for name in _RATES):
-            falls = _pairs(self.rate_drops, 1.0 / self.rate_factor, steps)
+        if "step_size_schedule" not in given:
+            kind = given.get("learning_rate_schedule", self.rate_schedule)
+            drops = self.rate_drops if kind == "steps" else ()
+            falls = _pairs(drops, 1.0 / self.rate_factor, steps)
             found["step_size_schedule"] = tuple((step, self.rate * f) for step, f in falls)
-            # found["learning_rate_schedule"] = self.rate_schedule
+            found["learning_rate_schedule"] = kind
         if given.get("reg") == self.reg and self.reg in taking("beta"):
             found["beta"] = self.beta
             found["beta_ramp_steps"] = round(self.beta_ramp * steps)
