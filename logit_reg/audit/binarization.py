@@ -339,10 +339,8 @@ def _binarize(
 ) -> Binarization:
     """See `binarization_test`.
 
-    Args:
-        logits_fn: gives the logits whose range the binary ones take; the network's own.
-        follow: makes of the binary network what is attacked.
-        others: see there.
+    `logits_fn` gives the logits whose range the binary ones take, those of `network` or of what an
+    audit makes of it; `follow` makes of the binary network what is attacked.
     """
     images = _checked(threat, attacks, images, num_inner, inner_radius, closeness, batch_size)
     if num_draws is None:
