@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from logit_reg.attacks import APGD, FGSM, PGD, APGDTargeted, AutoAttack, RandomNoise, Restarts
+from logit_reg.attacks import APGD, PGD, APGDTargeted, AutoAttack, RandomNoise, Restarts
 from logit_reg.audit import binarization as module
 from logit_reg.audit import binarization_test
 from logit_reg.audit.evidence import Evidence
@@ -86,21 +86,23 @@ def test_an_attack_that_works_passes_and_random_draws_do_not(sound):
     assert found.forwards > 12 * 101 and found.backwards > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [Rounds, Reverses, Noisy])
 def test_the_same_attack_on_a_broken_gradient_fails(layer):
     found = binarization_test(network(layer()), THREAT, pgd(), images_of(), **SMALL)
     assert found.is_set_up.all() and found.success.value < 0.5
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [PGD(THREAT, num_steps=3, step_size=0.1), RandomNoise(THREAT, num_draws=100), FGSM(THREAT)],
-)
-def test_a_weak_attack_finds_less_than_a_strong_one(attack, sound):
-    attacks = {"weak": attack, "strong": APGD(THREAT)}
+def test_weak_attacks_find_less_than_a_strong_one(sound):
+    attacks = {
+        "few-steps": PGD(THREAT, num_steps=3, step_size=0.1),
+        "noise": RandomNoise(THREAT, num_draws=100),
+        "strong": APGD(THREAT),
+    }
     found = binarization_test(sound, THREAT, attacks, images_of(), **SMALL)
-    assert found.found_by["weak"].mean() < found.found_by["strong"].mean() == 1.0
-    np.testing.assert_array_equal(found.found, found.found_by["strong"])
+    assert found.found_by["strong"].all()
+    assert found.found_by["few-steps"].mean() < 0.5 and found.found_by["noise"].mean() < 0.5
+    assert found.found.all() and found.success.value == 1.0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -124,6 +126,7 @@ def test_l2_attacks_pass(sound):
     assert binarization_test(sound, threat, attacks, images_of(), **SMALL).success.value == 1.0
 
 
+@pytest.mark.slow
 def test_an_image_is_judged_by_its_own_readout_in_any_company(sound):
     images = images_of()
     # Twins, whose balls are one, and neighbours, whose balls touch.
@@ -252,6 +255,7 @@ def test_wrong_input_is_refused(changes, message, sound):
         binarization_test(sound, THREAT, attacks, images, **arguments)
 
 
+@pytest.mark.slow
 def test_attacks_on_dlr_run_on_the_cross_entropy(sound):
     attacks = {
         "apgd-dlr": APGD(THREAT, "dlr", 20),
@@ -293,5 +297,5 @@ def test_the_record_has_the_figure_and_judges_the_attacks_of_the_claim(monkeypat
     assert record_of(broken, attacks=pgd()).status == "fail"
     # Nobody's attack is known: the audit's own.
     assert set(record_of(sound).figure["found_by"]) >= {"apgd-ce", "pgd40-xent"}
-    weak = {"weak": FGSM(THREAT, "cw")}
+    weak = {"weak": PGD(THREAT, num_steps=3, step_size=0.1)}
     assert record_of(sound, attacks=weak).status == "fail"
