@@ -165,7 +165,8 @@ def features_of(network: Any) -> keras.Model:
             f"features can be cut off a functional or Sequential Keras network only; got "
             f"{type(network).__name__}."
         )
-    return keras.Model(network.inputs, _features(network, None))
+    features = _features(network, None)
+    return keras.Model(network.inputs, features)
 
 
 def _features(network, given):
