@@ -215,7 +215,7 @@ def test_without_features_the_test_is_refused_and_the_audit_skips_it_with_the_re
     model, images = make(), images_of(4)
     with pytest.raises(ValueError, match=message):
         binarization_test(model, THREAT, pgd(), images)
-    labels = model(images).numpy().argmax(axis=1)
+    labels = np.zeros(4, np.int64)
     evidence = Evidence(model, THREAT, images, labels, claim=0.5, budget="standard")
     record, _ = run_test(evidence, DIAGNOSTICS[34])
     assert record.status == "skipped" and "features can be cut off" in record.reason

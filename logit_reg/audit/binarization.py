@@ -166,7 +166,7 @@ def features_of(network: Any) -> keras.Model:
             f"{type(network).__name__}."
         )
     features = _features(network, None)
-    return keras.Model(network.inputs, features)
+    return keras.Model(network.inputs[0], features)
 
 
 def _features(network, given):
@@ -222,7 +222,7 @@ def _is_passed(layer):
 
 def _applied(network, tensor, given):
     """A tensor of a network's graph, as it is where the network is applied to another tensor."""
-    return tensor if given is None else keras.Model(network.inputs, tensor)(given)
+    return tensor if given is None else keras.Model(network.inputs[0], tensor)(given)
 
 
 class _BinaryNetwork:
@@ -309,7 +309,9 @@ class _Sampler:
 
     def _at(self, image, delta):
         images = np.broadcast_to(image, delta.shape)
-        return self.threat.project(images + delta.astype(np.float32), images).numpy()
+        # Clipped before the ball is asked: what is clipped away takes no room in it.
+        points = np.clip(images + delta, self.threat.lower, self.threat.upper)
+        return self.threat.project(points.astype(np.float32), images).numpy()
 
     def _at_distance(self, image, directions, radius):
         """Points that are as far away as asked after they are clipped, where the range allows."""
