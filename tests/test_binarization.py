@@ -134,7 +134,7 @@ def test_an_image_is_judged_by_its_own_readout_in_any_company_and_all_share_one_
     # Twins, whose balls are one, and neighbours, whose balls touch.
     images = np.concatenate([images, images[:2], np.clip(images[2:4] + 10, 0, 255)])
     # Too few steps to find all, so that there is something to tell apart.
-    attacks = {"pgd": Counts(THREAT, num_steps=10, step_size=0.6, random_start=False)}
+    attacks = {"pgd": Counts(THREAT, num_steps=8, step_size=0.6, random_start=False)}
     TRACES.clear()
     together = binarization_test(sound, THREAT, attacks, images, **SMALL)
     traces = len(TRACES)
