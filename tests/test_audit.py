@@ -515,7 +515,7 @@ def record(number, status):
 
 def decisive(status="pass", **others):
     changed = {int(name.removeprefix("test")): value for name, value in others.items()}
-    return tuple(record(number, changed.get(number, status)) for number in range(1, 34))
+    return tuple(record(number, changed.get(number, status)) for number in sorted(DIAGNOSTICS))
 
 
 def standing(share, total=1000):
@@ -539,6 +539,11 @@ def standing(share, total=1000):
         (0.93, 0.90, decisive(test13="not_decided"), "NOT REFUTED"),
         (0.93, 0.90, decisive(test12="fail", test13="not_decided"), "SUSPECT"),
         (0.93, 0.90, decisive(test14="not_decided"), "HOLDS"),
+        # It judges the attacks: the claim is not shown, and the model not to blame.
+        (0.93, 0.90, decisive(test34="fail"), "NOT REFUTED"),
+        (0.93, 0.90, decisive(test34="skipped"), "NOT REFUTED"),
+        (0.93, 0.90, decisive(test34="fail", test12="fail"), "SUSPECT"),
+        (0.93, 0.70, decisive(test34="pass"), "REFUTED"),
         (0.50, 0.00, decisive("not_decided"), "REFUTED"),
         (0.93, 0.95, decisive("report"), "NOT REFUTED"),
     ],
@@ -686,8 +691,8 @@ def test_the_worst_case_of_a_linear_classifier_is_exact(linear_audit):
 def test_a_quick_audit_never_says_holds_and_names_what_did_not_run(linear_audit):
     found = linear_audit[0]
     # For 7, 12 and 13 forty images are too few; the others need a larger budget.
-    assert found.undecided == (7, 12, 13, 19, 20, 25)
-    assert [test.number for test in found.tests] == list(range(1, 34))
+    assert found.undecided == (7, 12, 13, 19, 20, 25, 34)
+    assert [test.number for test in found.tests] == list(range(1, 35))
     ran = {test.number for test in found.tests if test.status != "skipped"}
     assert ran == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 23, 24, 33}
 

@@ -1,5 +1,7 @@
 """The audit: every accepted diagnostic of a robustness claim, and a verdict with its evidence."""
 
+from logit_reg.audit.binarization import Binarization as Binarization
+from logit_reg.audit.binarization import binarization_test as binarization_test
 from logit_reg.audit.evidence import Control as Control
 from logit_reg.audit.records import Audit as Audit
 from logit_reg.audit.records import Cost as Cost

@@ -16,8 +16,12 @@ STATUSES = ("pass", "fail", "not_decided", "report", "skipped", "not_applicable"
 ORIGINS = ("src", "ctl", "prop")
 VERDICTS = ("HOLDS", "NOT REFUTED", "SUSPECT", "REFUTED")
 
-DECISIVE = (3, 7, 12, 13, 19, 20, 23, 24, 25, 33)
+DECISIVE = (3, 7, 12, 13, 19, 20, 23, 24, 25, 33, 34)
 """Numbers of the tests that the verdict hangs on."""
+
+OF_THE_EVALUATION = (34,)
+"""Those of them that judge attacks and not the model: a claim whose attacks fail them is not
+confirmed, but the model is not to blame."""
 
 # A claim that lies further than this above the worst case is refuted.
 _REFUTING_GAP = 0.10
@@ -43,7 +47,7 @@ class TestRecord:
     __test__: ClassVar[bool] = False
 
     number: int
-    """1 to 33, the number in the list of tests."""
+    """1 to 34, the number in the list of tests."""
     name: str
     """A few words, such as "Logits, not probabilities"."""
     group: str
@@ -245,9 +249,10 @@ def verdict(claim: float, worst_case: WorstCase, tests: tuple[TestRecord, ...]) 
     Returns:
         "REFUTED" if the claim lies more than 10 points above the worst case and above its 95 %
         interval, or the worst case is below half the claim and their 95 % intervals do not
-        overlap (the claim's is that of as many examples). Else "SUSPECT" if a decisive test
-        fails; "HOLDS" if every decisive test passed or does not apply to this model, and the
-        claim lies at most 10 points above the worst case; "NOT REFUTED" otherwise.
+        overlap (the claim's is that of as many examples). Else "SUSPECT" if a decisive test of
+        the model fails; "HOLDS" if every decisive test passed or does not apply to this model, and
+        the claim lies at most 10 points above the worst case; "NOT REFUTED" otherwise, a failed
+        test of the evaluation alone (`OF_THE_EVALUATION`) included.
     """
     accuracy = worst_case.accuracy
     num_examples = len(worst_case.robust)
@@ -258,9 +263,10 @@ def verdict(claim: float, worst_case: WorstCase, tests: tuple[TestRecord, ...]) 
     if (is_far and claim > worst_case.interval[1]) or (accuracy < claim / 2 and separated):
         return "REFUTED"
     decisive = [test for test in tests if test.decisive]
-    if any(test.status == "fail" for test in decisive):
+    failed = [test.number for test in decisive if test.status == "fail"]
+    if set(failed) - set(OF_THE_EVALUATION):
         return "SUSPECT"
-    if decisive and all(_is_decided(test) for test in decisive) and not is_far:
+    if decisive and not failed and all(map(_is_decided, decisive)) and not is_far:
         return "HOLDS"
     return "NOT REFUTED"
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from logit_reg.attacks import Attack, AttackWarning
+from logit_reg.audit.binarization import BINARIZATION
 from logit_reg.audit.estimate import estimate
 from logit_reg.audit.evidence import BUDGETS, Control, Diagnostic, Evidence, Outcome
 from logit_reg.audit.geometry import GEOMETRY
@@ -24,7 +25,11 @@ from logit_reg.threat import ThreatModel
 from logit_reg.version import __version__
 
 _GROUPS = dict(
-    zip(GROUPS, (PRECONDITIONS, (*STRENGTH, *OTHER_ATTACKS), SANITY, GEOMETRY), strict=True)
+    zip(
+        GROUPS,
+        (PRECONDITIONS, (*STRENGTH, *OTHER_ATTACKS, BINARIZATION), SANITY, GEOMETRY),
+        strict=True,
+    )
 )
 DIAGNOSTICS = {test.number: test for tests in _GROUPS.values() for test in tests}
 
@@ -32,7 +37,7 @@ DIAGNOSTICS = {test.number: test for tests in _GROUPS.values() for test in tests
 # which has a black box of its own, after them; test 4, what was found amiss of the attacks, last.
 _ORDER = (
     *(1, 5, 6, 27, 2, 33, 3, 8, 14, 24, 12, 11, 9, 23, 7, 13),
-    *(16, 17, 15, 29, 30, 31, 28, 32, 25, 26, 10, 20, 22, 21, 19, 18, 4),
+    *(16, 17, 15, 34, 29, 30, 31, 28, 32, 25, 26, 10, 20, 22, 21, 19, 18, 4),
 )
 
 

@@ -1,4 +1,4 @@
-"""Test whether a claim of robustness holds: 33 diagnostics and a verdict with its evidence.
+"""Test whether a claim of robustness holds: 34 diagnostics and a verdict with its evidence.
 
 With nothing else it audits the newest run. --claim is the claimed robust accuracy in per cent and
 --claimed_by the protocol that it rests on, whose attacks are then tested, too; --num_steps,

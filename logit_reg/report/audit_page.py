@@ -9,7 +9,7 @@ import numpy as np
 
 from logit_reg.analysis.landscape import Comparison, Landscape
 from logit_reg.audit.decisions import percent, with_interval
-from logit_reg.audit.records import DECISIVE, GROUPS, Audit, TestRecord
+from logit_reg.audit.records import DECISIVE, GROUPS, OF_THE_EVALUATION, Audit, TestRecord
 from logit_reg.durations import in_words
 from logit_reg.files import write_text
 from logit_reg.report import audit_figures
@@ -37,9 +37,11 @@ _LOSS_SURFACE = 31
 _RULE = (
     "REFUTED: the claim lies more than 10 points above the worst case and above its 95 % "
     "interval, or the worst case is below half the claim and their 95 % intervals do not overlap. "
-    "SUSPECT: not refuted, but a decisive test fails. HOLDS: every decisive test ran and passed, "
-    "and the claim lies at most 10 points above the worst case. NOT REFUTED: anything else. "
-    f"Decisive are the tests {', '.join(map(str, DECISIVE))}. The worst case is an upper bound: a "
+    "SUSPECT: not refuted, but a decisive test of the model fails. HOLDS: every decisive test ran "
+    "and passed, and the claim lies at most 10 points above the worst case. NOT REFUTED: anything "
+    f"else. Decisive are the tests {', '.join(map(str, DECISIVE))}; "
+    f"{' and '.join(map(str, OF_THE_EVALUATION))} judges the attacks and not the model: if it "
+    "fails, the claim is not shown, and that is all. The worst case is an upper bound: a "
     "stronger attack can lower it, none can raise it."
 )
 
@@ -118,11 +120,17 @@ def _verdict(audit):
     failed = ", ".join(f"{test.number} ({test.name})" for test in decisive)
     meaning = {
         "HOLDS": "Every decisive test ran, and none of them speaks against the claim.",
-        "NOT REFUTED": "No attack contradicts the claim and no decisive test failed, but not all "
-        "of them came to a decision: this is no confirmation.",
+        "NOT REFUTED": "No attack contradicts the claim and no decisive test of the model failed, "
+        "but not all of them came to a decision: this is no confirmation.",
         "SUSPECT": "The attacks do not contradict the claim, but they may have been blind.",
         "REFUTED": "The claim does not hold: attacks within its own threat model leave far less.",
     }[audit.verdict]
+    if failed and audit.verdict == "NOT REFUTED":
+        meaning = (
+            "No attack contradicts the claim and no decisive test of the model failed, but the "
+            "attacks that it rests on miss adversarial examples that are known to exist: it is "
+            "not shown."
+        )
     if failed:
         meaning += f" Decisive tests that failed: {failed}."
     return (
