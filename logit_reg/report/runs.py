@@ -92,14 +92,32 @@ class StoredEvaluation:
         return FLAGS_PROTOCOL in mapping(self.result.get("protocols"))
 
     @property
+    def is_slice(self) -> bool:
+        """Whether it is of images from the midst of its data set."""
+        return bool(self.result.get("first_example"))
+
+    @property
+    def parts(self) -> set[str]:
+        """Hashes of the ledgers that it was joined from; none of one that was made in one run."""
+        slices = self.result.get("slices")
+        entries = slices if isinstance(slices, list) else []
+        return {str(mapping(entry).get("ledger_sha256")) for entry in entries}
+
+    @property
     def attack_name(self) -> str:
         """The attacks, joined by " + "."""
         return " + ".join(self.ledger.correct)
 
     @property
     def label(self) -> str:
-        """Protocols, on own data with the threat model; see `evaluation_label`."""
-        return evaluation_label(self.result)
+        """Protocols, on own data with the threat model, and the images of a slice.
+
+        See `evaluation_label`.
+        """
+        label = evaluation_label(self.result)
+        if not self.is_slice:
+            return label
+        return f"{label}\nimages {self.ledger.index[0]} to {self.ledger.index[-1]}"
 
     @property
     def derived_name(self) -> str:
