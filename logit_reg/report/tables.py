@@ -256,9 +256,13 @@ def results_table(runs: Sequence[Run]) -> Table:
         *_attack_columns(kept),
         *_evaluation_columns(kept),
         *_published_columns(kept),
-        _Column("training\nsteps", _show_steps),
-        _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
     ]
+    # Nothing is known of the training of networks from elsewhere.
+    if any(run.settings or run.evaluated_steps for run in kept):
+        columns += [
+            _Column("training\nsteps", _show_steps),
+            _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
+        ]
     return Table(
         columns=tuple(column.header for column in columns),
         rows=tuple(tuple(column.cell(run) for column in columns) for run in kept),
