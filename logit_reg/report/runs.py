@@ -114,10 +114,13 @@ class StoredEvaluation:
 
         See `evaluation_label`.
         """
-        label = evaluation_label(self.result)
-        if not self.is_slice:
-            return label
-        return f"{label}\nimages {self.ledger.index[0]} to {self.ledger.index[-1]}"
+        return evaluation_label(self.result) + self.named_images
+
+    @property
+    def named_images(self) -> str:
+        """The places of the images of a slice, a line of their own; empty for anything else."""
+        first, last = self.ledger.index[[0, -1]]
+        return f"\nimages {first} to {last}" if self.is_slice else ""
 
     @property
     def derived_name(self) -> str:

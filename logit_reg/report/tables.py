@@ -460,7 +460,7 @@ def _groups(runs) -> list[_Group]:
             # FGSM has a column of its own.
             if evaluation.is_slice or not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
                 name = evaluation.derived_name if folder == "." else folder.rpartition("/")[2]
-                entry = (run, name, evaluation)
+                entry = (run, name + evaluation.named_images, evaluation)
                 found.setdefault(evaluation.label, []).append(entry)
     groups = []
     for label, entries in found.items():
