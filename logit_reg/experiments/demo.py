@@ -33,7 +33,7 @@ _WEAK_PROTOCOLS = ("paper-fgsm", "paper-mnist")
 _BATCH_SIZE = 200
 # AutoAttack takes seconds for each image that it cannot break: a network of which more than a
 # tenth of so many images stands is not attacked on more.
-_NUM_FIRST = 16
+_NUM_FIRST = 12
 _FEW = 0.1
 
 # A higher rate than the challenge's 1e-4: near 97 % clean on 4,000 digits within half a minute.
