@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from commands import ROOT
-from test_report import save_run, save_strong, save_training
+from test_report import save_run, save_strong
 
 from logit_reg.experiments import demo
 from logit_reg.files import read_arrays
@@ -23,7 +23,6 @@ def test_the_images_beside_the_networks_are_the_first_of_the_test_set():
 def test_the_page_begins_with_the_released_networks_and_counts_their_numbers(tmp_path):
     for name in ("released", "trained"):
         save_run(tmp_path / name, name)
-        save_training(tmp_path / name / "evaluation", (9, 8, 7, 6, 5), 10)
         save_strong(tmp_path / name / "strong", 3, 10)
     released, trained = (load_run(tmp_path / name) for name in ("released", "trained"))
 
