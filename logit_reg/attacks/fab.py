@@ -175,18 +175,21 @@ def project_on_hyperplane(points, normal, value, threat: ThreatModel):
     furthest = tf.ones_like(gap) * normal.dtype.max
     length = tf.where(tf.reduce_sum(gain, axis=1, keepdims=True) <= gap, furthest, 0.0)
 
-    def body(length, _, count):
+    def body(length, is_growing, count):
         free = room > length * slope
         missing = gap - tf.reduce_sum(tf.where(free, 0.0, gain), axis=1, keepdims=True)
         rate = tf.reduce_sum(tf.where(free, speed, 0.0), axis=1, keepdims=True)
         reached = tf.minimum(tf.where(rate > 0, missing / rate, furthest), furthest)
-        longer = tf.maximum(length, reached)
-        return longer, tf.reduce_any(longer > length * (1 + 1e-6)), count + 1
+        # A row that is there stays, however long others of its batch take.
+        longer = tf.where(is_growing, tf.maximum(length, reached), length)
+        return longer, longer > length * (1 + 1e-6), count + 1
 
     length, _, _ = tf.while_loop(
-        lambda length, changed, count: tf.logical_and(changed, count < _MAX_ROUNDS),
+        lambda length, is_growing, count: tf.logical_and(
+            tf.reduce_any(is_growing), count < _MAX_ROUNDS
+        ),
         body,
-        (length, tf.constant(True), 0),
+        (length, tf.ones_like(length, tf.bool), 0),
     )
     return direction * tf.minimum(length * slope, room)
 

@@ -7,6 +7,10 @@ without it the attack flags (--epsilon, --num_steps, ...) describe one attack.
 a network and images of your own. All values are in pixel units: [0, 1] for MNIST, [0, 255] for
 CIFAR.
 
+--first_eval_example and --num_eval_examples evaluate a slice of the images, so that a long
+evaluation is made on several days or machines; --merge=DIR,DIR joins the results of slices to
+that of one run.
+
 An interrupted evaluation goes on when the same command is given again. --num_workers shares it
 among processes, here or on a Ray cluster; the result is the same.
 """
@@ -28,6 +32,10 @@ flag_groups.define_own_model_flags()
 
 flags.DEFINE_list("protocol", None, "frozen protocols, as paper-fgsm,paper-mnist")
 flag_groups.define_example_flags()
+flags.DEFINE_integer(
+    "first_eval_example", 0, "place of the first test image, to evaluate a slice", lower_bound=0
+)
+flags.DEFINE_list("merge", None, "join the results of slices in these folders to --output_dir")
 flags.DEFINE_bool("trial", False, f"to try the command out: at most {TRIAL_EXAMPLES} images")
 flags.DEFINE_bool(
     "worst_case_only", False, "attack only what is still robust after the attacks before"
@@ -59,6 +67,9 @@ def main() -> None:
     """Evaluate as the flags say."""
     from logit_reg.experiments.submissions import prepare_output
 
+    if FLAGS.merge:
+        _merge()
+        return
     if FLAGS.trial:
         FLAGS["num_eval_examples"].value = min(
             TRIAL_EXAMPLES, FLAGS.num_eval_examples or TRIAL_EXAMPLES
@@ -69,6 +80,21 @@ def main() -> None:
         _evaluate_own()
     else:
         _evaluate_challenge()
+
+
+def _merge() -> None:
+    from logit_reg.commands import records
+    from logit_reg.experiments.evaluations import print_result
+    from logit_reg.experiments.merging import merge_slices
+    from logit_reg.messages import UsageError, existing_folder
+
+    output_dir = records.optional_path("output_dir")
+    if output_dir is None:
+        raise UsageError("--merge needs --output_dir, the folder for result.json and ledger.csv.")
+    result = merge_slices([existing_folder("merge", name) for name in FLAGS.merge], output_dir)
+    print_result(result)
+    print(f"ledger: {output_dir / 'ledger.csv'}")
+    command_line.print_next("report", {"runs": output_dir})
 
 
 def _evaluate_challenge() -> None:
@@ -100,7 +126,7 @@ def _evaluate_challenge() -> None:
     if choice == type(choice)():
         print(f"protocol: {challenge.protocol}, the challenge's own (choose with --protocol)")
     protocols = choice.on_challenge(challenge)
-    subject = challenge_subject(model, dataset, FLAGS.num_eval_examples)
+    subject = challenge_subject(model, dataset, FLAGS.num_eval_examples, FLAGS.first_eval_example)
     published = functools.partial(published_beside, model.release, dataset)
     _evaluate(subject, protocols, published, {"model_dir": model.path})
 

@@ -49,6 +49,22 @@ _OWN = (
 ATTACK = (*DATA, DATA_PATH, _CONFIDENCE)
 
 EVALUATION = (
+    Effect(
+        (
+            *("model_dir", "model", "bounds", "config", "dataset", "data", "data_dir", "data_path"),
+            *("download", "protocol", "trial", "attack_file", "pred_path", "num_eval_examples"),
+            *("first_eval_example", "eval_batch_size", "random_seed", "worst_case_only"),
+            *("attack_dtype", *THREAT_FLAGS, *PGD_FLAGS, "num_workers", "runner", "num_cpus"),
+            *("num_gpus", "worker", "progress"),
+        ),
+        lambda v: not v["merge"],
+        "without --merge, which joins what was evaluated",
+    ),
+    Effect(
+        ("store_adv_path",),
+        lambda v: not v["merge"],
+        "without --merge: ledgers hold no images; np.concatenate joins the .npy files of slices",
+    ),
     *_OWN,
     *DATA,
     DATA_PATH,
@@ -62,6 +78,7 @@ EVALUATION = (
             "norm",
             *PGD_FLAGS,
             "num_eval_examples",
+            "first_eval_example",
             "random_seed",
             "worst_case_only",
             "attack_dtype",

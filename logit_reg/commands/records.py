@@ -37,7 +37,7 @@ def given_model(value: str | None, flag: str = "model_dir") -> Model:
 
 
 def own_model() -> OwnModel:
-    """The network of --model on the first --num_eval_examples images of --data.
+    """The network of --model on those images of --data that the flags name.
 
     Raises:
         UsageError: if a flag is missing or the parts do not fit together.
@@ -50,7 +50,8 @@ def own_model() -> OwnModel:
         )
     threat = ThreatModel(FLAGS.norm or "linf", FLAGS.epsilon, *_bounds())
     model, data = existing_path("model", FLAGS.model), existing_path("data", FLAGS.data)
-    return load_own_model(model, data, threat, FLAGS.num_eval_examples)
+    first = FLAGS.first_eval_example if "first_eval_example" in FLAGS else 0
+    return load_own_model(model, data, threat, FLAGS.num_eval_examples, first)
 
 
 def data_dir(model: Model) -> str | None:

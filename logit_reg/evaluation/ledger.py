@@ -20,6 +20,9 @@ SCHEMA = 1
 FLAGS_PROTOCOL = "flags"
 """Stands for a protocol where the attack was described by flags."""
 _MAX_LEDGER_BYTES = 64 * 2**20
+# Differences that a refusal lists.
+_MOST_DIFFERENCES = 4
+_SHA256_DIGITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ def build_result(
     dataset: str,
     settings: dict,
     seed: int,
+    first_example: int = 0,
 ) -> dict:
     """Everything that `result.json` says.
 
@@ -67,14 +71,19 @@ def build_result(
         dataset: name of the data set.
         settings: further provenance (network, versions, commit, ...).
         seed: of the evaluation.
+        first_example: place of the first image in its data set.
 
     Returns:
         A JSON object; accuracies are fractions. "notices" holds the findings of the evaluation,
         each with "name", "message" and "value".
     """
-    num_examples = len(evaluation.labels)
     planned = planned_result(
-        protocols, dataset=dataset, num_examples=num_examples, settings=settings, seed=seed
+        protocols,
+        dataset=dataset,
+        num_examples=len(evaluation.labels),
+        settings=settings,
+        seed=seed,
+        first_example=first_example,
     )
     low, high = Proportion.of(evaluation.robust).interval
     for protocol in planned["protocols"].values():
@@ -102,6 +111,7 @@ def planned_result(
     num_examples: int,
     settings: dict,
     seed: int,
+    first_example: int = 0,
 ) -> dict:
     """What is known of `result.json` before the evaluation: all that decides its numbers.
 
@@ -111,12 +121,14 @@ def planned_result(
         num_examples: how many images.
         settings: hashes of network, images and labels, what the attacks follow, ...
         seed: of the evaluation.
+        first_example: place of the first image in its data set; above 0 in a slice.
 
     Returns:
         A part of what `build_result` gives, for `evaluation_identity` and `evaluation_name`.
     """
     return {
         "dataset": dataset,
+        **({"first_example": first_example} if first_example else {}),
         "num_examples": num_examples,
         "protocols": {
             protocol: {
@@ -143,6 +155,7 @@ def evaluation_identity(result: Mapping) -> dict:
     settings = mapping(result.get("settings"))
     identity = {
         "dataset": result.get("dataset"),
+        "first_eval_example": result.get("first_example", 0),
         "num_eval_examples": result.get("num_examples"),
         "random_seed": result.get("seed"),
         "network": settings.get("network_sha256"),
@@ -193,14 +206,16 @@ def threat_suffix(threat: Mapping) -> str:
 def evaluation_name(result: Mapping) -> str:
     """Name of the folder of an evaluation: its label, its number of images and what is unusual.
 
-    That is a seed other than 0, the step of a network that is not trained to its end, an active
-    set that attacks share, and another precision.
+    That is a first image after that of the data set, a seed other than 0, the step of a network
+    that is not trained to its end, an active set that attacks share, and another precision.
 
     Args:
         result: content of `result.json`, or what `planned_result` gives.
     """
     settings = mapping(result.get("settings"))
     words = [evaluation_label(result), f"n{result.get('num_examples')}"]
+    if result.get("first_example"):
+        words.append(f"from{result['first_example']}")
     if result.get("seed"):
         words.append(f"seed{result['seed']}")
     training = mapping(settings.get("training"))
@@ -211,6 +226,33 @@ def evaluation_name(result: Mapping) -> str:
     if settings.get("attack_dtype", "float32") != "float32":
         words.append(str(settings["attack_dtype"]))
     return "-".join(words)
+
+
+def told_differences(held: Mapping, wanted: Mapping) -> str:
+    """The first few differences of two identities in words; empty if there are none.
+
+    Args:
+        held: settings of what is there, by name; what is unknown of it is left out.
+        wanted: settings of what is to come.
+    """
+    found = _differences(held, json.loads(json.dumps(wanted)))
+    more = len(found) - _MOST_DIFFERENCES
+    return ", ".join(found[:_MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _differences(held, wanted, prefix=""):
+    found = []
+    for name, value in wanted.items():
+        before = held.get(name, value)
+        if before == value:
+            continue
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            found += _differences(before, value, f"{prefix}{name}.")
+        elif isinstance(value, str) and len(value) == _SHA256_DIGITS:
+            found.append(f"other {prefix}{name}")
+        else:
+            found.append(f"{prefix}{name} {before} -> {value}")
+    return found
 
 
 def mapping(value) -> Mapping:
@@ -283,10 +325,23 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
                 *(int(robust[i]) for robust in stages.values()),
             ]
         )
+    write_rows(directory, text.getvalue(), result)
+
+
+def write_rows(directory: Path | str, text: str, result: dict) -> None:
+    """Write the text of `ledger.csv` and, last, `result.json`; see `write_ledger`."""
     directory = Path(directory)
-    write_text(directory / "ledger.csv", text.getvalue())
-    digest = _sha256(text.getvalue().encode())
-    write_json(directory / "result.json", result | {"ledger_sha256": digest})
+    write_text(directory / "ledger.csv", text)
+    write_json(directory / "result.json", result | {"ledger_sha256": _sha256(text.encode())})
+
+
+def read_rows(directory: Path | str) -> str:
+    """The text of `ledger.csv`, as it is.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    return read_bytes(Path(directory) / "ledger.csv", _MAX_LEDGER_BYTES).decode()
 
 
 def read_ledger(directory: Path | str) -> tuple[Ledger, dict]:

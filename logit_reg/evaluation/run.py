@@ -116,6 +116,7 @@ def evaluate(
     seed: int = 0,
     worst_case_only: bool = False,
     indices=None,
+    sample: tuple[np.ndarray, np.ndarray] | None = None,
     state: EvaluationState | None = None,
     show_progress: bool = False,
     gradient_logits_fn=None,
@@ -137,6 +138,9 @@ def evaluate(
             stays the same up to the random order of batches; the accuracy under a single attack
             is then that of the attacks so far.
         indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+        sample: images and labels, as above, that show what the network is: where the images are
+            a slice, the first ones of the data set, so that all slices come to the same; the
+            images and labels themselves if None.
         state: where finished batches are kept.
         show_progress: draw a progress bar for each attack.
         gradient_logits_fn: what the attacks follow, see `Attack.run`; `logits_fn` if None.
@@ -152,12 +156,15 @@ def evaluate(
             is no class of the network.
         ThreatModelError: if an attack leaves its threat model.
     """
-    examples = Examples.checked(
-        images, labels, seed=seed, indices=indices, gradient_logits_fn=gradient_logits_fn
-    )
-    examples = dataclasses.replace(
-        examples, images=_check_inputs(examples.images, attacks, batch_size)
-    )
+
+    def checked(images, labels, indices):
+        given = Examples.checked(
+            images, labels, seed=seed, indices=indices, gradient_logits_fn=gradient_logits_fn
+        )
+        return dataclasses.replace(given, images=_check_inputs(given.images, attacks, batch_size))
+
+    examples = checked(images, labels, indices)
+    first_examples = examples if sample is None else checked(*sample, None)
     images, labels = examples.images, examples.labels
     for function in (logits_fn, gradient_logits_fn):
         if function is not None:
@@ -166,7 +173,7 @@ def evaluate(
     findings: list[Finding] = []
     cost = (0, 0)
     if with_checks:
-        found, cost = _check(logits_fn, attacks, examples, batch_size)
+        found, cost = _check(logits_fn, attacks, first_examples, batch_size)
         findings += found
         warn(findings)
     judgement = _judge(logits_fn, images, labels, batch_size)
@@ -176,7 +183,8 @@ def evaluate(
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
 
-    run = _Run(logits_fn, examples, batch_size, state, show_progress)
+    attacked_fn = copy_for_inference(logits_fn, first_examples.images[:batch_size])
+    run = _Run(logits_fn, attacked_fn, examples, batch_size, state, show_progress)
     for name, attack in attacks.items():
         if attack in done and not worst_case_only:
             # Another protocol asks for the very same attack: same settings, seed and examples.
@@ -378,9 +386,8 @@ class _Attacked(ActiveSet):
 class _Run:
     """One evaluation: the network, the examples, and where finished batches are kept."""
 
-    def __init__(self, logits_fn, examples, batch_size, state, show_progress):
-        self._logits_fn, self._examples = logits_fn, examples
-        self._attacked_fn = copy_for_inference(logits_fn, examples.images[:batch_size])
+    def __init__(self, logits_fn, attacked_fn, examples, batch_size, state, show_progress):
+        self._logits_fn, self._attacked_fn, self._examples = logits_fn, attacked_fn, examples
         self._batch_size = batch_size
         self._state = state
         self._show_progress = show_progress

@@ -1,10 +1,11 @@
 """An evaluation from start to ledger: hash, estimate, attack, write, show."""
 
 import dataclasses
-import json
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ from logit_reg.evaluation.ledger import (
     build_result,
     evaluation_identity,
     planned_result,
+    told_differences,
     write_ledger,
 )
 from logit_reg.evaluation.protocols import left_out
@@ -30,6 +32,7 @@ from logit_reg.evaluation.run import (
     network_hash,
     predict,
 )
+from logit_reg.evaluation.slices import BEFORE, SLICE_NOTICE, UPTO
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.evaluation.units import attack_notices
 from logit_reg.experiments.provenance import commit, versions
@@ -41,12 +44,11 @@ from madry_compat.data import Dataset
 
 # Images kept with the ledger, for people to look at.
 _EXAMPLES = 10
-# Differences that a refusal lists.
-_MOST_DIFFERENCES = 4
-_SHA256_DIGITS = 64
 
 NAME_DIGITS = 6
 """Digits of a hash that tell networks, or data, of the same name apart."""
+
+EXAMPLES_FILE = "examples.npz"
 
 EVALUATIONS = "evaluations"
 """Folder, in a run's or in `runs`, of its evaluations."""
@@ -64,11 +66,44 @@ class TestImages:
     """(N,) int64."""
     bounds: tuple[float, float]
     """Lowest and highest pixel value."""
+    first_index: int = 0
+    """Place in the data set of the first of them; those before are at hand, see `upto`."""
+    before: tuple[np.ndarray, np.ndarray] | None = None
+    """Images and labels of the data set before these, where there are any."""
 
     def first(self, num_examples: int) -> "TestImages":
         """The first examples."""
         part = slice(num_examples)
         return dataclasses.replace(self, images=self.images[part], labels=self.labels[part])
+
+    def without_first(self, num_examples: int) -> "TestImages":
+        """The slice of a data set that begins after so many of its examples."""
+        if not num_examples:
+            return self
+        images, labels = self.images, self.labels
+        return dataclasses.replace(
+            self,
+            images=images[num_examples:],
+            labels=labels[num_examples:],
+            first_index=num_examples,
+            before=(images[:num_examples], labels[:num_examples]),
+        )
+
+    @functools.cached_property
+    def upto(self) -> "TestImages":
+        """The data set from its first example to the last of these."""
+        if self.before is None:
+            return self
+        images, labels = (
+            np.concatenate(pair)
+            for pair in zip(self.before, (self.images, self.labels), strict=True)
+        )
+        return TestImages(self.dataset, images, labels, self.bounds)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """(N,) int places in the data set."""
+        return self.first_index + np.arange(len(self.images))
 
 
 def evaluate_protocols(
@@ -151,17 +186,18 @@ def evaluate_protocols(
             "commit": commit(),
         },
         seed=seed,
+        first_example=test.first_index,
     )
     every = [attack for attacks in protocols.values() for attack in attacks.values()]
     units = attack_notices(every, test.images.shape[1:])
     result["notices"] += [dataclasses.asdict(found) for found in units]
     result["notices"] += training_notices(settings.get("training"))
+    result["notices"] += slice_notices(result)
     _write_examples(output_dir, network, evaluation, test, batch_size)
-    write_ledger(output_dir, evaluation, result, np.arange(len(test.images)))
+    write_ledger(output_dir, evaluation, result, test.indices)
     if store is not None:
         store(evaluation.adversarial)
-    _claim_file(output_dir).unlink(missing_ok=True)
-    state.clear()
+    release_output_dir(output_dir)
     return evaluation, result
 
 
@@ -191,6 +227,25 @@ def training_notices(training: Mapping[str, int] | None) -> list[dict]:
     return [{"name": "unfinished_run", "message": message, "value": done}]
 
 
+def slice_notices(result: Mapping) -> list[dict]:
+    """What to say of an evaluation that does not begin with the first image of its data set.
+
+    Args:
+        result: content of `result.json`.
+
+    Returns:
+        Notices for `result.json`: name, message and value.
+    """
+    first = result.get("first_example", 0)
+    if not first:
+        return []
+    message = (
+        f"these are images {first} to {first + result['num_examples'] - 1} of the data set alone, "
+        f"a slice: eval_challenge.py --merge joins slices from the first image on."
+    )
+    return [{"name": SLICE_NOTICE, "message": message, "value": first}]
+
+
 def plan_evaluation(
     network: keras.Model,
     test: TestImages,
@@ -210,19 +265,28 @@ def plan_evaluation(
         worst_case_only: see `logit_reg.evaluation.run.evaluate`.
         gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
     """
+    settings: dict[str, Any] = {
+        "network_sha256": network_hash(network),
+        **_data_hashes(test.images, test.labels),
+        "worst_case_only": worst_case_only,
+        "attack_dtype": precision.followed_dtype(gradient_logits_fn),
+    }
+    if test.before is not None:
+        # They tell whether two slices are of the same data set.
+        settings[BEFORE] = _data_hashes(*test.before)
+        settings[UPTO] = _data_hashes(test.upto.images, test.upto.labels)
     return planned_result(
         protocols,
         dataset=test.dataset,
         num_examples=len(test.images),
-        settings={
-            "network_sha256": network_hash(network),
-            "images_sha256": content_hash(test.images),
-            "labels_sha256": content_hash(test.labels),
-            "worst_case_only": worst_case_only,
-            "attack_dtype": precision.followed_dtype(gradient_logits_fn),
-        },
+        settings=settings,
         seed=seed,
+        first_example=test.first_index,
     )
+
+
+def _data_hashes(images, labels):
+    return {"images_sha256": content_hash(images), "labels_sha256": content_hash(labels)}
 
 
 def network_name(path: Path, network: keras.Model, data: str) -> str:
@@ -256,6 +320,12 @@ def claim_output_dir(output_dir: Path, plan: dict) -> None:
     write_json(claim, wanted)
 
 
+def release_output_dir(output_dir: Path) -> None:
+    """Remove the note of `claim_output_dir` and finished batches, once the results are written."""
+    _claim_file(output_dir).unlink(missing_ok=True)
+    EvaluationState(state_folder(output_dir), "").clear()
+
+
 def refuse_other_settings(place: Path, held: Mapping, wanted: Mapping, flag: str) -> None:
     """Refuse to write over what was made with other settings.
 
@@ -268,14 +338,10 @@ def refuse_other_settings(place: Path, held: Mapping, wanted: Mapping, flag: str
     Raises:
         UsageError: if a setting differs, with what and what to do.
     """
-    differences = _differences(held, json.loads(json.dumps(wanted)))
-    if differences:
-        shown = ", ".join(differences[:_MOST_DIFFERENCES])
-        more = len(differences) - _MOST_DIFFERENCES
+    if differences := told_differences(held, wanted):
         raise UsageError(
-            f"{place} holds what was made with other settings ({shown}"
-            f"{f' and {more} more' if more > 0 else ''}); choose another {flag}, or remove it "
-            f"to start anew."
+            f"{place} holds what was made with other settings ({differences}); choose another "
+            f"{flag}, or remove it to start anew."
         )
 
 
@@ -312,21 +378,6 @@ def _record_beside(path):
 
 def _claim_file(output_dir):
     return state_folder(output_dir) / "evaluation.json"
-
-
-def _differences(held, wanted, prefix=""):
-    found = []
-    for name, value in wanted.items():
-        before = held.get(name, value)
-        if before == value:
-            continue
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            found += _differences(before, value, f"{prefix}{name}.")
-        elif isinstance(value, str) and len(value) == _SHA256_DIGITS:
-            found.append(f"other {prefix}{name}")
-        else:
-            found.append(f"{prefix}{name} {before} -> {value}")
-    return found
 
 
 def compute_batches(
@@ -367,6 +418,8 @@ def compute_batches(
             batch_size=batch_size,
             seed=seed,
             worst_case_only=worst_case_only,
+            indices=test.indices,
+            sample=(test.upto.images, test.upto.labels),
             state=state,
             show_progress=show_progress,
             gradient_logits_fn=gradient_logits_fn,
@@ -515,11 +568,7 @@ def _attacks(protocols) -> dict[str, Attack]:
 
 def _write_examples(output_dir, network, evaluation, test, batch_size):
     """The first images of each class, the same for every network, and what became of them."""
-    rank = np.zeros(len(test.labels), np.int64)
-    for label in np.unique(test.labels):
-        mine = test.labels == label
-        rank[mine] = np.arange(mine.sum())
-    order = np.lexsort((test.labels, rank))[:_EXAMPLES]
+    order = shown_rows(test.labels)
     adversarial = evaluation.adversarial[order]
     examples = {
         "images": test.images[order],
@@ -528,4 +577,13 @@ def _write_examples(output_dir, network, evaluation, test, batch_size):
         "predictions": predict(network, adversarial, batch_size=batch_size),
         "bounds": np.array(test.bounds, np.float32),
     }
-    write_arrays(output_dir / "examples.npz", examples)
+    write_arrays(output_dir / EXAMPLES_FILE, examples)
+
+
+def shown_rows(labels: np.ndarray) -> np.ndarray:
+    """The rows of labels (N,) that an evaluation keeps images of: the first of each class."""
+    rank = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        mine = labels == label
+        rank[mine] = np.arange(mine.sum())
+    return np.lexsort((labels, rank))[:_EXAMPLES]

@@ -94,17 +94,18 @@ class EvaluationSettings:
     show_progress: bool = True
 
 
-def challenge_subject(model: Model, dataset: Dataset, count: int | None) -> Subject:
+def challenge_subject(model: Model, dataset: Dataset, count: int | None, first: int = 0) -> Subject:
     """A model on the images of a challenge; tells what makes its numbers doubtful.
 
     Args:
         model: the network with its run, if it has one.
         dataset: the test set.
-        count: how many of its images, from the first; None for all.
+        count: how many of its images; None for all.
+        first: place of the first of them.
     """
     name = dataset.name
     challenge = challenge_for(name)
-    count = num_examples(count, len(dataset.images))
+    end = first + num_examples(count, len(dataset.images), first)
     provenance = {
         "model": str(model.path),
         "canonical": dataset.canonical,
@@ -122,10 +123,10 @@ def challenge_subject(model: Model, dataset: Dataset, count: int | None) -> Subj
         model.network,
         TestImages(
             name,
-            to_pixels(dataset.images[:count], name),
-            dataset.labels[:count],
+            to_pixels(dataset.images[:end], name),
+            dataset.labels[:end],
             (challenge.lower, challenge.upper),
-        ),
+        ).without_first(first),
         provenance,
         folder,
         challenge.eval_batch_size,
@@ -140,7 +141,9 @@ def own_subject(own: OwnModel) -> Subject:
     """A network on images of the user's own."""
     return Subject(
         own.network,
-        TestImages(own.data.stem, own.images, own.labels, (own.threat.lower, own.threat.upper)),
+        TestImages(
+            own.data.stem, own.images, own.labels, (own.threat.lower, own.threat.upper)
+        ).without_first(own.first),
         {"model": str(own.model), "data": str(own.data)},
         RUNS / EVALUATIONS / own.name,
         _OWN_BATCH_SIZE,
@@ -165,7 +168,7 @@ def measure(
     """
     network, test = subject.network, subject.test
     batch_size = settings.batch_size or subject.batch_size
-    lower = read_attack_dtype(settings.attack_dtype, network, test.images, batch_size)
+    lower = read_attack_dtype(settings.attack_dtype, network, test.upto.images, batch_size)
     what: dict[str, Any] = {
         "seed": settings.seed,
         "worst_case_only": settings.worst_case_only,
@@ -227,7 +230,7 @@ def next_step(
     Returns:
         Name of a command and the flags that it needs, beside those that name model and data.
     """
-    if not any(map(is_strong, result["protocols"])):
+    if not any(map(is_strong, result["protocols"])) and subject.test.before is None:
         count = min(result["num_examples"], _MOST_AUTOATTACKED)
         return "eval_challenge", {"protocol": "autoattack", "num_eval_examples": count}
     above = [folder.resolve() for folder in output_dir.parents]

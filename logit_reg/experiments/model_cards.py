@@ -105,6 +105,10 @@ def _check_provenance(folder: Path, result: dict, key: str, dataset: str) -> Non
             f"{folder}: was made on {result.get('dataset')!r}, this card is for {dataset!r}; leave "
             f"it out."
         )
+    if result.get("first_example"):
+        raise UsageError(
+            f"{folder}: is a slice of the data set; join all of it by eval_challenge.py --merge."
+        )
     if settings.get("contaminated"):
         raise UsageError(
             f"{folder}: measured on images that the network was trained on; leave it out."

@@ -25,6 +25,7 @@ class OwnModel:
         model: the .keras file of the network.
         data: the .npz file of the images.
         digest: of the content of that file.
+        first: place of the first image to look at; those before it are there, too.
     """
 
     network: keras.Model
@@ -34,6 +35,7 @@ class OwnModel:
     model: Path
     data: Path
     digest: str
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -42,15 +44,16 @@ class OwnModel:
 
 
 def load_own_model(
-    model: Path, data: Path, threat: ThreatModel, count: int | None = None
+    model: Path, data: Path, threat: ThreatModel, count: int | None = None, first: int = 0
 ) -> OwnModel:
-    """A network and the first images of a file.
+    """A network and images of a file.
 
     Args:
         model: a .keras file.
         data: an .npz file of images and labels, see `load_own_images`.
         threat: norm, budget and pixel range.
         count: how many images; None for all.
+        first: place of the first of them.
 
     Raises:
         UsageError: if the parts do not fit together.
@@ -75,6 +78,6 @@ def load_own_model(
             f"{num_classes} classes, whose labels are 0 to {num_classes - 1}"
             f"{'; these count from 1: subtract 1' if from_one else ''}."
         )
-    count = num_examples(count, len(images))
+    end = first + num_examples(count, len(images), first)
     digest = content_hash(images, labels)[:NAME_DIGITS]
-    return OwnModel(network, threat, images[:count], labels[:count], model, data, digest)
+    return OwnModel(network, threat, images[:end], labels[:end], model, data, digest, first)

@@ -140,18 +140,30 @@ def load_split(
     return dataset
 
 
-def num_examples(wanted: int | None, available: int) -> int:
+def num_examples(wanted: int | None, available: int, first: int = 0) -> int:
     """How many of the available images --num_eval_examples asks for.
 
+    Args:
+        wanted: its value; None for all.
+        available: number of images.
+        first: value of --first_eval_example.
+
     Raises:
-        UsageError: if it is not positive.
+        UsageError: if it is not positive, or there is no such first image.
     """
+    if first >= available:
+        raise UsageError(
+            f"--first_eval_example={first}: there are {available} images, the last is number "
+            f"{available - 1}."
+        )
+    available -= first
     if wanted is None:
         return available
     if wanted < 1:
         raise UsageError(f"--num_eval_examples must be at least 1; got {wanted}.")
     if wanted > available:
-        notice(f"--num_eval_examples={wanted}: there are {available} images, all are taken.")
+        after = f" from number {first} on" if first else ""
+        notice(f"--num_eval_examples={wanted}: there are {available} images{after}, all are taken.")
     return min(wanted, available)
 
 

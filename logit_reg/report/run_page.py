@@ -1,6 +1,7 @@
 """The report as one HTML page that needs no other file."""
 
 import functools
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,13 @@ from logit_reg.files import write_text
 from logit_reg.report import figures
 from logit_reg.report import html as html_page
 from logit_reg.report.runs import Run
-from logit_reg.report.tables import comparable, results_table
+from logit_reg.report.tables import (
+    accuracy_under_pgd,
+    comparable,
+    pgd_lengths,
+    results_table,
+    strong_accuracy,
+)
 
 _READING = (
     ("clean", "Share of images classified right without an attack."),
@@ -55,6 +62,7 @@ def write_page(
     *,
     num_classes: int = 10,
     introduction: str | None = None,
+    released: Sequence[Run] = (),
 ) -> None:
     """Write a report on some runs as one HTML page, whole or not at all.
 
@@ -64,15 +72,57 @@ def write_page(
         runs: in the order of rows, bars and colours.
         num_classes: K of the data set.
         introduction: what this is, in two sentences; a general text if None.
+        released: networks that were trained elsewhere, whose evaluations come first.
 
     Raises:
-        ValueError: if there are no runs, or they were evaluated on different data sets.
+        ValueError: if there are neither runs nor released networks, or either were evaluated on
+            different data sets.
     """
-    page = _page(title, runs, num_classes, introduction or _introduction(runs))
+    every = [*released, *runs]
+    page = _page(title, runs, num_classes, introduction or _introduction(every), released)
     write_text(path, page)
 
 
-def _page(title, runs, num_classes, introduction):
+def _page(title, runs, num_classes, introduction, released):
+    sections = _released_sections(released) if released else []
+    if runs or not released:
+        sections += _run_sections(runs, num_classes)
+    terms = "\n".join(f"<dt>{term}</dt>\n<dd>{meaning}</dd>" for term, meaning in _READING)
+    sections.append(html_page.section("How to read it", f"<p>{_WARNING}</p>\n<dl>\n{terms}\n</dl>"))
+    every = "\n".join(map(_provenance, [*released, *runs]))
+    sections.append(html_page.section("Provenance", every))
+    return html_page.document(title, html_page.heading(title, introduction), *sections)
+
+
+def _released_sections(released):
+    """What PGD promises of each network and what the strong attack leaves: figure, then table."""
+    items = "".join(f"<li>{html.escape(text)}</li>\n" for text in map(_promise, released))
+    heading = "Released networks: what PGD promises and what the strong attack leaves"
+    content = f"<ul>\n{items}</ul>\n{_bars(released)}\n{results_table(released).to_html()}"
+    return [html_page.section(heading, content)]
+
+
+def _promise(run):
+    num_steps = pgd_lengths([run])[-1]
+    parts = []
+    for name, found in (
+        (f"PGD-{num_steps}", accuracy_under_pgd(run, num_steps)),
+        ("the strong attack", strong_accuracy(run)),
+    ):
+        if found is not None:
+            parts.append(f"{found.percent:.1f} % of {found.num_examples} images under {name}")
+    return f"{run.name}: {', '.join(parts) or 'not attacked'}"
+
+
+def _bars(runs):
+    return html_page.figure(
+        functools.partial(figures.accuracy_bars, runs),
+        "Bars: accuracy of each run clean, under FGSM, PGD and the strong attack.",
+        figures.accuracy_bars_caption(runs),
+    )
+
+
+def _run_sections(runs, num_classes):
     sections = [html_page.section("Results", results_table(runs).to_html())]
 
     def add_figure(heading, draw, caption, alternative, *options):
@@ -82,12 +132,7 @@ def _page(title, runs, num_classes, introduction):
         sections.append(html_page.section(heading, figure))
 
     if comparable(runs):
-        add_figure(
-            "Accuracy under attack",
-            figures.accuracy_bars,
-            figures.accuracy_bars_caption,
-            "Bars: accuracy of each run clean, under FGSM, PGD and the strong attack.",
-        )
+        sections.append(html_page.section("Accuracy under attack", _bars(runs)))
     if any(run.log for run in runs):
         add_figure(
             "Training",
@@ -103,10 +148,7 @@ def _page(title, runs, num_classes, introduction):
             figures.adversarial_grid_caption,
             "Images in the top row, their adversarial versions for each run below.",
         )
-    terms = "\n".join(f"<dt>{term}</dt>\n<dd>{meaning}</dd>" for term, meaning in _READING)
-    sections.append(html_page.section("How to read it", f"<p>{_WARNING}</p>\n<dl>\n{terms}\n</dl>"))
-    sections.append(html_page.section("Provenance", "\n".join(map(_provenance, runs))))
-    return html_page.document(title, html_page.heading(title, introduction), *sections)
+    return sections
 
 
 def _introduction(runs):

@@ -94,14 +94,35 @@ class StoredEvaluation:
         return FLAGS_PROTOCOL in mapping(self.result.get("protocols"))
 
     @property
+    def is_slice(self) -> bool:
+        """Whether it is of images from the midst of its data set."""
+        return bool(self.result.get("first_example"))
+
+    @property
+    def parts(self) -> set[str]:
+        """Hashes of the ledgers that it was joined from; none of one that was made in one run."""
+        slices = self.result.get("slices")
+        entries = slices if isinstance(slices, list) else []
+        return {str(mapping(entry).get("ledger_sha256")) for entry in entries}
+
+    @property
     def attack_name(self) -> str:
         """The attacks, joined by " + "."""
         return " + ".join(self.ledger.correct)
 
     @property
     def label(self) -> str:
-        """Protocols, on own data with the threat model; see `evaluation_label`."""
-        return evaluation_label(self.result)
+        """Protocols, on own data with the threat model, and the images of a slice.
+
+        See `evaluation_label`.
+        """
+        return evaluation_label(self.result) + self.named_images
+
+    @property
+    def named_images(self) -> str:
+        """The places of the images of a slice, a line of their own; empty for anything else."""
+        first, last = self.ledger.index[[0, -1]]
+        return f"\nimages {first} to {last}" if self.is_slice else ""
 
     @property
     def derived_name(self) -> str:

@@ -224,7 +224,7 @@ def _checkpoint_points(run, panel):
     clean: dict[int, StoredEvaluation] = {}
     for _, evaluation in sorted(run.evaluations.items()):
         match = re.search(r"checkpoint-(\d{1,12})$", str(evaluation.settings.get("model")))
-        if not match:
+        if not match or evaluation.is_slice:
             continue
         step = int(match[1])
         largest = clean.setdefault(step, evaluation)
@@ -238,7 +238,7 @@ def _checkpoint_points(run, panel):
 
 def _attack_points(run, panel):
     for name, evaluation in sorted(run.evaluations.items()):
-        if "@" not in name:
+        if "@" not in name or evaluation.is_slice:
             continue
         for attack, x in _pgd_steps(evaluation).items():
             # The axis has the number of steps.

@@ -147,6 +147,8 @@ def accuracy_under(run: Run, attacks: Sequence[str]) -> Proportion | None:
         evaluation.ledger
         for evaluation in shown_evaluations(run).values()
         if set(attacks) <= evaluation.ledger.correct.keys()
+        # A part of the images would stand beside the whole of other runs.
+        and not evaluation.is_slice
         # An attack of the flags may share its name with a protocol's, and not its settings.
         and not (attacks and (evaluation.shares_active_set or evaluation.is_of_flags))
     ]
@@ -164,21 +166,27 @@ def accuracy_under_pgd(run: Run, num_steps: int) -> Proportion | None:
 
 
 def shown_evaluations(run: Run) -> dict[str, StoredEvaluation]:
-    """The evaluations of a run's last network, by folder; those of a grid belong to figures."""
+    """The evaluations of a run's last network, by folder.
+
+    Those of a grid belong to figures, and slices to what they were joined to.
+    """
     steps = run.evaluated_steps
+    joined = set().union(*(evaluation.parts for evaluation in run.evaluations.values()))
     return {
         folder: evaluation
         for folder, evaluation in run.evaluations.items()
-        if "@" not in folder and evaluation.finished_steps in (None, steps)
+        if "@" not in folder
+        and evaluation.finished_steps in (None, steps)
+        and evaluation.result.get("ledger_sha256") not in joined
     }
 
 
 def strongest(run: Run) -> StoredEvaluation | None:
     """The evaluation under the strongest cascade that was run; None if none was.
 
-    AutoAttack, or better the adaptive attack; in linf before l2; on the most images.
+    AutoAttack, or better the adaptive attack; in linf before l2; on the most images, no slice.
     """
-    found = [e for e in shown_evaluations(run).values() if _strength(e)]
+    found = [e for e in shown_evaluations(run).values() if _strength(e) and not e.is_slice]
     return max(found, key=lambda e: (_rank(e), len(e.ledger.label)), default=None)
 
 
@@ -248,9 +256,13 @@ def results_table(runs: Sequence[Run]) -> Table:
         *_attack_columns(kept),
         *_evaluation_columns(kept),
         *_published_columns(kept),
-        _Column("training\nsteps", _show_steps),
-        _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
     ]
+    # Nothing is known of the training of networks from elsewhere.
+    if any(run.settings or run.evaluated_steps for run in kept):
+        columns += [
+            _Column("training\nsteps", _show_steps),
+            _Column("training\nminutes", lambda run: _show(run.minutes, ".1f")),
+        ]
     return Table(
         columns=tuple(column.header for column in columns),
         rows=tuple(tuple(column.cell(run) for column in columns) for run in kept),
@@ -386,7 +398,7 @@ def _attacks_of_protocols(runs):
         name
         for run in runs
         for evaluation in shown_evaluations(run).values()
-        if not evaluation.is_of_flags
+        if not (evaluation.is_of_flags or evaluation.is_slice)
         and not (evaluation.shares_active_set and _strength(evaluation))
         and len(evaluation.ledger.correct) > 1
         for name in evaluation.ledger.correct
@@ -420,12 +432,16 @@ class _Group:
     """By the identity of the run."""
 
     @property
+    def is_slice(self):
+        return any(e.is_slice for e in self.members.values())
+
+    @property
     def is_strong(self):
-        return any(map(_strength, self.members.values()))
+        return not self.is_slice and any(map(_strength, self.members.values()))
 
     @property
     def has_several_attacks(self):
-        return any(len(e.ledger.correct) > 1 for e in self.members.values())
+        return not self.is_slice and any(len(e.ledger.correct) > 1 for e in self.members.values())
 
     def count(self, run):
         evaluation = self.members.get(id(run))
@@ -442,9 +458,9 @@ def _groups(runs) -> list[_Group]:
     for run in runs:
         for folder, evaluation in shown_evaluations(run).items():
             # FGSM has a column of its own.
-            if not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
+            if evaluation.is_slice or not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
                 name = evaluation.derived_name if folder == "." else folder.rpartition("/")[2]
-                entry = (run, name, evaluation)
+                entry = (run, name + evaluation.named_images, evaluation)
                 found.setdefault(evaluation.label, []).append(entry)
     groups = []
     for label, entries in found.items():
