@@ -4,8 +4,11 @@ import dataclasses
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.closest import RadiusSearch, per_image
+from logit_reg.attacks.engine.closest import RadiusSearch, linear_distance, per_image
 from logit_reg.threat import ThreatModel
+
+# Largest norm of the first step, in distances of the linearised boundary.
+_FARTHEST_START = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,8 @@ class DDN(RadiusSearch):
     Source:
         Rony et al. 2019, arXiv:1811.09600, and the public code of its authors. Deviations: target
         classes, and differences of logits, whose gradient stays where a network is sure and
-        cross-entropy has none left; steps are measured in radii; pixels keep values between the
+        cross-entropy has none left; steps are measured in radii, and the first
+        norm is 2 on images in [0, 1], not 1; pixels keep values between the
         256 levels; the last iterate is judged, too; a tie fools.
     """
 
@@ -37,8 +41,9 @@ class DDN(RadiusSearch):
     """Length of the first step, in radii; the last is a hundredth of it."""
     gamma: float = 0.05
     """Relative change of the norm in a step."""
-    initial_norm: float = 1.0
-    """Norm before the first step, as a share of the pixel range."""
+    initial_norm: float = 2.0
+    """Norm of the first step, as a share of the pixel range; at most ten times the distance of
+    the linearised boundary, from where a hundred steps get down to it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,8 +52,9 @@ class DDN(RadiusSearch):
         if not self.initial_norm > 0:
             raise ValueError(f"initial_norm must be above 0; got {self.initial_norm}.")
 
-    def _first_radius(self):
-        return self.initial_norm * (self.threat.upper - self.threat.lower)
+    def _first_radius(self, seen):
+        norm = self.initial_norm * (self.threat.upper - self.threat.lower)
+        return tf.minimum(norm, _FARTHEST_START * linear_distance(self.threat, seen))
 
     def _next_radius(self, seen, radius, distance, share):
         return radius * tf.where(seen.fooled, 1 - self.gamma, 1 + self.gamma)

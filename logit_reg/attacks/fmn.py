@@ -1,11 +1,10 @@
 """FMN: the closest adversarial image by gradient steps in a ball that follows the boundary."""
 
 import dataclasses
-import math
 
 import tensorflow as tf
 
-from logit_reg.attacks.engine.closest import RadiusSearch, per_image
+from logit_reg.attacks.engine.closest import RadiusSearch, linear_distance, per_image
 from logit_reg.threat import ThreatModel
 
 # Gamma at the end, as published.
@@ -44,31 +43,16 @@ class FMN(RadiusSearch):
     gamma: float = 0.05
     """Relative change of the radius in the first step; 0.001 in the last."""
 
-    def _first_radius(self):
-        return math.inf
+    def _first_radius(self, seen):
+        return seen.length + linear_distance(self.threat, seen)
 
     def _next_radius(self, seen, radius, distance, share):
         gamma = _LAST_GAMMA + (self.gamma - _LAST_GAMMA) * share
-        slope = _dual_length(self.threat, seen.gradient)
-        linear = seen.length + tf.math.divide_no_nan(tf.abs(seen.loss), slope)
-        # Without a slope there is no estimate: as far as the pixel range allows.
-        linear = tf.where(slope > 0, linear, math.inf)
-        # Where the pixel range holds a step back, the estimate alone would never be reached.
-        wider = tf.where(tf.math.is_finite(radius), radius * (1 + gamma), 0.0)
-        linear = tf.maximum(linear, wider)
-        outside = tf.where(tf.math.is_finite(distance), radius * (1 + gamma), linear)
+        outside = radius * (1 + gamma)
+        # Where the pixel range holds a step back, the linear estimate alone is never reached.
+        linear = tf.maximum(seen.length + linear_distance(self.threat, seen), outside)
+        outside = tf.where(tf.math.is_finite(distance), outside, linear)
         return tf.where(seen.fooled, tf.minimum(radius * (1 - gamma), distance), outside)
 
     def _to_radius(self, points, images, radius):
         return self.threat.project(points, images, per_image(radius / self.threat.epsilon))
-
-
-def _dual_length(threat, gradient):
-    """(N,) how much a loss rises per unit of distance: the l1 length in linf, the l2 one in l2."""
-    axes = (1, 2, 3)
-    largest = tf.reduce_max(tf.abs(gradient), axis=axes)
-    # Divided first, so that squares of tiny or huge gradients stay in range.
-    scaled = tf.math.divide_no_nan(gradient, per_image(largest))
-    if threat.norm == "linf":
-        return largest * tf.reduce_sum(tf.abs(scaled), axis=axes)
-    return largest * tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes))

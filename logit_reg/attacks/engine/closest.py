@@ -163,14 +163,23 @@ def direction_of(threat, gradient, *, stream, indices, restart):
     is_zero = tf.reduce_all(tf.equal(gradient, 0), axis=(1, 2, 3), keepdims=True)
 
     def with_random():
-        noise = random_direction(
-            threat, gradient, stream=stream, indices=indices, restart=restart
-        )
+        noise = random_direction(threat, gradient, stream=stream, indices=indices, restart=restart)
         return tf.where(is_zero, noise, threat.ascent_direction(gradient))
 
-    return tf.cond(
-        tf.reduce_any(is_zero), with_random, lambda: threat.ascent_direction(gradient)
-    )
+    return tf.cond(tf.reduce_any(is_zero), with_random, lambda: threat.ascent_direction(gradient))
+
+
+def linear_distance(threat, seen: Seen):
+    """(N,) how far the boundary is if the loss is linear; infinite where it has no slope."""
+    axes = (1, 2, 3)
+    largest = tf.reduce_max(tf.abs(seen.gradient), axis=axes)
+    # Divided first, so that squares of tiny or huge gradients stay in range.
+    scaled = tf.math.divide_no_nan(seen.gradient, per_image(largest))
+    if threat.norm == "linf":
+        slope = largest * tf.reduce_sum(tf.abs(scaled), axis=axes)
+    else:
+        slope = largest * tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes))
+    return tf.where(slope > 0, tf.math.divide_no_nan(tf.abs(seen.loss), slope), np.inf)
 
 
 def per_image(values):
@@ -207,12 +216,12 @@ class RadiusSearch(ClosestAttack):
         searches = self.num_targets or 1
         return searches * (self.num_steps + 1) + 1, searches * self.num_steps
 
-    def _first_radius(self) -> float:
-        """The radius before the first step, pixel units."""
+    def _first_radius(self, seen: Seen):
+        """The radius of the first step: (N,) after what was seen at the start."""
         raise NotImplementedError
 
     def _next_radius(self, seen: Seen, radius, distance, share):
-        """The radius of a step.
+        """The radius of a later step.
 
         Args:
             seen: what the network says of the points that the step leaves.
@@ -262,7 +271,9 @@ class RadiusSearch(ClosestAttack):
             seen = look(threat, functions, current, images, labels, loss)
             closest, distance = keep_closer(closest, distance, current, seen.length, seen.fooled)
             share = (1 + tf.cos(math.pi * tf.cast(step, tf.float32) / self.num_steps)) / 2
-            radius = tf.minimum(self._next_radius(seen, radius, distance, share), limit)
+            later = self._next_radius(seen, radius, distance, share)
+            radius = tf.where(tf.equal(step, 0), self._first_radius(seen), later)
+            radius = tf.minimum(radius, limit)
             direction = direction_of(threat, seen.gradient, stream=stream + 1 + step, **draw)
             length = self.step_size * radius * (_LAST_STEP + (1 - _LAST_STEP) * share)
             moved = current + per_image(length) * direction
@@ -277,7 +288,7 @@ class RadiusSearch(ClosestAttack):
             (
                 tf.constant(0, tf.int64),
                 start_of(threat, images, stream=stream, **draw),
-                nothing + self._first_radius(),
+                nothing,
                 images,
                 nothing + np.inf,
             ),
