@@ -83,9 +83,11 @@ SMALL: dict[str, Attack] = {
     "APGDTargeted": attacks.APGDTargeted(THREAT),
     "Adaptive": attacks.Adaptive(THREAT),
     "AutoAttack": attacks.AutoAttack(THREAT),
+    "DDN": attacks.DDN(ThreatModel("l2", 0.6)),
     "FAB": attacks.FAB(THREAT),
     "FABTargeted": attacks.FABTargeted(THREAT),
     "FGSM": attacks.FGSM(THREAT),
+    "FMN": attacks.FMN(THREAT),
     "HopSkipJump": attacks.HopSkipJump(THREAT),
     "MD": attacks.MD(THREAT),
     "MinimumNorm": attacks.MinimumNorm(THREAT),
@@ -104,7 +106,6 @@ SMALL: dict[str, Attack] = {
 LEAST = {
     "num_steps": 2,
     "num_odi_steps": 1,
-    "num_bisections": 2,
     "num_queries": 3,
     "num_samples": 2,
     "num_starts": 2,
@@ -201,7 +202,7 @@ def test_no_image_is_robust_under_any_protocol_where_logits_are_not_finite(famil
     assert findings["not_finite"].value == len(IMAGES)
 
 
-SEARCHES = ["APGD", "FABTargeted", "PGD", "SPSA", "Square"]
+SEARCHES = ["APGD", "DDN", "FABTargeted", "FMN", "MinimumNorm", "PGD", "SPSA", "Square"]
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -15,7 +15,7 @@ from logit_reg.analysis.curves import (
     losses_over_restarts,
     save_curves,
 )
-from logit_reg.attacks import PGD
+from logit_reg.attacks import FMN, PGD
 from logit_reg.attacks.engine.attack import AttackResult
 from logit_reg.attacks.minimum_norm import MinimumNorm
 from logit_reg.evaluation.run import ThreatModelError
@@ -48,7 +48,12 @@ def test_accuracy_against_epsilon_counts_the_exact_distances(norm):
     threat = ThreatModel(norm, float(epsilons[0]), 0.0, 1.0)
 
     curve = accuracy_against_epsilon(
-        linear, MinimumNorm(threat), images, labels, epsilons=epsilons, batch_size=5
+        linear,
+        [FMN(threat, 50), MinimumNorm(threat, 9, 20)],
+        images,
+        labels,
+        epsilons=epsilons,
+        batch_size=5,
     )
 
     assert len(gaps) >= 2

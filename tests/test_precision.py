@@ -17,7 +17,6 @@ from logit_reg.attacks import (
     SPSA,
     APGDTargeted,
     FABTargeted,
-    MinimumNorm,
     Restarts,
     Square,
 )
@@ -179,7 +178,6 @@ class Counted:
     [
         PGD(LINF, num_steps=6, step_size=0.02, early_stop=True),
         APGD(LINF, num_steps=6),
-        MinimumNorm(LINF, num_targets=2, num_bisections=3, num_steps=4),
     ],
     ids=lambda attack: type(attack).__name__,
 )

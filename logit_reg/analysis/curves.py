@@ -9,11 +9,14 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.array_files import read_record, write_record
+from logit_reg.attacks.ddn import DDN
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack
+from logit_reg.attacks.engine.closest import ClosestAttack
 from logit_reg.attacks.engine.examples import attack_inputs, check_examples
 from logit_reg.attacks.engine.forward import clean_logits
 from logit_reg.attacks.engine.losses import attack_loss
+from logit_reg.attacks.fmn import FMN
 from logit_reg.attacks.minimum_norm import MinimumNorm
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.run import check_threat, evaluate
@@ -122,7 +125,7 @@ class CurveSettings:
     epsilon_factors: tuple[float, ...] = tuple(round(0.1 * i, 1) for i in range(1, 21))
     """Radii, multiples of epsilon."""
     num_targets: int = 3
-    """Target classes of the search for the closest adversarial images."""
+    """Target classes of the searches for the closest adversarial images."""
     step_factors: tuple[float, ...] = (0.04, 0.1, 0.25, 0.5, 0.65, 1.0, 2.0)
     """Step sizes, multiples of epsilon. Mosbach et al. found the best ones for logit squeezing at
     0.4 to 0.65, far from the usual small ones."""
@@ -173,7 +176,7 @@ class CurveSettings:
         return Curves(
             epsilon=accuracy_against_epsilon(
                 logits_fn,
-                MinimumNorm(self.threat, num_targets=self.num_targets),
+                self._searches(),
                 *data,
                 epsilons=[factor * epsilon for factor in self.epsilon_factors],
                 **options,
@@ -198,10 +201,15 @@ class CurveSettings:
             },
         )
 
+    def _searches(self) -> list[ClosestAttack]:
+        """The attacks whose closest images count."""
+        kinds = (FMN, MinimumNorm) if self.threat.norm == "linf" else (FMN, DDN, MinimumNorm)
+        return [kind(self.threat, num_targets=self.num_targets) for kind in kinds]
+
 
 def accuracy_against_epsilon(
     logits_fn,
-    attack: MinimumNorm,
+    attacks: Sequence[ClosestAttack],
     images,
     labels,
     *,
@@ -210,11 +218,11 @@ def accuracy_against_epsilon(
     batch_size: int = 200,
     show_progress: bool = False,
 ) -> Curve:
-    """Accuracy at every epsilon, from one search for the closest adversarial images.
+    """Accuracy at every epsilon, from the closest adversarial images that any attack finds.
 
     Args:
         logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
-        attack: searches for them, beyond its own epsilon too.
+        attacks: at least one; all of one threat model, whose epsilon does not end their search.
         images: (N, H, W, C) float, pixel units.
         labels: (N,) int true classes.
         epsilons: radii, pixel units, increasing.
@@ -224,19 +232,27 @@ def accuracy_against_epsilon(
 
     Returns:
         The curve, never rising.
+
+    Raises:
+        ValueError: if there is no attack, or the threat models differ.
     """
+    threats = {attack.threat for attack in attacks}
+    if len(threats) != 1:
+        raise ValueError(f"attacks must be at least one, of one threat model; got {list(attacks)}.")
+    (threat,) = threats
     images, labels, indices = attack_inputs(images, labels, None)
     distances = []
     starts = range(0, len(images), batch_size)
     for i in Progress(starts, desc="minimum norm", unit="batch", disable=not show_progress):
         part = slice(i, i + batch_size)
-        found = attack.closest(
-            logits_fn, images[part], labels[part], seed=seed, indices=indices[part]
-        )
-        distances.append(found.distance)
+        options = {"seed": seed, "indices": indices[part]}
+        found = [
+            attack.closest(logits_fn, images[part], labels[part], **options) for attack in attacks
+        ]
+        distances.append(np.min([each.distance for each in found], axis=0))
     x = _increasing("epsilons", epsilons)
     correct = np.concatenate(distances)[None] > x[:, None]
-    return Curve("epsilon", _EPSILON_LABEL, x, correct, attack.threat.epsilon)
+    return Curve("epsilon", _EPSILON_LABEL, x, correct, threat.epsilon)
 
 
 def accuracy_against_steps_and_size(

@@ -1,155 +1,101 @@
-"""Minimum norm by bisection: how far the closest adversarial image is, for all epsilons at once."""
+"""Minimum norm: the closest adversarial image from several sides, by walks along the boundary."""
 
 import dataclasses
-import math
 
 import numpy as np
 import tensorflow as tf
 
-from logit_reg.attacks.engine.active_set import ActiveExamples, take
-from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
-from logit_reg.attacks.engine.examples import Examples
+from logit_reg.attacks.engine.active_set import take
+from logit_reg.attacks.engine.closest import (
+    ClosestAttack,
+    direction_of,
+    farthest,
+    keep_closer,
+    look,
+    per_image,
+    start_of,
+    towards,
+)
 from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
-from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
 from logit_reg.attacks.engine.losses import is_fooled
-from logit_reg.attacks.engine.low_precision import judged_logits, num_forwards
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.attacks.engine.random_numbers import uniform_in_ball
+from logit_reg.attacks.fab import project_on_hyperplane
 from logit_reg.threat import ThreatModel
 
-# How far the steps in a ball go in all, in radii.
-_TRAVEL = 5.0
-# Keeps rounding from pushing a point of the sphere of radius epsilon out of the ball.
-_INSIDE = 1 - 1e-5
+# Of a walk, as FAB's: the largest weight of the image's own projection, the overshoot across the
+# linearised boundary, and the share of the perturbation that is kept after a success.
+_ALPHA, _ETA, _BETA = 0.1, 1.05, 0.9
+# Steps in a ball before another one is tried, and how far they go in all, in radii.
+_BALL_STEPS, _TRAVEL = 10, 5.0
+# A ball's radius is this share below the closest distance at first; half as much after each
+# failure, down to the least.
+_SHRINK, _LEAST_SHRINK = 0.1, 0.0005
+# In the end the closest image goes straight back by up to this share; the way is halved so often.
+_WAY_BACK, _HALVINGS = 0.1, 10
 
 
 @dataclasses.dataclass(frozen=True)
-class ClosestImages:
-    """The closest adversarial images that were found for N images."""
+class MinimumNorm(ClosestAttack):
+    """Looks for the closest adversarial image of each target class from two sides.
 
-    adversarial: np.ndarray
-    """(N, H, W, C) float32 pixel units; the image itself where none was found or needed."""
-    distance: np.ndarray
-    """(N,) float64 distances in the threat model's norm, pixel units: 0 where the image itself is
-    misclassified, infinite where nothing was found."""
-    forwards: int
-    """Images sent forward through the network."""
-    backwards: int
-    """Images whose gradient was computed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MinimumNorm(ImageAttack):
-    """PGD on the difference of two logits, in a ball of its own radius for each image.
-
-    The radius is doubled from epsilon, at most until the ball covers the pixel range, until
-    something fools; then it is bisected between the largest radius that failed and the smallest
-    distance that fooled. A ball is entered at the closest image found so far, projected, or at a
-    random point where there is none. Target classes are taken one after the other, those with the
-    largest clean logits first; all but the first only look for something closer.
+    From the image it walks towards the linearised boundary and along it, back towards the image.
+    Then PGD starts at a random point of a ball that reaches as far as the closest image found so
+    far, or epsilon where there is none, and twice as far after each failure; what fools is
+    followed into smaller balls. From the closest image of these balls it walks again. Failure in
+    a ball says nothing about smaller or larger ones: the next is merely less ambitious.
 
     `run` returns the closest image where it is within epsilon, else the image itself; `closest`
     returns it and its distance anyway, which bounds the true one from above.
 
     Source:
-        Carlini et al. 2019, arXiv:1902.06705, asks for accuracy against epsilon; the steps in a
-        ball are those of Madry et al. 2018, arXiv:1706.06083, with lengths that fall linearly to
-        0. Entering a ball at the closest image, as boundary attacks do (Brendel et al. 2018,
+        Carlini et al. 2019, arXiv:1902.06705, asks for accuracy against epsilon. The walk takes
+        the projections of Croce and Hein 2020, arXiv:1907.02044, one pass forward and one
+        backward a step; the steps in a ball are those of Madry et al. 2018, arXiv:1706.06083.
+        Entering a ball at the closest image, as boundary attacks do (Brendel et al. 2018,
         arXiv:1712.04248), finds gradients where there are none around the image itself.
     """
 
     threat: ThreatModel
-    """Norm, budget and pixel range. The search starts at epsilon and does not end there."""
+    """Norm, budget and pixel range. Epsilon bounds what `run` returns, not the search."""
     num_targets: int = 9
-    """Number of target classes, cut to the number of wrong classes."""
-    num_bisections: int = 20
-    """Most balls to try for a target; an image needs as many only if nothing fools, or if its
-    distance and epsilon differ by a large factor."""
-    num_steps: int = 20
-    """Number of updates in a ball."""
-    tolerance: float = 0.01
-    """The bisection ends where the radius that failed is this close to the distance that fooled,
-    as a fraction of the distance."""
+    """Number of target classes, those with the largest clean logits first, cut to the number of
+    wrong classes."""
+    num_steps: int = 36
+    """Number of updates of each of the two walks and of the search in balls, for each target. 36
+    for each of 9 targets take 1,982 passes, forward and backward."""
 
     def __post_init__(self):
-        for name in ("num_targets", "num_bisections", "num_steps"):
+        for name in ("num_targets", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must be between 0 and 1; got {self.tolerance}.")
-
-    def _run(self, logits_fn, examples):
-        found = self._closest(logits_fn, examples)
-        fooled = found.distance <= self.threat.epsilon
-        adversarial = np.where(fooled[:, None, None, None], found.adversarial, examples.images)
-        return AttackResult(adversarial, fooled, fooled.copy(), found.forwards, found.backwards)
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
-        num_balls = self.num_targets * self.num_bisections
-        return num_balls * (self.num_steps + 1) + 1, num_balls * self.num_steps
+        searches = 3 * self.num_targets
+        return searches * (self.num_steps + 1) + _HALVINGS + 1, searches * self.num_steps
 
-    def closest(self, logits_fn, images, labels, *, seed, **options) -> ClosestImages:
-        """Look for the closest adversarial image of each image, within epsilon or not.
-
-        Args:
-            logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
-            images: (N, H, W, C) float, pixel units, within the threat model's bounds.
-            labels: (N,) int true classes.
-            seed: source of the random starts.
-            options: `indices`, `restart` and `gradient_logits_fn` as for `Attack.run`.
-
-        Returns:
-            A `ClosestImages`; `accuracy_curve` makes a curve of its distances.
-        """
-        return self._closest(logits_fn, Examples.checked(images, labels, seed=seed, **options))
-
-    def _closest(self, logits_fn, examples):
-        active = ActiveExamples(logits_fn, examples)
-        adversarial = examples.images.copy()
-        distance = np.where(active.fooled, 0.0, np.inf)
-        for name, targets in active.targets(self.num_targets):
-            stream = examples.stream(self, name)
-            self._bisect(active, adversarial, distance, targets, stream=stream)
-        return ClosestImages(adversarial, distance, active.forwards, active.backwards)
-
-    def _bisect(self, active, adversarial, distance, targets, *, stream):
-        """Look for closer images towards one target; updates `adversarial` and `distance`."""
-        given, functions, images = active.examples, active.functions, active.examples.images
-        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+    def _search(self, active):
+        rows, given = active.rows, active.examples
+        functions = (active.logits_fn, exact_gradient_fn(*active.functions))
+        image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         signature = (image, numbers, numbers, numbers, image, batch_spec(()), scalar, scalar)
-        search = compiled(self, "_search", functions, signature)
-        passes = num_forwards(*functions)
-        largest = _largest_distance(self.threat, images.shape[1:])
-        rows = active.rows
-        failed = np.zeros(len(images))
-        radius = np.where(
-            np.isfinite(distance), (1 - self.tolerance) * distance, _INSIDE * self.threat.epsilon
-        )
-        for number in range(self.num_bisections):
-            if not len(rows):
-                return
-            state = take((images, given.labels, targets, given.indices, adversarial, radius), rows)
-            # Two streams a ball: `uniform_in_ball` takes the next one too.
-            searched = search(*state, stream + 2 * number, given.restart)
-            found, fooled, num_again = (tensor.numpy() for tensor in searched)
-            forwards = self.num_steps * passes + 1
-            active.count(len(rows), forwards=forwards, backwards=self.num_steps)
-            active.count(int(num_again), forwards=1)
-            reached = self.threat.distance(*(x.astype(np.float64) for x in (found, state[0])))
-            closer = fooled & (reached.numpy() < distance[rows])
-            # Without an image to enter a ball at, failing there says little.
-            failed[rows[closer & np.isinf(distance[rows])]] = 0.0
-            adversarial[rows[closer]] = found[closer]
-            distance[rows[closer]] = reached.numpy()[closer]
-            failed[rows[~fooled]] = radius[rows[~fooled]]
+        approach = compiled(self, "_approach", functions, signature)
+        passes = 1 + (functions[0] is not functions[1])
+        closest, distance = given.images[rows], np.full(len(rows), np.inf, np.float32)
+        for name, targets in active.targets(self.num_targets):
+            state = take((given.images, given.labels, targets, given.indices), rows)
+            found = approach(*state, closest, distance, given.stream(self, name), given.restart)
+            closest, distance = (tensor.numpy() for tensor in found)
+            forwards, backwards = 3 * (self.num_steps + 1) * passes, 3 * self.num_steps
+            active.count(len(rows), forwards=forwards, backwards=backwards)
+        back = compiled(self, "_go_back", functions[:1], (image, numbers, image))
+        closest = back(given.images[rows], given.labels[rows], closest).numpy()
+        active.count(len(rows), forwards=_HALVINGS)
+        active.adversarial[rows] = closest
 
-            is_found = np.isfinite(distance)
-            radius = np.where(is_found, (failed + distance) / 2, np.minimum(2 * failed, largest))
-            is_done = is_found & (distance - failed <= self.tolerance * distance)
-            rows = rows[~is_done[rows]]
-
-    def _search(
+    def _approach(
         self,
         logits_fn,
         gradient_logits_fn,
@@ -158,69 +104,124 @@ class MinimumNorm(ImageAttack):
         targets,
         indices,
         closest,
-        radius,
+        distance,
         stream,
         restart,
     ):
-        """PGD in balls of these radii: the first iterate that fools, or the last, who fools, and
-        the number of rechecks.
-        """
-        radius = tf.reshape(radius, (-1, 1, 1, 1))
-        scale = radius / self.threat.epsilon
-        start = uniform_in_ball(
-            self.threat, images, stream=stream, indices=indices, restart=restart, scale=scale
+        """The closest images that fool, and their distances, after the search for one target."""
+        draw = {"indices": indices, "restart": restart}
+        loss = towards(labels, targets)
+
+        def see(points):
+            functions = (logits_fn, gradient_logits_fn)
+            return look(self.threat, functions, points, images, labels, loss)
+
+        def judged(points, closest, distance):
+            fooled = is_fooled(call_logits(logits_fn, points), labels)
+            length = self.threat.distance(points, images)
+            return keep_closer(closest, distance, points, length, fooled)
+
+        def walk(start, closest, distance):
+            current, *found = self._walk(see, images, start, closest, distance)
+            return judged(current, *found)
+
+        start = start_of(self.threat, images, stream=stream, **draw)
+        closest, distance = walk(start, closest, distance)
+        # `start_of` and `uniform_in_ball` draw from three streams.
+        current, *found = self._try_balls(see, images, distance, stream=stream + 1, **draw)
+        other, reached = judged(current, *found)
+        is_found = per_image(tf.math.is_finite(reached))
+        other, reached = walk(tf.where(is_found, other, closest), other, reached)
+        return keep_closer(closest, distance, other, reached, True)
+
+    def _go_back(self, logits_fn, images, labels, closest):
+        """Points that still fool on the way from the closest images straight to the image."""
+
+        def body(step, share, width):
+            points = images + per_image(share - width) * (closest - images)
+            fooled = is_fooled(call_logits(logits_fn, points), labels)
+            return step + 1, tf.where(fooled, share - width, share), width / 2
+
+        _, share, _ = tf.while_loop(
+            lambda step, *_: step < _HALVINGS,
+            body,
+            (tf.constant(0), tf.ones_like(labels, images.dtype), tf.constant(_WAY_BACK / 2)),
         )
-        is_found = tf.reduce_any(closest != images, axis=(1, 2, 3), keepdims=True)
-        start = tf.where(is_found, self.threat.project(closest, images, scale), start)
+        return tf.where(
+            per_image(share < 1), images + per_image(share) * (closest - images), closest
+        )
 
-        def step_length(step):
-            left = 1 - tf.cast(step, radius.dtype) / self.num_steps
-            return 2 * _TRAVEL * radius / self.num_steps * left
+    def _walk(self, see, images, start, closest, distance):
+        """FAB's steps: the last point, the closest that fooled before it, and their distances."""
+        threat = self.threat
 
-        def difference(logits):
-            towards, away = (tf.gather(logits, x, batch_dims=1) for x in (targets, labels))
-            return towards - away
+        def body(step, current, closest, distance):
+            seen = see(current)
+            closest, distance = keep_closer(closest, distance, current, seen.length, seen.fooled)
+            kept = tf.where(per_image(seen.fooled), images + _BETA * (current - images), current)
 
-        def judge(logits, current, found, fooled):
-            keep = tf.reshape(fooled, (-1, 1, 1, 1))
-            now = is_fooled(logits, labels)
-            return tf.where(keep, found, current), tf.logical_or(fooled, now)
+            def projected(points):
+                """Beyond the linearised boundary, and how far that is."""
+                rise = tf.reduce_sum(seen.gradient * (points - current), axis=(1, 2, 3))
+                flat = (tf.shape(points)[0], -1)
+                move = project_on_hyperplane(
+                    tf.reshape(points, flat),
+                    tf.reshape(seen.gradient, flat),
+                    seen.loss + rise,
+                    threat,
+                )
+                move = tf.reshape(move, tf.shape(points))
+                return points + _ETA * move, threat.distance(move, tf.zeros_like(move))
 
-        def body(step, current, found, fooled, num_again):
-            logits, gradient = logits_and_gradient(gradient_logits_fn, current, difference)
-            logits, again = judged_logits(
-                logits_fn, gradient_logits_fn, current, logits, labels, fooled
-            )
-            found, fooled = judge(logits, current, found, fooled)
-            current = gradient_step(
-                self.threat, current, gradient, images, step_length(step), scale
-            )
-            return step + 1, current, found, fooled, num_again + again
+            (ahead, length), (nearest, least) = projected(kept), projected(images)
+            alpha = tf.minimum(tf.math.divide_no_nan(length, length + least), _ALPHA)
+            current = ahead + per_image(alpha) * (nearest - ahead)
+            current = tf.clip_by_value(current, threat.lower, threat.upper)
+            return step + 1, current, closest, distance
 
-        _, current, found, fooled, num_again = tf.while_loop(
+        _, *found = tf.while_loop(
             lambda step, *_: step < self.num_steps,
             body,
-            (0, start, start, tf.zeros_like(labels, tf.bool), 0),
+            (tf.constant(0), start, closest, distance),
         )
-        return *judge(call_logits(logits_fn, current), current, found, fooled), num_again
+        return found
 
+    def _try_balls(self, see, images, distance, *, stream, **draw):
+        """PGD in balls: the last point, the closest that fooled before it, and their distances."""
+        threat, limit = self.threat, farthest(self.threat, images)
+        radius = tf.where(tf.math.is_finite(distance), distance, threat.epsilon)
+        radius = tf.minimum(radius, limit)
+        start = uniform_in_ball(
+            threat, images, stream=stream, scale=per_image(radius / threat.epsilon), **draw
+        )
 
-def accuracy_curve(distance, epsilons) -> np.ndarray:
-    """Accuracy at every epsilon, from the distances of adversarial images.
+        def body(step, current, radius, shrink, tries, closest, distance):
+            seen = see(current)
+            closer = tf.logical_and(seen.fooled, seen.length < distance)
+            closest, distance = keep_closer(closest, distance, current, seen.length, seen.fooled)
+            is_found = tf.math.is_finite(distance)
+            tries = tf.where(closer, 0, tries + 1)
+            is_over = tries >= _BALL_STEPS
+            tries = tf.where(is_over, 0, tries)
+            less = tf.maximum(shrink / 2, _LEAST_SHRINK)
+            shrink = tf.where(tf.logical_and(is_over, is_found), less, shrink)
+            wider = tf.where(is_over, 2 * radius, radius)
+            radius = tf.where(is_found, (1 - shrink) * distance, tf.minimum(wider, limit))
 
-    Args:
-        distance: (N,) float, as in `ClosestImages`.
-        epsilons: (M,) float, in the same norm and pixel units.
+            left = 1 - tf.cast(tries, radius.dtype) / _BALL_STEPS
+            length = per_image(2 * _TRAVEL * radius / _BALL_STEPS * left)
+            direction = direction_of(threat, seen.gradient, stream=stream + 2 + step, **draw)
+            starts_anew = per_image(tf.logical_and(is_over, is_found))
+            current = tf.where(starts_anew, closest, current + length * direction)
+            current = threat.project(current, images, per_image(radius / threat.epsilon))
+            return step + 1, current, radius, shrink, tries, closest, distance
 
-    Returns:
-        (M,) float shares of the images whose distance is above an epsilon, so they never rise
-        with it; at 0 the clean accuracy.
-    """
-    distance, epsilons = np.asarray(distance), np.asarray(epsilons)
-    return np.mean(distance[None, :] > epsilons[:, None], axis=1)
-
-
-def _largest_distance(threat, shape):
-    """From one corner of the pixel range to the opposite one."""
-    side = threat.upper - threat.lower
-    return side if threat.norm == "linf" else side * math.sqrt(math.prod(shape))
+        nothing = tf.zeros_like(distance)
+        tries = tf.zeros_like(distance, tf.int32)
+        state = (start, radius, nothing + _SHRINK, tries, images, nothing + np.inf)
+        _, current, _, _, _, closest, distance = tf.while_loop(
+            lambda step, *_: step < self.num_steps,
+            body,
+            (tf.constant(0, tf.int64), *state),
+        )
+        return current, closest, distance

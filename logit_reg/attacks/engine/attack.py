@@ -109,7 +109,7 @@ class ImageAttack:
         Raises:
             ValueError: if shapes or types do not fit, or an image is outside the bounds.
         """
-        examples = Examples.checked(
+        examples = self._checked(
             images,
             labels,
             seed=seed,
@@ -117,12 +117,17 @@ class ImageAttack:
             restart=restart,
             gradient_logits_fn=gradient_logits_fn,
         )
-        images = within_bounds(examples.images, self.threat.lower, self.threat.upper)
-        return self._run(logits_fn, dataclasses.replace(examples, images=images))
+        return self._run(logits_fn, examples)
 
     def __call__(self, logits_fn: LogitsFn, images, labels, *, seed: int) -> tf.Tensor:
         """Return `run(...).adversarial` as a tensor (N, H, W, C)."""
         return tf.convert_to_tensor(self.run(logits_fn, images, labels, seed=seed).adversarial)
+
+    def _checked(self, images, labels, **options) -> Examples:
+        """The arguments of `run` as examples, within the bounds."""
+        examples = Examples.checked(images, labels, **options)
+        images = within_bounds(examples.images, self.threat.lower, self.threat.upper)
+        return dataclasses.replace(examples, images=images)
 
     def _run(self, logits_fn: LogitsFn, examples: Examples) -> AttackResult:
         """Attack examples that are checked."""

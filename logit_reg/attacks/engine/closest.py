@@ -1,0 +1,298 @@
+"""The closest adversarial images: what the attacks have in common that look for them."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from logit_reg.attacks.engine.active_set import ActiveExamples, take
+from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
+from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.gradients import logits_and_gradient
+from logit_reg.attacks.engine.losses import is_fooled, margin
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn
+from logit_reg.attacks.engine.random_numbers import random_direction
+from logit_reg.threat import ThreatModel
+
+# Length of the last step, as a share of the first.
+_LAST_STEP = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosestImages:
+    """The closest adversarial images that were found for N images."""
+
+    adversarial: np.ndarray
+    """(N, H, W, C) float32 pixel units; the image itself where none was found or needed."""
+    distance: np.ndarray
+    """(N,) float64 distances in the threat model's norm, pixel units: 0 where the image itself is
+    misclassified, infinite where nothing was found."""
+    forwards: int
+    """Images sent forward through the network."""
+    backwards: int
+    """Images whose gradient was computed."""
+
+
+class ClosestAttack(ImageAttack):
+    """An attack that looks for the closest adversarial image, within epsilon or not."""
+
+    def closest(self, logits_fn, images, labels, *, seed, **options) -> ClosestImages:
+        """Look for the closest adversarial image of each image, within epsilon or not.
+
+        Args:
+            logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
+            images: (N, H, W, C) float, pixel units, within the threat model's bounds.
+            labels: (N,) int true classes.
+            seed: source of all random numbers.
+            options: `indices`, `restart` and `gradient_logits_fn` as for `Attack.run`.
+
+        Returns:
+            A `ClosestImages`, whose distances bound the true ones from above; `accuracy_curve`
+            makes a curve of them.
+
+        Raises:
+            ValueError: if shapes or types do not fit, or an image is outside the bounds.
+        """
+        return self._closest(logits_fn, self._checked(images, labels, seed=seed, **options))
+
+    def _run(self, logits_fn, examples):
+        found = self._closest(logits_fn, examples)
+        fooled = found.distance <= self.threat.epsilon
+        adversarial = np.where(fooled[:, None, None, None], found.adversarial, examples.images)
+        return AttackResult(adversarial, fooled, fooled.copy(), found.forwards, found.backwards)
+
+    def _closest(self, logits_fn, examples):
+        active = ActiveExamples(logits_fn, examples)
+        best = active.adversarial
+        if len(active.rows):
+            self._search(active)
+        distance = self.threat.distance(*(x.astype(np.float64) for x in (best, examples.images)))
+        is_found = (best != examples.images).any(axis=(1, 2, 3))
+        distance = np.where(is_found, distance, np.where(active.fooled, 0.0, np.inf))
+        return ClosestImages(best, distance, active.forwards, active.backwards)
+
+    def _search(self, active: ActiveExamples) -> None:
+        """Write the closest image that fools into `active.adversarial`, where one is found."""
+        raise NotImplementedError
+
+
+def accuracy_curve(distance, epsilons) -> np.ndarray:
+    """Accuracy at every epsilon, from the distances of adversarial images.
+
+    Args:
+        distance: (N,) float, as in `ClosestImages`.
+        epsilons: (M,) float, in the same norm and pixel units.
+
+    Returns:
+        (M,) float shares of the images whose distance is above an epsilon, so they never rise
+        with it; at 0 the clean accuracy.
+    """
+    distance, epsilons = np.asarray(distance), np.asarray(epsilons)
+    return np.mean(distance[None, :] > epsilons[:, None], axis=1)
+
+
+class Seen(NamedTuple):
+    """What a network says of the points that a search is at, for N images."""
+
+    length: tf.Tensor
+    """(N,) distances from the images."""
+    loss: tf.Tensor
+    """(N,) the logit that is to win minus the true one."""
+    gradient: tf.Tensor
+    """(N, H, W, C) of the loss."""
+    fooled: tf.Tensor
+    """(N,) bool."""
+
+
+def look(threat, functions, points, images, labels, loss) -> Seen:
+    """Send the points of a search through the network, inside a trace.
+
+    Args:
+        threat: norm and pixel range.
+        functions: the network that judges, and the one that gives directions.
+        points: (N, H, W, C) float32, pixel units.
+        images: (N, H, W, C) float32.
+        labels: (N,) int64.
+        loss: (N, K) logits -> (N,), what the search ascends.
+    """
+    logits_fn, gradient_logits_fn = functions
+    logits, gradient = logits_and_gradient(gradient_logits_fn, points, loss)
+    if gradient_logits_fn is not logits_fn:
+        logits = call_logits(logits_fn, points)
+    value = tf.cast(loss(logits), points.dtype)
+    return Seen(threat.distance(points, images), value, gradient, is_fooled(logits, labels))
+
+
+def keep_closer(closest, distance, points, length, fooled):
+    """The closest images that fool, (N, H, W, C), and their distances, (N,), with these points."""
+    closer = tf.logical_and(fooled, length < distance)
+    return tf.where(per_image(closer), points, closest), tf.where(closer, length, distance)
+
+
+def towards(labels, targets):
+    """The loss of a search for a class: its logit minus the true one."""
+
+    def loss(logits):
+        wrong, true = (tf.gather(logits, x, batch_dims=1) for x in (targets, labels))
+        return wrong - true
+
+    return loss
+
+
+def farthest(threat, images):
+    """(N,) distances from images to the farthest corner of the pixel range."""
+    corner = tf.maximum(images - threat.lower, threat.upper - images)
+    return threat.distance(corner, tf.zeros_like(corner))
+
+
+def start_of(threat, images, *, stream, indices, restart):
+    """Where a search starts: at the image, a restart half of epsilon away in some direction."""
+    draw = {"stream": stream, "indices": indices, "restart": restart}
+
+    def elsewhere():
+        start = images + 0.5 * threat.epsilon * random_direction(threat, images, **draw)
+        return tf.clip_by_value(start, threat.lower, threat.upper)
+
+    return tf.cond(restart > 0, elsewhere, lambda: images)
+
+
+def direction_of(threat, gradient, *, stream, indices, restart):
+    """Unit steps of steepest ascent (N, H, W, C); random ones where the gradient vanishes."""
+    is_zero = tf.reduce_all(tf.equal(gradient, 0), axis=(1, 2, 3), keepdims=True)
+
+    def with_random():
+        noise = random_direction(threat, gradient, stream=stream, indices=indices, restart=restart)
+        return tf.where(is_zero, noise, threat.ascent_direction(gradient))
+
+    return tf.cond(tf.reduce_any(is_zero), with_random, lambda: threat.ascent_direction(gradient))
+
+
+def linear_distance(threat, seen: Seen):
+    """(N,) how far the boundary is if the loss is linear; infinite where it has no slope."""
+    axes = (1, 2, 3)
+    largest = tf.reduce_max(tf.abs(seen.gradient), axis=axes)
+    # Divided first, so that squares of tiny or huge gradients stay in range.
+    scaled = tf.math.divide_no_nan(seen.gradient, per_image(largest))
+    if threat.norm == "linf":
+        slope = largest * tf.reduce_sum(tf.abs(scaled), axis=axes)
+    else:
+        slope = largest * tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes))
+    return tf.where(slope > 0, tf.math.divide_no_nan(tf.abs(seen.loss), slope), np.inf)
+
+
+def per_image(values):
+    """(N,) -> (N, 1, 1, 1)."""
+    return tf.reshape(values, (-1, 1, 1, 1))
+
+
+class RadiusSearch(ClosestAttack):
+    """A search along the gradient, in a ball whose radius follows the boundary.
+
+    It ascends the largest wrong logit minus the true one, or the logits of `num_targets` classes
+    one after the other, from the start each time. Every iterate is judged, the last one too, and
+    the closest that fools is kept. Where the gradient vanishes, a step goes in a random direction.
+    """
+
+    threat: ThreatModel
+    num_steps: int
+    num_targets: int | None
+    step_size: float
+    gamma: float
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1; got {self.num_steps}.")
+        if self.num_targets is not None and self.num_targets < 1:
+            raise ValueError(f"num_targets must be at least 1, or None; got {self.num_targets}.")
+        if not 0 < self.step_size < math.inf:
+            raise ValueError(f"step_size must be above 0; got {self.step_size}.")
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"gamma must be between 0 and 1; got {self.gamma}.")
+
+    def cost(self):
+        """Return the most forwards and backwards that one image can take."""
+        searches = self.num_targets or 1
+        return searches * (self.num_steps + 1) + 1, searches * self.num_steps
+
+    def _first_radius(self, seen: Seen):
+        """The radius of the first step: (N,) after what was seen at the start."""
+        raise NotImplementedError
+
+    def _next_radius(self, seen: Seen, radius, distance, share):
+        """The radius of a later step.
+
+        Args:
+            seen: what the network says of the points that the step leaves.
+            radius: (N,) of the last step.
+            distance: (N,) of the closest image that fools, infinite where there is none.
+            share: () what is left of the annealing, from 1 to 0.
+        """
+        raise NotImplementedError
+
+    def _to_radius(self, points, images, radius):
+        """Points (N, H, W, C) moved into the ball of a radius (N,) or onto its sphere."""
+        raise NotImplementedError
+
+    def _search(self, active):
+        rows, given = active.rows, active.examples
+        functions = (active.logits_fn, exact_gradient_fn(*active.functions))
+        image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
+        scalar = tf.TensorSpec((), tf.int64)
+        signature = (image, numbers, numbers, numbers, scalar, scalar)
+        follow = compiled(self, "_follow", functions, signature)
+        passes = 1 + (functions[0] is not functions[1])
+        searches = [("", given.labels)]
+        if self.num_targets is not None:
+            searches = active.targets(self.num_targets)
+        least = np.full(len(rows), np.inf, np.float32)
+        for name, targets in searches:
+            state = take((given.images, given.labels, targets, given.indices), rows)
+            found = follow(*state, given.stream(self, name), given.restart)
+            closest, distance = (tensor.numpy() for tensor in found)
+            forwards = (self.num_steps + 1) * passes
+            active.count(len(rows), forwards=forwards, backwards=self.num_steps)
+            closer = distance < least
+            active.adversarial[rows[closer]] = closest[closer]
+            least[closer] = distance[closer]
+
+    def _follow(
+        self, logits_fn, gradient_logits_fn, images, labels, targets, indices, stream, restart
+    ):
+        """One search: the closest images that fool, and their distances, infinite if none does."""
+        threat, draw = self.threat, {"indices": indices, "restart": restart}
+        limit = farthest(threat, images)
+        is_targeted = self.num_targets is not None
+        loss = towards(labels, targets) if is_targeted else lambda z: -margin(z, labels)
+
+        def body(step, current, radius, closest, distance):
+            functions = (logits_fn, gradient_logits_fn)
+            seen = look(threat, functions, current, images, labels, loss)
+            closest, distance = keep_closer(closest, distance, current, seen.length, seen.fooled)
+            share = (1 + tf.cos(math.pi * tf.cast(step, tf.float32) / self.num_steps)) / 2
+            later = self._next_radius(seen, radius, distance, share)
+            radius = tf.where(tf.equal(step, 0), self._first_radius(seen), later)
+            radius = tf.minimum(radius, limit)
+            direction = direction_of(threat, seen.gradient, stream=stream + 1 + step, **draw)
+            length = self.step_size * radius * (_LAST_STEP + (1 - _LAST_STEP) * share)
+            moved = current + per_image(length) * direction
+            current = self._to_radius(moved, images, radius)
+            current = tf.clip_by_value(current, threat.lower, threat.upper)
+            return step + 1, current, radius, closest, distance
+
+        nothing = tf.zeros_like(labels, images.dtype)
+        _, current, _, closest, distance = tf.while_loop(
+            lambda step, *_: step < self.num_steps,
+            body,
+            (
+                tf.constant(0, tf.int64),
+                start_of(threat, images, stream=stream, **draw),
+                nothing,
+                images,
+                nothing + np.inf,
+            ),
+        )
+        fooled = is_fooled(call_logits(logits_fn, current), labels)
+        length = threat.distance(current, images)
+        return keep_closer(closest, distance, current, length, fooled)
