@@ -65,6 +65,7 @@ EVALUATION = (
             "random_seed",
             "worst_case_only",
             "attack_dtype",
+            "eot",
             "store_adv_path",
             "output_dir",
             "num_workers",
@@ -75,6 +76,11 @@ EVALUATION = (
     ),
     Effect(PGD_FLAGS, lambda v: not v["protocol"], "without --protocol: a protocol is frozen"),
     _CONFIDENCE,
+    Effect(
+        ("eot",),
+        lambda v: "autoattack-rand" not in (v["protocol"] or ()),
+        "with other protocols: autoattack-rand averages over 20 passes itself",
+    ),
     Effect(
         ("worst_case_only",),
         lambda v: v["num_attacks"] is None or v["num_attacks"] > 1,
