@@ -302,11 +302,19 @@ def content_hash(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def network_hash(network: keras.Model) -> str:
-    """sha256 of a Keras network: architecture and weights."""
+def network_hash(network: Any) -> str:
+    """sha256 of a network's architecture and weights: of Keras, or from `logit_reg.adapters`."""
+    if not isinstance(network, keras.Model):
+        return network.sha256
     digest = hashlib.sha256(json.dumps(network.get_config(), default=str).encode())
     digest.update(content_hash(*network.get_weights()).encode())
     return digest.hexdigest()
+
+
+def known_hash(network: Any) -> str | None:
+    """`network_hash`; None for a plain function, which has no content to make a hash of."""
+    is_known = isinstance(network, keras.Model) or hasattr(network, "sha256")
+    return network_hash(network) if is_known else None
 
 
 def estimate_seconds(

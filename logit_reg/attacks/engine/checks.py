@@ -17,7 +17,6 @@ from logit_reg.attacks.engine.forward import (
     clean_logits,
     compiled,
     forward_graph,
-    fresh_trace,
 )
 from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import LOSSES, attack_loss, is_finite, margin
@@ -388,13 +387,12 @@ def check_network(
         in_batches(lambda part: clean_logits(logits_fn, part), images)
         for _ in range(_NUM_PASSES - 1)
     ]
-    traced_anew = fresh_trace(logits_fn, images)
     findings = check_outputs(passes[0]) + check_dynamic(forward_graph(logits_fn, images))
     findings += check_randomised(
         passes,
         labels,
         for_randomised=for_randomised,
-        traced_anew=in_batches(traced_anew, images),
+        traced_anew=in_batches(lambda part: clean_logits(logits_fn, part, trace=1), images),
     )
     followed_fn = exact_gradient_fn(logits_fn, gradient_logits_fn or logits_fn)
     stream = random_stream(seed, "checks")

@@ -242,13 +242,18 @@ def _classes(logits):
     return tf.where(is_finite(logits), tf.argmax(logits, axis=-1), -1)
 
 
-def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
+def clean_logits(logits_fn: LogitsFn, images, *, trace: int = 0) -> np.ndarray:
     """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float.
+
+    Args:
+        logits_fn: images -> logits.
+        images: (N, H, W, C) float, pixel units.
+        trace: another number takes another trace of the same function.
 
     Raises:
         ValueError: if there is not one row of logits an image.
     """
-    logits = _compiled_forward(logits_fn, images)(images).numpy()
+    logits = _compiled_forward(logits_fn, images, trace)(images).numpy()
     if len(logits) != len(images):
         raise ValueError(
             f"logits_fn must return a row of logits for each image; it returns {len(logits)} for "
@@ -277,18 +282,13 @@ def forget_if_changed(logits_fn: LogitsFn, images) -> None:
     if not traced.experimental_get_tracing_count():
         return
     sample = images[:_NUM_COMPARED]
-    now = fresh_trace(logits_fn, sample)
-    if not np.array_equal(traced(sample), now(sample), equal_nan=True):
-        forget_traces()
-
-
-def fresh_trace(logits_fn: LogitsFn, images):
-    """A `tf.function` from images, (N, H, W, C) as these, to logits; its trace is not kept."""
-    return tf.function(
+    now = tf.function(
         functools.partial(_Forward()._logits, logits_fn),
-        input_signature=(batch_spec(images.shape[1:]),),
+        input_signature=traced.input_signature,
         autograph=False,
     )
+    if not np.array_equal(traced(sample), now(sample), equal_nan=True):
+        forget_traces()
 
 
 def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
@@ -296,14 +296,16 @@ def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
     return _compiled_forward(logits_fn, images).get_concrete_function().graph
 
 
-def _compiled_forward(logits_fn, images):
+def _compiled_forward(logits_fn, images, trace=0):
     signature = (batch_spec(images.shape[1:]),)
-    return compiled(_Forward(), "_logits", (logits_fn,), signature)
+    return compiled(_Forward(trace), "_logits", (logits_fn,), signature)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
     """One pass."""
+
+    trace: int = 0
 
     def _logits(self, logits_fn, images):
         return call_logits(logits_fn, images)
