@@ -70,11 +70,11 @@ def python_examples(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(4))]
+    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(5))]
 )
 def test_the_python_examples_run(page, number, tmp_path, monkeypatch):
     examples = python_examples((ROOT / page).read_text())
-    assert len(examples) == (1 if page == "README.md" else 4)
+    assert len(examples) == (1 if page == "README.md" else 5)
     monkeypatch.chdir(tmp_path)
     network = keras.Sequential(
         [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(4)]

@@ -505,6 +505,6 @@ def _check(logits_fn, images, claim, budget, batch_size, state_dir):
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     if state_dir is not None and known_hash(logits_fn) is None:
         raise ValueError(
-            "state_dir needs a network of Keras or of logit_reg.adapters: another function has no "
+            "state_dir needs a Keras network or one of logit_reg.adapters: another function has no "
             "content to key it by."
         )

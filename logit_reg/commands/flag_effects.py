@@ -152,6 +152,14 @@ REPORT = (
     Effect(("checkpoints",), lambda v: bool(v["leaderboard"]), "with --leaderboard"),
 )
 
+EXPORT = (
+    Effect(
+        ("slots", "step", "zip", "evaluations", "link"),
+        lambda v: v["to"] == "challenge",
+        "with --to=challenge",
+    ),
+)
+
 # Beside those of train.py, which are judged for each run of the grids.
 SWEEP = (
     Effect(("num_parallel",), lambda v: v["runner"] == "local", "with --runner=local"),
