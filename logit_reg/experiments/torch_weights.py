@@ -47,9 +47,8 @@ def export_torch(model: Model, output_dir: Path) -> None:
         if held != digest:
             raise UsageError(f"{path} holds another network; choose another --output_dir.")
     tensors = torch_tensors(network)
-    shape = (network.input_shape[-1], *network.input_shape[1:-1])
-    metadata = {"format": "pt", "input": f"N{shape}", "network_sha256": digest}
-    content = save(tensors, metadata)
+    # One entry: several come in another order each time.
+    content = save(tensors, {"network_sha256": digest})
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
