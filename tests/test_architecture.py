@@ -20,7 +20,7 @@ FLOORS = (
         "regularizers",
     ),
     ("array_files",),
-    ("threat", "objectives"),
+    ("threat", "objectives", "adapters"),
     ("attacks.engine",),
     ("attacks",),
     ("evaluation", "training"),

@@ -13,6 +13,7 @@ from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
 from logit_reg.attacks.engine.random_numbers import random_direction
+from logit_reg.attacks.engine.repeated_passes import repeated
 from logit_reg.threat import ThreatModel
 
 LOSSES = ("xent", "dlr")
@@ -69,7 +70,8 @@ class APGD(_AutoPGD):
     num_steps: int = 100
     """Number of updates; the schedule of the step size depends on it."""
     num_samples: int = 1
-    """Passes over which a gradient is averaged, above 1 for randomised networks only."""
+    """Passes over which gradients and verdicts are averaged, see `RepeatedPasses`; above 1 for
+    randomised networks only."""
 
     def __post_init__(self):
         if self.loss not in LOSSES:
@@ -103,7 +105,8 @@ class APGDTargeted(_AutoPGD):
     num_steps: int = 100
     """Number of updates for each target."""
     num_samples: int = 1
-    """Passes over which a gradient is averaged, above 1 for randomised networks only."""
+    """Passes over which gradients and verdicts are averaged, see `RepeatedPasses`; above 1 for
+    randomised networks only."""
 
     def __post_init__(self):
         _check_counts(self, "num_targets", "num_steps", "num_samples")
@@ -176,9 +179,10 @@ class _Ascent:
         rows, given, functions = active.rows, active.examples, active.functions
         if not len(rows):
             return
+        functions = repeated(functions, self.num_samples)
         examples = take((given.images, given.labels, targets, given.indices), rows)
         # Another network's logits may judge the iterates: one more forward each.
-        passes = self.num_samples + num_forwards(*functions) - 1
+        passes = self.num_samples * num_forwards(*functions)
         state, fooled, num_again = self.begin(
             functions, examples, stream=stream, restart=given.restart
         )
@@ -283,17 +287,6 @@ class _Ascent:
     def _judge(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
         """Logits that judge, the loss to rank by, the unscaled gradient, the number of rechecks."""
         logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
-        if self.num_samples > 1:
-
-            def another(sample, _, total):
-                logits, gradient = self._logits_and_gradient(
-                    gradient_logits_fn, points, labels, targets
-                )
-                return sample + 1, logits, total + gradient
-
-            _, logits, gradient = tf.while_loop(
-                lambda sample, *_: sample < self.num_samples, another, (1, logits, gradient)
-            )
         judged, num_again = judged_logits(
             logits_fn, gradient_logits_fn, points, logits, labels, fooled
         )

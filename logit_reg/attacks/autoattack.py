@@ -61,8 +61,9 @@ class AutoAttack(CascadeAttack):
     def _attack(self, active):
         examples = active.examples
         inputs = (active.logits_fn, examples.images, examples.labels)
-        warn(self.checks(*inputs, seed=examples.seed, indices=examples.indices))
-        forwards, backwards = self._cost_of_checks(len(examples.images))
+        options = {"seed": examples.seed, "indices": examples.indices}
+        warn(self.checks(*inputs, **options, gradient_logits_fn=examples.gradient_logits_fn))
+        forwards, backwards = cost_of_checks(len(examples.images))
         active.count(1, forwards=forwards, backwards=backwards)
         warn(check_finite(~np.isfinite(active.clean_logits).all(axis=1)))
         super()._attack(active)
@@ -70,13 +71,12 @@ class AutoAttack(CascadeAttack):
     def cost(self):
         """Return the most forwards and backwards that one image can take, with 10 classes."""
         forwards, backwards = super().cost()
-        more_forwards, more_backwards = self._cost_of_checks(1)
+        more_forwards, more_backwards = cost_of_checks(1)
         return forwards + more_forwards, backwards + more_backwards
 
-    def _cost_of_checks(self, num_images):
-        return cost_of_checks(num_images, for_randomised=self.for_randomised)
-
-    def checks(self, logits_fn, images, labels, *, seed=0, indices=None) -> tuple[Finding, ...]:
+    def checks(
+        self, logits_fn, images, labels, *, seed=0, indices=None, gradient_logits_fn=None
+    ) -> tuple[Finding, ...]:
         """What can be seen before the attacks that makes their figure doubtful.
 
         Args:
@@ -85,6 +85,7 @@ class AutoAttack(CascadeAttack):
             labels: (N,) int.
             seed: source of random numbers.
             indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
+            gradient_logits_fn: what the attacks follow; `logits_fn` if None.
 
         Returns:
             Findings; that Square lowers the worst case is seen only by `run`.
@@ -102,6 +103,7 @@ class AutoAttack(CascadeAttack):
             for_randomised=self.for_randomised,
             seed=seed,
             indices=indices,
+            gradient_logits_fn=gradient_logits_fn,
         )
         return (*self.check_num_classes(num_classes), *found)
 

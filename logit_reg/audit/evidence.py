@@ -30,7 +30,7 @@ from logit_reg.evaluation.run import (
     Evaluation,
     ThreatModelError,
     evaluate,
-    network_hash,
+    known_hash,
 )
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.threat import ThreatModel
@@ -319,8 +319,7 @@ class Evidence:
         """Attack the audited model along the gradients of a control: (N,) bool for each."""
         source = self.precise_control(control)
         # The content of a network, so that a kept batch belongs to it; a function has its name.
-        is_network = isinstance(control.logits_fn, keras.Model)
-        key = network_hash(control.logits_fn) if is_network else control.name
+        key = known_hash(control.logits_fn) or control.name
         return self.run(
             {
                 f"{name}-from-{control.name}": Transfer(attack, source, key, every_iterate=True)
@@ -364,10 +363,10 @@ class Evidence:
         return _in_batches(self.logits_fn, points, self.batch_size)
 
     def _state(self, network, precision):
-        # A function that is no Keras network has no content that a key could be made of.
-        if self._state_dir is None or not isinstance(network, keras.Model):
+        key = known_hash(network)
+        if self._state_dir is None or key is None:
             return None
-        return EvaluationState(self._state_dir, f"{network_hash(network)} {precision}")
+        return EvaluationState(self._state_dir, f"{key} {precision}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,7 +503,8 @@ def _check(logits_fn, images, claim, budget, batch_size, state_dir):
         raise ValueError("an audit needs at least one image; got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    if state_dir is not None and not isinstance(logits_fn, keras.Model):
+    if state_dir is not None and known_hash(logits_fn) is None:
         raise ValueError(
-            "state_dir needs a Keras network: another function has no content to key it by."
+            "state_dir needs a Keras network or one of logit_reg.adapters: another function has no "
+            "content to key it by."
         )

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import keras
-
 from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.audit.binarization import BINARIZATION
 from logit_reg.audit.estimate import estimate
@@ -20,7 +18,7 @@ from logit_reg.audit.sanity import SANITY
 from logit_reg.audit.strength import STRENGTH
 from logit_reg.durations import in_words
 from logit_reg.evaluation.ledger import attack_settings
-from logit_reg.evaluation.run import ThreatModelError, content_hash, network_hash
+from logit_reg.evaluation.run import ThreatModelError, content_hash, known_hash
 from logit_reg.threat import ThreatModel
 from logit_reg.version import __version__
 
@@ -202,7 +200,7 @@ def _settings(evidence: Evidence, logits_fn, expected: Cost, given: Mapping[str,
         **given,
         "threat": dataclasses.asdict(evidence.threat),
         "data_sha256": content_hash(evidence.images, evidence.labels),
-        "network_sha256": network_hash(logits_fn) if isinstance(logits_fn, keras.Model) else None,
+        "network_sha256": known_hash(logits_fn),
         "batch_size": evidence.batch_size,
         "step_size": evidence.step_size,
         "claimed_attacks": {

@@ -42,6 +42,12 @@ flags.DEFINE_bool(
 )
 flag_groups.define_attack_flags("attack flag: ")
 flag_groups.define_attack_dtype_flag()
+flags.DEFINE_integer(
+    "eot",
+    1,
+    "for randomised networks: passes over which gradients are averaged; most of 20 decide",
+    lower_bound=1,
+)
 
 flags.DEFINE_list("attack_file", None, "score these attack.npy files instead of attacking")
 flags.DEFINE_string("pred_path", "pred.npy", "where --attack_file writes the predictions")
@@ -165,6 +171,7 @@ def _evaluate(subject, protocols, published, of_model) -> None:
         batch_size=FLAGS.eval_batch_size,
         worst_case_only=FLAGS.worst_case_only,
         attack_dtype=FLAGS.attack_dtype,
+        eot=FLAGS.eot,
         output_dir=records.optional_path("output_dir"),
         store_adv_path=records.optional_path("store_adv_path"),
         workers=workers if workers.count > 1 else None,

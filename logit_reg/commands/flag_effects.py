@@ -82,6 +82,7 @@ EVALUATION = (
             "random_seed",
             "worst_case_only",
             "attack_dtype",
+            "eot",
             "store_adv_path",
             "output_dir",
             "num_workers",
@@ -92,6 +93,11 @@ EVALUATION = (
     ),
     Effect(PGD_FLAGS, lambda v: not v["protocol"], "without --protocol: a protocol is frozen"),
     _CONFIDENCE,
+    Effect(
+        ("eot",),
+        lambda v: "autoattack-rand" not in (v["protocol"] or ()),
+        "with other protocols: autoattack-rand averages over 20 passes itself",
+    ),
     Effect(
         ("worst_case_only",),
         lambda v: v["num_attacks"] is None or v["num_attacks"] > 1,
@@ -161,6 +167,14 @@ REPORT = (
     Effect(("title",), lambda v: bool(v["page"]), "with --page"),
     Effect(("section",), lambda v: bool(v["readme"]), "with --readme"),
     Effect(("checkpoints",), lambda v: bool(v["leaderboard"]), "with --leaderboard"),
+)
+
+EXPORT = (
+    Effect(
+        ("slots", "step", "zip", "evaluations", "link"),
+        lambda v: v["to"] == "challenge",
+        "with --to=challenge",
+    ),
 )
 
 # Beside those of train.py, which are judged for each run of the grids.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from logit_reg.attacks.engine.attack import Attack
-from logit_reg.evaluation.run import Evaluation
+from logit_reg.evaluation.run import NUM_VERDICT_PASSES, Evaluation
 from logit_reg.evaluation.statistics import LEVEL, Proportion
 from logit_reg.files import one_line, read_bytes, read_json, write_json, write_text
 
@@ -75,7 +75,8 @@ def build_result(
 
     Returns:
         A JSON object; accuracies are fractions. "notices" holds the findings of the evaluation,
-        each with "name", "message" and "value".
+        each with "name", "message" and "value". Where repeated passes decide, "passes" has their
+        number, the mean share of them that is right, and the share of images that is right in all.
     """
     planned = planned_result(
         protocols,
@@ -91,9 +92,16 @@ def build_result(
         protocol["robust_accuracy"] = _share(np.all(correct, axis=0))
         for name, attack in protocol["attacks"].items():
             attack |= _numbers(evaluation.records[name])
+    passes = {}
+    if evaluation.share_right is not None:
+        passes["passes"] = {
+            "number": NUM_VERDICT_PASSES,
+            **pass_shares(evaluation.share_right),
+        }
     return {
         "schema": SCHEMA,
         **planned,
+        **passes,
         "clean_accuracy": _share(evaluation.clean),
         "robust_accuracy": _share(evaluation.robust),
         "interval": {"level": LEVEL, "method": "wilson", "low": low, "high": high},
@@ -102,6 +110,11 @@ def build_result(
         "seconds": sum(record.seconds for record in evaluation.records.values()),
         "notices": [dataclasses.asdict(finding) for finding in evaluation.findings],
     }
+
+
+def pass_shares(share_right: np.ndarray) -> dict[str, float]:
+    """What "passes" of `result.json` says of the (N,) shares of repeated passes that are right."""
+    return {"mean_right": _share(share_right), "always_right": _share(share_right == 1)}
 
 
 def planned_result(
@@ -163,6 +176,7 @@ def evaluation_identity(result: Mapping) -> dict:
         "labels": settings.get("labels_sha256"),
         "attack_dtype": settings.get("attack_dtype"),
         "worst_case_only": settings.get("worst_case_only"),
+        "eot": settings.get("eot", 1),
         "attacks": " + ".join(attacks := _attacks_of(result)),
         "settings": attacks,
     }
@@ -207,7 +221,8 @@ def evaluation_name(result: Mapping) -> str:
     """Name of the folder of an evaluation: its label, its number of images and what is unusual.
 
     That is a first image after that of the data set, a seed other than 0, the step of a network
-    that is not trained to its end, an active set that attacks share, and another precision.
+    that is not trained to its end, an active set that attacks share, gradients averaged over
+    passes, and another precision.
 
     Args:
         result: content of `result.json`, or what `planned_result` gives.
@@ -223,6 +238,8 @@ def evaluation_name(result: Mapping) -> str:
         words.append(f"step{training.get('steps_done')}")
     if settings.get("worst_case_only"):
         words.append("worst-case-only")
+    if settings.get("eot", 1) != 1:
+        words.append(f"eot{settings['eot']}")
     if settings.get("attack_dtype", "float32") != "float32":
         words.append(str(settings["attack_dtype"]))
     return "-".join(words)
@@ -309,6 +326,8 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
     }
     columns = ["index", "label", "clean_prediction", "robust", "broken_by", "distance"]
     columns += [f"correct_{name}" for name in evaluation.correct] + list(stages)
+    share_right = evaluation.share_right
+    columns += [] if share_right is None else ["share_right"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -323,6 +342,7 @@ def write_ledger(directory: Path | str, evaluation: Evaluation, result: dict, in
                 f"{evaluation.distance[i]:.9g}",
                 *(int(correct[i]) for correct in evaluation.correct.values()),
                 *(int(robust[i]) for robust in stages.values()),
+                *(() if share_right is None else [f"{share_right[i]:.9g}"]),
             ]
         )
     write_rows(directory, text.getvalue(), result)

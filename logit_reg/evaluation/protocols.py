@@ -12,6 +12,7 @@ from logit_reg.threat import ThreatModel
 CHALLENGE_CONFIDENCE = 50.0
 
 _EACH = "autoattack-each"
+_RAND = "autoattack-rand"
 
 
 class Challenge(Protocol):
@@ -170,6 +171,8 @@ ANY_THREAT: dict[str, Callable[[ThreatModel, int], dict[str, Attack]]] = {
     "autoattack": lambda threat, num_classes: {"autoattack": AutoAttack(threat)},
     # The columns of the AutoAttack paper's tables: each on all images.
     _EACH: lambda threat, num_classes: AutoAttack(threat).attacks(num_classes),
+    # For randomised networks.
+    _RAND: lambda threat, num_classes: {_RAND: AutoAttack(threat, "rand")},
     "adaptive": lambda threat, num_classes: {"adaptive": Adaptive(threat)},
 }
 
@@ -188,6 +191,7 @@ PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
     "autoattack": functools.partial(_linf, name="autoattack"),
     _EACH: functools.partial(_linf, name=_EACH),
     "autoattack-l2": _autoattack_l2,
+    _RAND: functools.partial(_linf, name=_RAND),
     "adaptive": functools.partial(_linf, name="adaptive"),
 }
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import keras
 import numpy as np
@@ -26,6 +27,7 @@ from logit_reg.attacks.engine.checks import (
 from logit_reg.attacks.engine.examples import Examples, check_examples, within_bounds
 from logit_reg.attacks.engine.forward import Classifier, Judgement, count_classes, forget_if_changed
 from logit_reg.attacks.engine.inference_copy import copy_for_inference
+from logit_reg.attacks.engine.repeated_passes import repeated
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.progress import Progress
@@ -35,6 +37,9 @@ from logit_reg.threat import ThreatModel
 _RELATIVE_SLACK = 1e-6
 # What is kept of a finished batch.
 _SAVED = {"adversarial", "fooled", "last", "counts"}
+
+NUM_VERDICT_PASSES = 20
+"""Passes that decide on an image of a randomised network."""
 
 _CLASSIFIER = Classifier()
 
@@ -94,6 +99,9 @@ class Evaluation:
     """What makes these numbers doubtful or incomplete, each once; see `check_network`."""
     cost_of_checks: tuple[int, int] = (0, 0)
     """Forwards and backwards of the checks that gave the findings."""
+    share_right: np.ndarray | None = None
+    """(N,) float: the share of passes that classify `adversarial` right, each drawn anew, where
+    repeated passes decide; else None."""
 
     @property
     def forwards(self) -> int:
@@ -121,11 +129,16 @@ def evaluate(
     show_progress: bool = False,
     gradient_logits_fn=None,
     with_checks: bool = True,
+    eot: int = 1,
 ) -> Evaluation:
     """Attack a data set with several attacks and combine them per example.
 
     Signs that the numbers cannot be trusted are in `findings`, and each is issued once as an
     `AttackWarning`.
+
+    Of a randomised network, an image is right if most of 20 passes are, each drawn anew; that is
+    so with `eot` above 1, and with AutoAttack's version "rand". The network's own random numbers
+    do not depend on `seed`.
 
     Args:
         logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
@@ -146,14 +159,16 @@ def evaluate(
         gradient_logits_fn: what the attacks follow, see `Attack.run`; `logits_fn` if None.
         with_checks: check the network first, on a few images, see `check_network`; without it
             `findings` hold what the attacks show by themselves.
+        eot: passes over which the attacks average gradients and verdicts, see `RepeatedPasses`;
+            above 1 for randomised networks.
 
     Returns:
         An `Evaluation`: robust <= each single attack <= clean, per example. Logits that are not
         finite are a wrong answer.
 
     Raises:
-        ValueError: if there are no images or attacks, an image is outside the bounds, or a label
-            is no class of the network.
+        ValueError: if there are no images or attacks, `eot` is below 1, an image is outside the
+            bounds, or a label is no class of the network.
         ThreatModelError: if an attack leaves its threat model.
     """
 
@@ -161,7 +176,9 @@ def evaluate(
         given = Examples.checked(
             images, labels, seed=seed, indices=indices, gradient_logits_fn=gradient_logits_fn
         )
-        return dataclasses.replace(given, images=_check_inputs(given.images, attacks, batch_size))
+        return dataclasses.replace(
+            given, images=_check_inputs(given.images, attacks, batch_size, eot)
+        )
 
     examples = checked(images, labels, indices)
     first_examples = examples if sample is None else checked(*sample, None)
@@ -173,18 +190,20 @@ def evaluate(
     findings: list[Finding] = []
     cost = (0, 0)
     if with_checks:
-        found, cost = _check(logits_fn, attacks, first_examples, batch_size)
+        found, cost = _check(logits_fn, attacks, first_examples, batch_size, eot)
         findings += found
         warn(findings)
-    judgement = _judge(logits_fn, images, labels, batch_size)
+    is_repeated = eot > 1 or any(map(_is_for_randomised, attacks.values()))
+    judge = _Judge(logits_fn, NUM_VERDICT_PASSES if is_repeated else 1)
+    judgement, share_right = judge.judge(images, labels, batch_size)
     clean = ~judgement.fooled
     not_finite = judgement.not_finite
-    worst = _WorstCase(images, clean)
+    worst = _WorstCase(images, clean, share_right)
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
 
     attacked_fn = copy_for_inference(logits_fn, first_examples.images[:batch_size])
-    run = _Run(logits_fn, attacked_fn, examples, batch_size, state, show_progress)
+    run = _Run(judge, attacked_fn, examples, batch_size, state, show_progress, eot)
     for name, attack in attacks.items():
         if attack in done and not worst_case_only:
             # Another protocol asks for the very same attack: same settings, seed and examples.
@@ -197,6 +216,8 @@ def evaluate(
         not_finite |= attacked.not_finite
         done[attack] = name
     late = check_finite(not_finite) + run.findings
+    if is_repeated:
+        late.append(_repeated_finding(worst.share_right))
     warn(late)
     return Evaluation(
         labels=labels,
@@ -210,6 +231,7 @@ def evaluate(
         records=records,
         findings=tuple(dict.fromkeys([*findings, *late])),
         cost_of_checks=cost,
+        share_right=worst.share_right if is_repeated else None,
     )
 
 
@@ -290,15 +312,23 @@ def content_hash(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def network_hash(network: keras.Model) -> str:
-    """sha256 of a Keras network: architecture and weights."""
+def network_hash(network: Any) -> str:
+    """sha256 of a network's architecture and weights: of Keras, or from `logit_reg.adapters`."""
+    if not isinstance(network, keras.Model):
+        return network.sha256
     digest = hashlib.sha256(json.dumps(network.get_config(), default=str).encode())
     digest.update(content_hash(*network.get_weights()).encode())
     return digest.hexdigest()
 
 
+def known_hash(network: Any) -> str | None:
+    """`network_hash`; None for a plain function, which has no content to make a hash of."""
+    is_known = isinstance(network, keras.Model) or hasattr(network, "sha256")
+    return network_hash(network) if is_known else None
+
+
 def estimate_seconds(
-    logits_fn, attacks: Mapping[str, Attack], images, labels, *, batch_size: int = 200
+    logits_fn, attacks: Mapping[str, Attack], images, labels, *, batch_size: int = 200, eot: int = 1
 ) -> float:
     """How long the attacks take at most, from one timed gradient step on this machine.
 
@@ -308,6 +338,7 @@ def estimate_seconds(
         images: (N, H, W, C) float32, pixel units.
         labels: (N,) int.
         batch_size: images sent through the network at once.
+        eot: see `evaluate`.
 
     Returns:
         Seconds; attacks that stop early take less.
@@ -325,15 +356,17 @@ def estimate_seconds(
     seconds_of_probe()
     # Three forwards and two gradients; a gradient step costs about two forwards.
     seconds_per_forward = seconds_of_probe() / len(sample) / 5
-    passes = sum(sum(attack.cost()) for attack in attacks.values())
+    passes = eot * sum(sum(attack.cost()) for attack in attacks.values())
     return passes * seconds_per_forward * len(images)
 
 
 class _WorstCase:
     """What all attacks together have done to N examples; the only place that keeps N images."""
 
-    def __init__(self, images, clean):
+    def __init__(self, images, clean, share_right):
         self.images = images
+        self.share_right = share_right
+        """(N,) float: the share of passes that classify `adversarial` right."""
         self.robust = clean.copy()
         self.adversarial = images.copy()
         self.broken_by = ["" if is_clean else "clean" for is_clean in clean]
@@ -370,6 +403,15 @@ class _Attacked(ActiveSet):
         worst.distance[robust] = distances(kept[is_robust], worst.images[robust], self._norm)
         return super().record(rows, kept, fooled, last_iterate_fooled)
 
+    def weakest(self, rows, found, share_right) -> AttackResult:
+        """What was found; where more passes are right on it, the images of before."""
+        worst = self._worst
+        is_weaker = share_right > worst.share_right[rows]
+        kept = np.where(is_weaker[:, None, None, None], worst.adversarial[rows], found.adversarial)
+        updated = worst.robust[rows] & ~is_weaker
+        worst.share_right[rows[updated]] = share_right[updated]
+        return dataclasses.replace(found, adversarial=kept)
+
     def as_record(self) -> AttackRecord:
         return AttackRecord(
             correct=~self.fooled,
@@ -386,8 +428,9 @@ class _Attacked(ActiveSet):
 class _Run:
     """One evaluation: the network, the examples, and where finished batches are kept."""
 
-    def __init__(self, logits_fn, attacked_fn, examples, batch_size, state, show_progress):
-        self._logits_fn, self._attacked_fn, self._examples = logits_fn, attacked_fn, examples
+    def __init__(self, judge, attacked_fn, examples, batch_size, state, show_progress, eot):
+        self._judge, self._attacked_fn = judge, attacked_fn
+        self._examples, self._eot = examples, eot
         self._batch_size = batch_size
         self._state = state
         self._show_progress = show_progress
@@ -410,7 +453,7 @@ class _Run:
             def run_stage(stage, attack, rows):
                 self._attack_all(f"{name}: {stage}", attack, attacked, rows)
 
-            num_classes = count_classes(self._logits_fn, self._examples.images)
+            num_classes = count_classes(self._judge.logits_fn, self._examples.images)
             self.findings += run_stages(attack, num_classes, attacked, run_stage)
 
     def _attack_all(self, name, attack, attacked, rows):
@@ -438,6 +481,8 @@ class _Run:
         description = f"{self._data_key} {attack!r} {examples.seed} {_hash_of(batch)}"
         if examples.gradient_logits_fn is not None:
             description += f" {examples.gradient_logits_fn!r}"
+        if self._eot > 1:
+            description += f" eot {self._eot}"
         arrays = self._saved(description)
         if arrays is None:
             claim = self._state.claim(description, wait=wait) if self._state else nullcontext(True)
@@ -465,41 +510,83 @@ class _Run:
 
     def _compute(self, attack, examples):
         started = time.monotonic()
-        found = run_attack(attack, self._attacked_fn, examples)
+        judging, followed = repeated(examples.functions(self._attacked_fn), self._eot)
+        if examples.gradient_logits_fn is not None:
+            examples = dataclasses.replace(examples, gradient_logits_fn=followed)
+        found = run_attack(attack, judging, examples)
         seconds = time.monotonic() - started
         return {
             "adversarial": found.adversarial,
             "fooled": found.fooled,
             "last": found.last_iterate_fooled,
-            "counts": np.array([found.forwards, found.backwards, seconds]),
+            "counts": np.array([self._eot * found.forwards, self._eot * found.backwards, seconds]),
         }
 
     def _confirm(self, attacked, batch, found):
         """Record an image as fooled only if it is so when read back, in another batch size."""
-        candidates = np.flatnonzero(found.fooled)
+        # Of a randomised network, repeated passes decide on all of them.
+        candidates = np.flatnonzero(found.fooled | (self._judge.num_passes > 1))
         other_size = max(1, self._batch_size // 2) if self._batch_size > 1 else 2
         images, labels = found.adversarial[candidates], self._examples.labels[batch[candidates]]
-        judgement = _judge(self._logits_fn, images, labels, other_size)
+        judgement, share_right = self._judge.judge(images, labels, other_size)
         fooled = found.fooled.copy()
         fooled[candidates] = judgement.fooled
         last = found.last_iterate_fooled & fooled
-        attacked.add(batch, dataclasses.replace(found, fooled=fooled, last_iterate_fooled=last))
-        attacked.unconfirmed += int((~judgement.fooled).sum())
+        attacked.unconfirmed += int((found.fooled & ~fooled).sum())
         attacked.not_finite[batch[candidates]] = judgement.not_finite
+        if self._judge.num_passes > 1:
+            found = attacked.weakest(batch, found, share_right)
+        attacked.add(batch, dataclasses.replace(found, fooled=fooled, last_iterate_fooled=last))
 
 
-def _judge(logits_fn, images, labels, batch_size) -> Judgement:
-    """One pass over the images."""
-    judgement = Judgement(np.zeros(len(images), np.int64), np.zeros(len(images), bool))
-    for i in range(0, len(images), batch_size):
-        part = slice(i, i + batch_size)
-        found = _CLASSIFIER.judge(logits_fn, images[part], labels[part])
-        for whole, values in zip(judgement, found, strict=True):
-            whole[part] = values
-    return judgement
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+    """What decides who is classified right: the network, in one pass or in most of several."""
+
+    logits_fn: Any
+    num_passes: int
+
+    def judge(self, images, labels, batch_size) -> tuple[Judgement, np.ndarray]:
+        """The judgement, and the (N,) float share of passes that are right.
+
+        The prediction is that of most passes.
+        """
+        passes = [self._pass(images, labels, batch_size) for _ in range(self.num_passes)]
+        share_right = 1 - np.mean([found.fooled for found in passes], axis=0)
+        if self.num_passes == 1:
+            return passes[0], share_right
+        predictions = np.stack([found.prediction for found in passes])
+        classes = np.arange(-1, predictions.max(initial=0) + 1)
+        votes = (predictions[..., None] == classes).sum(axis=0)
+        return Judgement(classes[votes.argmax(axis=1)], share_right <= 0.5), share_right
+
+    def _pass(self, images, labels, batch_size) -> Judgement:
+        judgement = Judgement(np.zeros(len(images), np.int64), np.zeros(len(images), bool))
+        for i in range(0, len(images), batch_size):
+            part = slice(i, i + batch_size)
+            found = _CLASSIFIER.judge(self.logits_fn, images[part], labels[part])
+            for whole, values in zip(judgement, found, strict=True):
+                whole[part] = values
+        return judgement
 
 
-def _check(logits_fn, attacks, examples, batch_size):
+def _is_for_randomised(attack) -> bool:
+    return getattr(attack, "for_randomised", False)
+
+
+def _repeated_finding(share_right) -> Finding:
+    """What the verdicts over repeated passes leave out."""
+    mean, always = float(np.mean(share_right)), float(np.mean(share_right == 1))
+    return Finding(
+        "repeated_passes",
+        f"an image counts as right if most of {NUM_VERDICT_PASSES} passes are; under the attacks "
+        f"{100 * mean:.1f} % of the passes are right on average, and {100 * always:.1f} % of the "
+        "images in every pass, which is what an attacker leaves who may try again.",
+        mean,
+    )
+
+
+def _check(logits_fn, attacks, examples, batch_size, eot):
     """What the first images show of the network, and the forwards and backwards that took."""
     examples = examples.take(slice(NUM_CHECKED))
     num_classes = count_classes(logits_fn, examples.images)
@@ -507,7 +594,7 @@ def _check(logits_fn, attacks, examples, batch_size):
     for attack in attacks.values():
         if isinstance(attack, Cascade):
             findings += attack.check_num_classes(num_classes)
-    for_randomised = all(getattr(attack, "for_randomised", False) for attack in attacks.values())
+    for_randomised = eot > 1 or all(map(_is_for_randomised, attacks.values()))
     findings += check_network(
         logits_fn,
         next(iter(attacks.values())).threat,
@@ -518,18 +605,21 @@ def _check(logits_fn, attacks, examples, batch_size):
         seed=examples.seed,
         indices=examples.indices,
         batch_size=batch_size,
+        gradient_logits_fn=examples.gradient_logits_fn,
     )
-    cost = cost_of_checks(len(examples.images), for_randomised=for_randomised)
+    cost = cost_of_checks(len(examples.images))
     return list(dict.fromkeys(findings)), cost
 
 
-def _check_inputs(images, attacks, batch_size):
+def _check_inputs(images, attacks, batch_size, eot):
     if not len(images):
         raise ValueError("evaluate needs at least one image; got none.")
     if not attacks:
         raise ValueError("evaluate needs at least one attack; got none.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    if eot < 1:
+        raise ValueError(f"eot must be at least 1; got {eot}.")
     for attack in attacks.values():
         images = within_bounds(images, attack.threat.lower, attack.threat.upper)
     return images

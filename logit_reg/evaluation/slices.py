@@ -13,6 +13,7 @@ from logit_reg.evaluation.ledger import (
     Ledger,
     evaluation_identity,
     mapping,
+    pass_shares,
     read_ledger,
     read_rows,
     told_differences,
@@ -188,6 +189,9 @@ def _joined(parts) -> dict:
         **_sums(part.result for part in parts),
         "slices": [entry for part in parts for entry in _entries(part, differing)],
     }
+    if "passes" in result:
+        share_right = np.array([float(row["share_right"]) for row in rows])
+        result["passes"] |= pass_shares(share_right)
     result["notices"] = _notices(parts, columns, clean)
     if differing:
         message = (

@@ -118,6 +118,7 @@ def evaluate_protocols(
     worst_case_only: bool = False,
     show_progress: bool = True,
     gradient_logits_fn: LowPrecision | None = None,
+    eot: int = 1,
     store: Callable[[np.ndarray], None] | None = None,
 ) -> tuple[Evaluation, dict]:
     """Evaluate a network, write `result.json`, `ledger.csv` and `examples.npz`.
@@ -136,6 +137,7 @@ def evaluate_protocols(
         worst_case_only: see `logit_reg.evaluation.run.evaluate`.
         show_progress: draw progress bars.
         gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
+        eot: see `logit_reg.evaluation.run.evaluate`.
         store: gets the worst-case images, before the finished batches are removed.
 
     Returns:
@@ -151,6 +153,7 @@ def evaluate_protocols(
         seed=seed,
         worst_case_only=worst_case_only,
         gradient_logits_fn=gradient_logits_fn,
+        eot=eot,
     )
     claim_output_dir(output_dir, plan)
     state = open_state(output_dir, network)
@@ -164,6 +167,7 @@ def evaluate_protocols(
         worst_case_only=worst_case_only,
         show_progress=show_progress,
         gradient_logits_fn=gradient_logits_fn,
+        eot=eot,
     )
     num_classes = count_classes(network, test.images)
     omissions = [
@@ -254,6 +258,7 @@ def plan_evaluation(
     seed: int,
     worst_case_only: bool = False,
     gradient_logits_fn: LowPrecision | None = None,
+    eot: int = 1,
 ) -> dict:
     """What an evaluation is, before it is made; see `logit_reg.evaluation.ledger.planned_result`.
 
@@ -264,12 +269,14 @@ def plan_evaluation(
         seed: of the attacks.
         worst_case_only: see `logit_reg.evaluation.run.evaluate`.
         gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
+        eot: see `logit_reg.evaluation.run.evaluate`.
     """
     settings: dict[str, Any] = {
         "network_sha256": network_hash(network),
         **_data_hashes(test.images, test.labels),
         "worst_case_only": worst_case_only,
         "attack_dtype": precision.followed_dtype(gradient_logits_fn),
+        **({"eot": eot} if eot > 1 else {}),
     }
     if test.before is not None:
         # They tell whether two slices are of the same data set.
@@ -391,6 +398,7 @@ def compute_batches(
     worst_case_only: bool = False,
     show_progress: bool = True,
     gradient_logits_fn: LowPrecision | None = None,
+    eot: int = 1,
 ) -> Evaluation:
     """Attack all batches that are not in the state yet, and keep them there.
 
@@ -406,6 +414,7 @@ def compute_batches(
         worst_case_only: see `logit_reg.evaluation.run.evaluate`.
         show_progress: draw progress bars.
         gradient_logits_fn: what the attacks follow, see `read_attack_dtype`.
+        eot: see `logit_reg.evaluation.run.evaluate`.
     """
     with warnings.catch_warnings():
         # They are printed with the table, see `print_notices`.
@@ -423,6 +432,7 @@ def compute_batches(
             state=state,
             show_progress=show_progress,
             gradient_logits_fn=gradient_logits_fn,
+            eot=eot,
         )
 
 
@@ -457,6 +467,7 @@ def print_estimate(
     protocols: Mapping[str, Mapping[str, Attack]],
     *,
     batch_size: int,
+    eot: int = 1,
 ) -> None:
     """Print how long one process takes at most.
 
@@ -465,9 +476,11 @@ def print_estimate(
         test: what to attack.
         protocols: attacks by protocol and name.
         batch_size: most images sent through the network at once.
+        eot: see `logit_reg.evaluation.run.evaluate`.
     """
     attacks = _attacks(protocols)
-    seconds = estimate_seconds(network, attacks, test.images, test.labels, batch_size=batch_size)
+    how = {"batch_size": batch_size, "eot": eot}
+    seconds = estimate_seconds(network, attacks, test.images, test.labels, **how)
     # Only what is right clean is attacked; the first images say how much of it there is.
     sample = test.first(batch_size)
     share = np.mean(predict(network, sample.images, batch_size=batch_size) == sample.labels)

@@ -76,6 +76,7 @@ class EvaluationSettings:
         batch_size: images at once; the subject's if None.
         worst_case_only: see `logit_reg.evaluation.run.evaluate`.
         attack_dtype: what attacks follow: "auto", "float32" or "bfloat16".
+        eot: see `logit_reg.evaluation.run.evaluate`.
         output_dir: of the results; a folder of the subject's, named after the evaluation, if None.
         store_adv_path: file for the worst-case images, if any.
         workers: processes that share the work, if any do.
@@ -87,6 +88,7 @@ class EvaluationSettings:
     batch_size: int | None = None
     worst_case_only: bool = False
     attack_dtype: str = "auto"
+    eot: int = 1
     output_dir: Path | None = None
     store_adv_path: Path | None = None
     workers: WorkerSettings | None = None
@@ -173,6 +175,7 @@ def measure(
         "seed": settings.seed,
         "worst_case_only": settings.worst_case_only,
         "gradient_logits_fn": lower,
+        "eot": settings.eot,
     }
     how: dict[str, Any] = {"batch_size": batch_size, "show_progress": settings.show_progress}
     attacks = [attack for named in protocols.values() for attack in named.values()]
@@ -189,7 +192,7 @@ def measure(
     adv_path = settings.store_adv_path
     if adv_path is not None:
         claim_file(adv_path, identity, "--store_adv_path")
-    print_estimate(network, test, protocols, batch_size=batch_size)
+    print_estimate(network, test, protocols, batch_size=batch_size, eot=settings.eot)
     if settings.workers is not None:
         run_workers(
             settings.workers,

@@ -20,6 +20,7 @@ from logit_reg.attacks.engine.forward import (
 )
 from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import LOSSES, attack_loss, is_finite, margin
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.attacks.engine.random_numbers import random_direction, random_stream
 from logit_reg.threat import ThreatModel
 
@@ -45,8 +46,9 @@ class Finding:
     """Something about a network that makes an attack unreliable or incomplete."""
 
     name: str
-    """"not_finite", "probabilities", "decisions", "randomised", "dynamic", "zero_gradients",
-    "square_lowers", "num_targets" or "num_classes"."""
+    """"not_finite", "probabilities", "decisions", "randomised", "frozen", "not_randomised",
+    "repeated_passes", "dynamic", "zero_gradients", "square_lowers", "num_targets" or
+    "num_classes"."""
     message: str
     """One line: what was seen, what it may mean and what to do."""
     value: float
@@ -180,16 +182,66 @@ def check_finite(not_finite: np.ndarray) -> list[Finding]:
     ]
 
 
-def check_randomised(passes: list[np.ndarray], labels: np.ndarray) -> list[Finding]:
+def check_randomised(
+    passes: list[np.ndarray],
+    labels: np.ndarray,
+    *,
+    for_randomised: bool = False,
+    traced_anew: np.ndarray | None = None,
+) -> list[Finding]:
     """Compare several passes of the same images.
+
+    Two passes differ if the accuracy does, or an image's normalised logits do by more than 1e-4.
 
     Args:
         passes: (N, K) logits of each pass.
         labels: (N,) int.
+        for_randomised: the attacks are made for a network that is randomised.
+        traced_anew: (N, K) logits of a further pass, by another trace of the network.
 
     Returns:
-        A finding if the accuracy differs, or an image's normalised logits do by more than 1e-4.
+        A finding if passes differ and the attacks are not made for that, or the other way round;
+        another one if they are the same, and the one that is traced anew differs.
     """
+    spread = _spread(passes, labels)
+    if spread is not None and for_randomised:
+        return []
+    if spread is not None:
+        return [
+            Finding(
+                "randomised",
+                "the network seems to be randomised: its logits differ between passes of the same "
+                "images; average over passes with --eot=20, evaluate(..., eot=20) in Python, or "
+                "take --protocol=autoattack-rand.",
+                spread,
+            )
+        ]
+    frozen = None if traced_anew is None else _spread([*passes[:1], traced_anew], labels)
+    if frozen is not None:
+        return [
+            Finding(
+                "frozen",
+                "the network's logits differ only when it is traced anew: random numbers of numpy "
+                "or Python are drawn once and stay; draw them with tf.random or in a layer, so "
+                "that every pass has its own.",
+                frozen,
+            )
+        ]
+    if not for_randomised:
+        return []
+    return [
+        Finding(
+            "not_randomised",
+            "the network gives the same logits in every pass: averaging over passes changes "
+            "nothing and takes its time; random layers of Keras, as Dropout, are off in "
+            "evaluation unless they are called with training=True.",
+            0.0,
+        )
+    ]
+
+
+def _spread(passes: list[np.ndarray], labels: np.ndarray) -> float | None:
+    """Largest l2 distance of an image's normalised logits; None if the passes are the same."""
     # Logits that are not finite are another finding.
     passes = [np.where(np.isfinite(p).all(axis=1, keepdims=True), p, 0) for p in passes]
     accuracies = {float(np.mean(logits.argmax(axis=1) == labels)) for logits in passes}
@@ -200,16 +252,7 @@ def check_randomised(passes: list[np.ndarray], labels: np.ndarray) -> list[Findi
         for i, a in enumerate(unit)
         for b in unit[i + 1 :]
     )
-    if len(accuracies) == 1 and spread <= SAME_LOGITS:
-        return []
-    return [
-        Finding(
-            "randomised",
-            "the network seems to be randomised: its logits differ between passes of the same "
-            'images; use AutoAttack(version="rand").',
-            spread,
-        )
-    ]
+    return None if len(accuracies) == 1 and spread <= SAME_LOGITS else spread
 
 
 def check_dynamic(graph: tf.Graph) -> list[Finding]:
@@ -309,6 +352,7 @@ def check_network(
     seed: int = 0,
     indices=None,
     batch_size: int = NUM_CHECKED,
+    gradient_logits_fn: LogitsFn | None = None,
 ) -> tuple[Finding, ...]:
     """What can be seen of a network, on a few images, that makes any attack's figure doubtful.
 
@@ -322,6 +366,7 @@ def check_network(
         seed: source of random numbers.
         indices: (N,) int places of the images in their data set; 0 ... N-1 if None.
         batch_size: most images sent through the network at once.
+        gradient_logits_fn: what the attacks follow; `logits_fn` if None.
 
     Returns:
         The findings, in order.
@@ -340,24 +385,28 @@ def check_network(
 
     passes = [
         in_batches(lambda part: clean_logits(logits_fn, part), images)
-        for _ in range(1 if for_randomised else _NUM_PASSES)
+        for _ in range(_NUM_PASSES - 1)
     ]
     findings = check_outputs(passes[0]) + check_dynamic(forward_graph(logits_fn, images))
-    if not for_randomised:
-        findings += check_randomised(passes, labels)
+    findings += check_randomised(
+        passes,
+        labels,
+        for_randomised=for_randomised,
+        traced_anew=in_batches(lambda part: clean_logits(logits_fn, part, trace=1), images),
+    )
+    followed_fn = exact_gradient_fn(logits_fn, gradient_logits_fn or logits_fn)
     stream = random_stream(seed, "checks")
     zero = {}
     for loss in LOSSES:
-        look = functools.partial(_GradientProbe(threat, loss).is_zero, logits_fn, stream=stream)
+        look = functools.partial(_GradientProbe(threat, loss).is_zero, followed_fn, stream=stream)
         zero[loss] = in_batches(look, images, labels, indices)
     return tuple(findings + check_zero_gradients(zero, followed))
 
 
-def cost_of_checks(num_images: int, *, for_randomised: bool = False) -> tuple[int, int]:
+def cost_of_checks(num_images: int) -> tuple[int, int]:
     """Return the forwards and backwards of `check_network` on so many images, all together."""
     num_images = min(num_images, NUM_CHECKED)
-    num_passes = 1 if for_randomised else _NUM_PASSES
-    return num_images * (num_passes + len(LOSSES)), num_images * len(LOSSES)
+    return num_images * (_NUM_PASSES + len(LOSSES)), num_images * len(LOSSES)
 
 
 def followed_losses(attacks: Iterable[Any]) -> frozenset[str]:

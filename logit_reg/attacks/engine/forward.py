@@ -32,6 +32,8 @@ def call_logits(logits_fn: LogitsFn, images):
     Raises:
         ValueError: if the result is not a matrix of at least two real logits an image, or the
             callable is not written in TensorFlow.
+
+    A functional model whose own random layers were called with `training=True` stays random.
     """
     if not callable(logits_fn):
         raise ValueError(
@@ -39,7 +41,15 @@ def call_logits(logits_fn: LogitsFn, images):
             f"of a SavedModel give its serve, or signatures['serving_default']; of a file what "
             f"logit_reg.load_model makes of it."
         )
+    if _is_torch(logits_fn):
+        raise ValueError(
+            f"logits_fn must be written in TensorFlow; {type(logits_fn).__name__} is a PyTorch "
+            "module: pass logit_reg.adapters.from_torch(module)."
+        )
     options = {"training": False} if isinstance(logits_fn, keras.Model) else {}
+    if options and _keeps_random_layers(logits_fn):
+        # The value for the whole model would win over that of its layers.
+        options = {}
     try:
         logits = tf.convert_to_tensor(only_output(logits_fn(images, **options)))
     except (NotImplementedError, AttributeError, tf.errors.OperatorNotAllowedInGraphError) as error:
@@ -95,6 +105,28 @@ def only_output(result):
         if parts and not is_matrix:
             (result,) = parts
     return result
+
+
+def _is_torch(logits_fn):
+    return any(kind.__module__.startswith("torch.") for kind in type(logits_fn).__mro__)
+
+
+def _keeps_random_layers(network):
+    """Whether a functional model was built with random layers, as Dropout, always in training."""
+    if not hasattr(network, "operations") or not network.built:
+        return False
+    return any(
+        call.get("kwargs", {}).get("training") is True
+        and _is_random(network.get_layer(entry["name"]))
+        for entry in network.get_config().get("layers", ())
+        for call in entry.get("inbound_nodes", ())
+        if isinstance(call, Mapping)
+    )
+
+
+def _is_random(layer):
+    parts = getattr(layer, "layers", ())
+    return hasattr(layer, "seed_generator") or any(map(_is_random, parts))
 
 
 def _is_about_symbols(error):
@@ -210,13 +242,18 @@ def _classes(logits):
     return tf.where(is_finite(logits), tf.argmax(logits, axis=-1), -1)
 
 
-def clean_logits(logits_fn: LogitsFn, images) -> np.ndarray:
+def clean_logits(logits_fn: LogitsFn, images, *, trace: int = 0) -> np.ndarray:
     """Logits of a batch, compiled like an attack: (N, H, W, C) -> (N, K) float.
+
+    Args:
+        logits_fn: images -> logits.
+        images: (N, H, W, C) float, pixel units.
+        trace: another number takes another trace of the same function.
 
     Raises:
         ValueError: if there is not one row of logits an image.
     """
-    logits = _compiled_forward(logits_fn, images)(images).numpy()
+    logits = _compiled_forward(logits_fn, images, trace)(images).numpy()
     if len(logits) != len(images):
         raise ValueError(
             f"logits_fn must return a row of logits for each image; it returns {len(logits)} for "
@@ -244,12 +281,12 @@ def forget_if_changed(logits_fn: LogitsFn, images) -> None:
     traced = _compiled_forward(logits_fn, images)
     if not traced.experimental_get_tracing_count():
         return
+    sample = images[:_NUM_COMPARED]
     now = tf.function(
         functools.partial(_Forward()._logits, logits_fn),
         input_signature=traced.input_signature,
         autograph=False,
     )
-    sample = images[:_NUM_COMPARED]
     if not np.array_equal(traced(sample), now(sample), equal_nan=True):
         forget_traces()
 
@@ -259,14 +296,16 @@ def forward_graph(logits_fn: LogitsFn, images) -> tf.Graph:
     return _compiled_forward(logits_fn, images).get_concrete_function().graph
 
 
-def _compiled_forward(logits_fn, images):
+def _compiled_forward(logits_fn, images, trace=0):
     signature = (batch_spec(images.shape[1:]),)
-    return compiled(_Forward(), "_logits", (logits_fn,), signature)
+    return compiled(_Forward(trace), "_logits", (logits_fn,), signature)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
     """One pass."""
+
+    trace: int = 0
 
     def _logits(self, logits_fn, images):
         return call_logits(logits_fn, images)

@@ -5,6 +5,7 @@ import math
 import tensorflow as tf
 
 from logit_reg.attacks.engine.forward import call_logits, isolated
+from logit_reg.attacks.engine.repeated_passes import RepeatedPasses
 from logit_reg.threat import ThreatModel
 
 # Of the largest upstream entry, where float16 loses a gradient that starts at 1, or overflows.
@@ -18,7 +19,7 @@ def logits_and_gradient(logits_fn, points, loss):
 
     Where the network computes in float16, in which small gradients are lost, the gradient of the
     logits is scaled to a largest entry of about 1 for each image, and what comes back is scaled
-    back in float32.
+    back in float32. The gradients of `RepeatedPasses` are averaged.
 
     Args:
         logits_fn: images -> logits.
@@ -28,6 +29,9 @@ def logits_and_gradient(logits_fn, points, loss):
     Returns:
         (N, K) logits and the (N, H, W, C) gradient, see `usable_gradient`.
     """
+    if isinstance(logits_fn, RepeatedPasses):
+        one = logits_fn.logits_fn
+        return logits_fn.average(lambda: logits_and_gradient(one, points, loss))
 
     def both(points):
         # Only the images are watched: gradients of the weights would double the cost.
