@@ -1,7 +1,6 @@
 """Minimum norm by bisection: how far the closest adversarial image is, for all epsilons at once."""
 
 import dataclasses
-import math
 
 import numpy as np
 import tensorflow as tf
@@ -120,7 +119,8 @@ class MinimumNorm(ImageAttack):
         signature = (image, numbers, numbers, numbers, image, batch_spec(()), scalar, scalar)
         search = compiled(self, "_search", functions, signature)
         passes = num_forwards(*functions)
-        largest = _largest_distance(self.threat, images.shape[1:])
+        # From one corner of the pixel range to the opposite one.
+        largest = self.threat.distance_of(self.threat.upper - self.threat.lower, images.shape[1:])
         rows = active.rows
         failed = np.zeros(len(images))
         radius = np.where(
@@ -218,9 +218,3 @@ def accuracy_curve(distance, epsilons) -> np.ndarray:
     """
     distance, epsilons = np.asarray(distance), np.asarray(epsilons)
     return np.mean(distance[None, :] > epsilons[:, None], axis=1)
-
-
-def _largest_distance(threat, shape):
-    """From one corner of the pixel range to the opposite one."""
-    side = threat.upper - threat.lower
-    return side if threat.norm == "linf" else side * math.sqrt(math.prod(shape))
