@@ -141,8 +141,8 @@ class ThreatModel:
             (N, H, W, C) float; zero where the gradient is zero.
 
         Source:
-            l1: Tramer and Boneh 2019, arXiv:1904.13000 (SLIDE), and the public code
-            of Croce and Hein 2021, arXiv:2103.01208, for the rounding.
+            l1: Tramer and Boneh 2019, arXiv:1904.13000 (SLIDE), and the public code of Croce and
+            Hein 2021, arXiv:2103.01208, for the rounding.
         """
         if self.norm == "linf":
             return tf.sign(gradient)
@@ -157,6 +157,31 @@ class ThreatModel:
         smallest = tf.gather(largest, num_moved - 1, batch_dims=1)
         is_large = tf.abs(gradient) >= tf.reshape(smallest, (-1, 1, 1, 1))
         return self.unit(tf.where(is_large, tf.sign(gradient), 0.0))
+
+    def without_stopped(self, gradient, points, images):
+        """In l1 the gradient without the values that the pixel range keeps where they are.
+
+        These stand at its edge in the image itself, and the gradient pushes them out of it: to
+        move them would waste a share of the step, half of it and more on black backgrounds.
+        Values that an attack has brought to the edge stay in, or the projection would take them
+        back.
+
+        Args:
+            gradient: (N, H, W, C) float at `points`.
+            points: (N, H, W, C) float, pixel units.
+            images: (N, H, W, C) float centres of the balls.
+
+        Returns:
+            (N, H, W, C) float; in other norms the gradient itself.
+
+        Source:
+            Croce and Hein 2021, arXiv:2103.01208, Proposition 2.2; their code leaves it out.
+        """
+        if self.norm != "l1":
+            return gradient
+        is_low = (tf.maximum(points, images) <= self.lower) & (gradient < 0)
+        is_high = (tf.minimum(points, images) >= self.upper) & (gradient > 0)
+        return tf.where(is_low | is_high, 0.0, gradient)
 
     def unit(self, vectors):
         """Vectors of the same directions and of length 1 in `norm`.
@@ -240,8 +265,8 @@ def _shrunk(size, room, budget):
         better = tf.where(is_inside, reached, (low + high) / 2)
         return step + 1, tf.where(is_met, less, better), low, high, tf.reduce_all(is_met)
 
-    none = tf.zeros_like(wide[:, :1])
     largest = tf.reduce_max(wide, axis=1, keepdims=True)
+    none = tf.zeros_like(largest)
     _, less, _, _, _ = tf.while_loop(
         lambda step, less, low, high, is_met: (step < _MAX_STEPS) & ~is_met,
         body,

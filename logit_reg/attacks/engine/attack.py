@@ -26,7 +26,8 @@ class AttackResult:
     """(N,) bool: misclassified at the last iterate that the attack made, which is all that the
     challenges' own code counts."""
     forwards: int
-    """Images sent forward through the network, padding not counted; a doubtful image that a
+    """Images sent forward through the network, padding not counted, and the repeated iterates of
+    those that walk in a circle counted like others, though they are not sent; a doubtful image that a
     lower precision saw and the network itself sees again counts twice."""
     backwards: int
     """Images whose gradient was computed, padding not counted."""
