@@ -68,7 +68,9 @@ class _AutoPGD(ActiveSetAttack):
 
     def _attack(self, active):
         for names, targets in self._starts(active):
-            self._ascent(self._followed_loss).run(active, targets, stream=active.examples.stream(self, *names))
+            self._ascent(self._followed_loss).run(
+                active, targets, stream=active.examples.stream(self, *names)
+            )
 
 
 @dataclasses.dataclass(frozen=True)

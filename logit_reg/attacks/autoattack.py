@@ -37,14 +37,14 @@ class AutoAttack(CascadeAttack):
     "standard": APGD-CE, APGD-T, FAB-T, Square; in l1 APGD-CE with 5 restarts and APGD-T with at
     most 5 targets. "plus": APGD-CE and APGD-DLR with 5 restarts,
     FAB with 5 restarts, Square, APGD-T, FAB-T. "rand", for randomised networks: APGD-CE and
-    APGD-DLR with gradients averaged over 20 passes. In l1 "plus" is not defined. Signs that the figure cannot be trusted are
-    issued as `AttackWarning`s, each carrying a `Finding`.
+    APGD-DLR with gradients averaged over 20 passes. In l1 "plus" is not defined. Signs that the
+    figure cannot be trusted are issued as `AttackWarning`s, each carrying a `Finding`.
 
     Source:
         Croce and Hein 2020, arXiv:2003.01690, and its public code; l1: Croce and Hein
         2021, arXiv:2103.01208, and the same code. Deviations: in l1 "rand" goes through larger
-        balls, too; with fewer than 4 classes, attacks on losses that are not defined are left out; see also
-        each attack.
+        balls, too; with fewer than 4 classes, attacks on losses that are not defined are left out;
+        see also each attack.
     """
 
     threat: ThreatModel

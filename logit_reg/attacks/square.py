@@ -247,7 +247,7 @@ class Square(ActiveSetAttack):
         return tf.where(window.mask, on_faces, best), window
 
     def _propose_window(self, images, best, numbers, patterns):
-        """In l2 and l1: move the perturbation of one window, and what is left of epsilon, into another."""
+        """In l2 and l1: move a window's perturbation, and what is left of epsilon, into another."""
         num_channels, order = images.shape[-1], self._order
         side = tf.shape(patterns)[1]
         window = _Window(images, side, numbers[:, 0], numbers[:, 1])

@@ -86,7 +86,9 @@ def define_attack_flags(whose: str = "") -> None:
         whose: said before what each setting of PGD is.
     """
     flags.DEFINE_enum("norm", None, NORMS, "norm of the budget (linf)")
-    flags.DEFINE_float("epsilon", None, "budget, pixel units (.3 or 8; l2 2 or 382.5; l1 10 or 3060)")
+    flags.DEFINE_float(
+        "epsilon", None, "budget, pixel units (.3 or 8; l2 2 or 382.5; l1 10 or 3060)"
+    )
     flags.DEFINE_integer("num_steps", None, f"{whose}steps of PGD (40 or 20)")
     flags.DEFINE_float("step_size", None, f"{whose}step size, pixel units (.01 or 1)")
     flags.DEFINE_bool("random_start", None, f"{whose}random start (on)")

@@ -62,8 +62,8 @@ def protocol_attacks(name: str, challenge: Challenge) -> dict[str, Attack]:
 
     Source:
         `eval.py` of the challenges and their leaderboards (madry-*); Shafahi et al., section 5
-        (paper-*); Croce and Hein 2020 (autoattack*) and 2021 (autoattack-l1). "paper-20" to "paper-200" use step size 2:
-        the published text, "2^4", is 2 with a footnote mark.
+        (paper-*); Croce and Hein 2020 (autoattack*) and 2021 (autoattack-l1). "paper-20" to
+        "paper-200" use step size 2: the published text, "2^4", is 2 with a footnote mark.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}.")
