@@ -86,6 +86,8 @@ class Challenge:
         upper: largest pixel value, likewise.
         epsilon: allowed l-infinity distance, in pixel units.
         autoattack_epsilon_l2: l2 distance of `autoattack-l2`, in pixel units.
+        autoattack_epsilon_l1: l1 distance of `autoattack-l1`, in pixel units: on [0, 1] the 12 of
+            Croce and Hein 2021 (arXiv:2103.01208) on CIFAR-10, the field's 10 on MNIST.
         submission_shape: shape of `attack.npy`; MNIST submissions are flattened.
         attack: the attack of the published protocol, which is not always the one in config.json.
         training: the published training.
@@ -105,6 +107,7 @@ class Challenge:
     upper: float
     epsilon: float
     autoattack_epsilon_l2: float
+    autoattack_epsilon_l1: float
     num_test_examples: int
     submission_shape: tuple[int, ...]
     eval_batch_size: int
@@ -127,6 +130,7 @@ MNIST = Challenge(
     upper=1.0,
     epsilon=0.3,
     autoattack_epsilon_l2=2.0,
+    autoattack_epsilon_l1=10.0,
     num_test_examples=10_000,
     submission_shape=(10_000, 784),
     eval_batch_size=200,
@@ -171,6 +175,7 @@ CIFAR10 = Challenge(
     epsilon=8.0,
     # 0.5 on [0, 1], which the field evaluates; the paper has 1.5.
     autoattack_epsilon_l2=127.5,
+    autoattack_epsilon_l1=12.0 * 255,
     num_test_examples=10_000,
     submission_shape=(10_000, 32, 32, 3),
     eval_batch_size=100,
@@ -220,7 +225,7 @@ class Ceiling:
     """The best robust accuracy that was published under a threat model.
 
     Attributes:
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         epsilon: of the pixel range.
         accuracy: a fraction.
         source: who published it, and the attack.

@@ -55,6 +55,8 @@ def shortest_moves(points, normals, gaps, norm, lower=0.0, upper=1.0):
     """
     rooms = np.where(normals > 0, points - lower, upper - points)
     weights = np.abs(normals)
+    if norm == "l1":
+        return _moves_in_turn(weights, rooms, gaps) * -np.sign(normals)
     slopes = np.ones_like(weights) if norm == "linf" else weights
 
     def gains(reach):
@@ -72,8 +74,23 @@ def shortest_moves(points, normals, gaps, norm, lower=0.0, upper=1.0):
     return np.where(is_reachable[:, None], moves, np.inf)
 
 
+def _moves_in_turn(weights, rooms, gaps):
+    """In l1, image by image: the heaviest pixel moves by all its room, then the next one."""
+    moves = np.zeros_like(weights)
+    for move, weight, room, missing in zip(moves, weights, rooms, gaps, strict=True):
+        for pixel in np.argsort(-weight):
+            if weight[pixel] > 0 and missing > 0:
+                move[pixel] = min(room[pixel], missing / weight[pixel])
+                missing -= weight[pixel] * move[pixel]
+        if missing > 1e-9:
+            move[:] = np.inf
+    return moves
+
+
 def lengths(moves, norm):
     """(N, D) -> (N,)."""
+    if norm == "l1":
+        return np.abs(moves).sum(axis=1)
     return np.abs(moves).max(axis=1) if norm == "linf" else np.sqrt(np.square(moves).sum(axis=1))
 
 
@@ -89,7 +106,7 @@ def check_closed_form(
     Args:
         make_attack: ThreatModel -> attack.
         classifier: a `LinearClassifier`.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         box_is_active: whether many pixels are at the edge of the range.
         reach: how many times its margin an image has as budget, at least.
         share: of those images, how many must fall.

@@ -6,8 +6,12 @@ import tensorflow as tf
 
 from logit_reg.threat import ThreatModel
 
-THREATS = [ThreatModel("linf", 0.3, 0.0, 1.0), ThreatModel("l2", 1.5, 0.0, 1.0)]
-IDS = ["linf", "l2"]
+THREATS = [
+    ThreatModel("linf", 0.3, 0.0, 1.0),
+    ThreatModel("l2", 1.5, 0.0, 1.0),
+    ThreatModel("l1", 4.0, 0.0, 1.0),
+]
+IDS = ["linf", "l2", "l1"]
 
 
 def some_images(count=200):
@@ -36,6 +40,7 @@ def test_distance_is_over_all_pixels():
     other = np.array([3.0, -4.0], np.float32).reshape(1, 1, 2, 1)
     assert float(ThreatModel("linf", 1.0).distance(images, other)[0]) == 4.0
     assert float(ThreatModel("l2", 1.0).distance(images, other)[0]) == 5.0
+    assert float(ThreatModel("l1", 1.0).distance(images, other)[0]) == 7.0
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -71,7 +76,7 @@ def test_random_starts_are_uniform_in_the_ball():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "l1"}, "norm must be one of linf, l2; got 'l1'"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1; got 'l3'"),
         ({"epsilon": 0.0}, "epsilon must be above 0"),
         ({"epsilon": float("nan")}, "epsilon must be above 0"),
         ({"lower": 1.0, "upper": 0.0}, "bounds must be increasing"),

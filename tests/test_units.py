@@ -19,6 +19,8 @@ from madry_compat.challenges import challenge_for
         (ThreatModel("linf", 8 / 255**2, 0.0, 1.0), (32, 32, 3), "budget_small", "own pixel"),
         (ThreatModel("l2", 127.5, 0.0, 1.0), (32, 32, 3), "budget_large", "[0, 255]?"),
         (ThreatModel("l2", 0.5, 0.0, 255.0), (32, 32, 3), "budget_small", "[0, 1]?"),
+        (ThreatModel("l1", 3060.0, 0.0, 1.0), (32, 32, 3), "budget_large", "[0, 255]?"),
+        (ThreatModel("l1", 2.0, 0.0, 255.0), (28, 28, 1), "budget_small", "[0, 1]?"),
     ],
 )
 def test_a_budget_in_other_units_is_noticed(threat, shape, name, slip):
@@ -36,6 +38,8 @@ def test_a_budget_in_other_units_is_noticed(threat, shape, name, slip):
         (ThreatModel("linf", 16.0, 0.0, 255.0), (32, 32, 3)),
         (ThreatModel("l2", 3.0, 0.0, 1.0), (224, 224, 3)),
         (ThreatModel("l2", 0.25, 0.0, 1.0), (32, 32, 3)),
+        (ThreatModel("l1", 12.0, 0.0, 1.0), (32, 32, 3)),
+        (ThreatModel("l1", 3060.0, 0.0, 255.0), (32, 32, 3)),
     ],
 )
 def test_a_budget_that_the_field_uses_is_not(threat, shape):

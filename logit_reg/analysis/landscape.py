@@ -36,10 +36,11 @@ class Landscape:
 
     The point (a, b) is x + epsilon (a d + b r). Both directions have length 1 in the threat
     model's norm. In linf d is a sign vector for FGSM and r one of fair coins (Rademacher); in l2
-    r is a Gaussian direction at a right angle to d. Where the gradient is zero, so is d.
+    r is a Gaussian direction at a right angle to d; in l1 both are signs of few values, of those
+    with the largest gradient and of random ones. Where the gradient is zero, so is d.
 
     Source:
-        Shafahi et al., section 4. Deviations: l2, PGD, and averages over many examples.
+        Shafahi et al., section 4. Deviations: l2, l1, PGD, and averages over many examples.
     """
 
     threat: ThreatModel
@@ -170,9 +171,8 @@ class Landscape:
         return self.threat.ascent_direction(noise)
 
     def _noise(self, images, indices, stream):
-        distribution = "uniform" if self.threat.norm == "linf" else "normal"
         options = {"stream": stream, "indices": indices, "restart": tf.constant(0, tf.int64)}
-        return example_noise(distribution, images.shape[1:], **options)
+        return example_noise(self.threat.start_noise, images.shape[1:], **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Auto-PGD: projected gradient ascent with momentum that halves its own step size."""
+"""Auto-PGD: projected gradient ascent that finds its own step size, in l1 its sparsity, too."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
-from logit_reg.attacks.engine.random_numbers import random_direction
+from logit_reg.attacks.engine.random_numbers import example_noise, random_direction
 from logit_reg.attacks.engine.repeated_passes import repeated
 from logit_reg.threat import ThreatModel
 
@@ -22,42 +23,67 @@ LOSSES = ("xent", "dlr")
 _STEP_SHARE = 0.75
 # The step size is halved unless the loss increased in more than this share of a period's steps.
 _INCREASING_SHARE = 0.75
+# In l1: radii of the balls, in epsilon, and the share of the steps that each but the last takes.
+_SCALES = (3.0, 2.0, 1.0)
+_STAGE_SHARE = 0.3
+# In l1: share of a ball's steps after which step size and sparsity are adapted.
+_SPARSE_PERIOD = 0.04
+# In l1: how much sparser the best point has to have become for the step size to start again;
+# else it is divided, down to a smallest share of the radius.
+_SPARSER = 0.95
+_STEP_DIVISOR = 1.5
+_SMALLEST_STEP = 0.1
+# In l1: a step moves so many times fewer values than the best point has moved.
+_FEWER_VALUES = 1.5
+# In l1: least number of steps before images that are fooled are taken out.
+_STEPS_PER_CHUNK = 10
 # Keeps 0 / 0 out of DLR, as published.
 _TINY = 1e-12
 
 
 class _AutoPGD(ActiveSetAttack):
-    """Runs of Algorithm 1 on the active set, one after the other."""
+    """Runs of Algorithm 1, or of its form in l1, on the active set, one after the other."""
 
+    threat: ThreatModel
     num_steps: int
     num_samples: int
     num_targets = 1
 
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
-        passes = (self.num_steps + 1) * self.num_samples * self.num_targets
+        num_begins = len(sparse_stages(self.num_steps)) if self.threat.norm == "l1" else 1
+        passes = (self.num_steps + num_begins) * self.num_samples * self.num_targets
         return passes + 1, passes
 
-    def _ascent(self) -> "_Ascent":
-        raise NotImplementedError
+    def _ascent(self, loss: str) -> "_Ascent | _SparseAscent":
+        kind = _SparseAscent if self.threat.norm == "l1" else _Ascent
+        return kind(self.threat, loss, self.num_steps, self.num_samples)
 
     def _starts(self, active) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
         """For each run the names of its random stream, and the targets."""
         raise NotImplementedError
 
+    @property
+    def _followed_loss(self) -> str:
+        raise NotImplementedError
+
     def _attack(self, active):
         for names, targets in self._starts(active):
-            self._ascent().run(active, targets, stream=active.examples.stream(self, *names))
+            self._ascent(self._followed_loss).run(
+                active, targets, stream=active.examples.stream(self, *names)
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class APGD(_AutoPGD):
     """Auto-PGD on the cross-entropy or on the difference of logits ratio (DLR).
 
-    An image is left once it is fooled, at any iterate.
+    An image is left once it is fooled, at any iterate. In l1 a step moves few values, and the run
+    goes through balls of 3, 2 and 1 times epsilon; only the iterates in the last one count.
 
     Source:
-        Croce and Hein 2020, arXiv:2003.01690, Algorithm 1, Eq. 6 (DLR), and its public code.
+        Croce and Hein 2020, arXiv:2003.01690, Algorithm 1, Eq. 6 (DLR), and its public code. l1:
+        Croce and Hein 2021, arXiv:2103.01208, and the same code, as AutoAttack runs it there.
         Deviations: whether the loss increased is decided in float64 on a quantity that grows
         with it and does not round near ln K (the direction is that of the float32 loss, as
         published); random numbers belong to each image.
@@ -78,8 +104,9 @@ class APGD(_AutoPGD):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}.")
         _check_counts(self, "num_steps", "num_samples")
 
-    def _ascent(self):
-        return _Ascent(self.threat, self.loss, self.num_steps, self.num_samples)
+    @property
+    def _followed_loss(self):
+        return self.loss
 
     def _starts(self, active):
         if self.loss == "dlr":
@@ -111,8 +138,9 @@ class APGDTargeted(_AutoPGD):
     def __post_init__(self):
         _check_counts(self, "num_targets", "num_steps", "num_samples")
 
-    def _ascent(self):
-        return _Ascent(self.threat, "dlr-targeted", self.num_steps, self.num_samples)
+    @property
+    def _followed_loss(self):
+        return "dlr-targeted"
 
     def _starts(self, active):
         _check_num_classes("targeted DLR", 4, active)
@@ -142,6 +170,24 @@ def periods(num_steps: int) -> Iterator[int]:
         length = max(length - decrease, shortest)
 
 
+def sparse_stages(num_steps: int) -> list[tuple[float, int]]:
+    """The balls of a run in l1, one after the other.
+
+    Args:
+        num_steps: of all together, at least 1.
+
+    Returns:
+        Radii in epsilon and numbers of steps: (3, 30), (2, 30), (1, 40) for 100 steps.
+
+    Source:
+        The public code of Croce and Hein 2021, arXiv:2103.01208. Deviation: where so few steps
+        would leave none for the last ball, the larger ones get fewer.
+    """
+    larger = min(math.ceil(_STAGE_SHARE * num_steps), (num_steps - 1) // 2)
+    steps = (larger, larger, num_steps - 2 * larger)
+    return [(scale, count) for scale, count in zip(_SCALES, steps, strict=True) if count]
+
+
 class _State(NamedTuple):
     """What each of N images carries from one period to the next."""
 
@@ -165,14 +211,58 @@ class _State(NamedTuple):
     """(N,) bool: whether the step size was halved the last time."""
 
 
+class _SparseState(NamedTuple):
+    """What each of N images carries in l1."""
+
+    current: Any
+    """(N, H, W, C)."""
+    gradient: Any
+    """(N, H, W, C) at `current`."""
+    best: Any
+    """(N, H, W, C)."""
+    best_gradient: Any
+    """(N, H, W, C) at `best`."""
+    step_size: Any
+    """(N,) pixel units."""
+    best_loss: Any
+    """(N,) float64, of `best`."""
+    num_moved: Any
+    """(N,) float: how many values of `best` had moved when that was last looked at."""
+    share: Any
+    """(N,) share of the values that a step moves."""
+
+
 @dataclasses.dataclass(frozen=True)
-class _Ascent:
-    """One run of Algorithm 1 from one random start."""
+class _Run:
+    """What runs of Auto-PGD have in common."""
 
     threat: ThreatModel
     loss: str
     num_steps: int
     num_samples: int
+
+    def _judge(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
+        """Logits that judge, the loss to rank by, the unscaled gradient, the number of rechecks."""
+        logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
+        judged, num_again = judged_logits(
+            logits_fn, gradient_logits_fn, points, logits, labels, fooled
+        )
+        # Losses of one precision, or rounding would tell iterates apart.
+        ranked = logits if is_screened(gradient_logits_fn) else judged
+        return judged, _rank_loss(self.loss, ranked, labels, targets), gradient, num_again
+
+    def _logits_and_gradient(self, logits_fn, points, labels, targets):
+        def loss(logits):
+            if self.loss == "xent":
+                return attack_loss("xent", logits, labels)
+            return _rank_loss(self.loss, logits, labels, targets)
+
+        return logits_and_gradient(logits_fn, points, loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ascent(_Run):
+    """One run of Algorithm 1 from one random start."""
 
     def run(self, active, targets, *, stream):
         """Attack who is still robust; `targets` are those of all."""
@@ -284,23 +374,145 @@ class _Ascent:
         )
         return new, candidates, fooled, num_again
 
-    def _judge(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
-        """Logits that judge, the loss to rank by, the unscaled gradient, the number of rechecks."""
-        logits, gradient = self._logits_and_gradient(gradient_logits_fn, points, labels, targets)
-        judged, num_again = judged_logits(
-            logits_fn, gradient_logits_fn, points, logits, labels, fooled
+
+@dataclasses.dataclass(frozen=True)
+class _SparseAscent(_Run):
+    """One run in l1 from one random start, through balls that shrink to epsilon."""
+
+    def run(self, active, targets, *, stream):
+        """Attack who is still robust; `targets` are those of all."""
+        rows, given = active.rows, active.examples
+        functions = repeated(active.functions, self.num_samples)
+        image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
+        scalar = tf.TensorSpec((), tf.int64)
+        start = compiled(self, "_start", (), (image, numbers, scalar, scalar))
+        examples = take((given.images, given.labels, targets), rows)
+        point = start(examples[0], given.indices[rows], stream, given.restart)
+        # Another network's logits may judge the iterates: one more forward each.
+        passes = self.num_samples * num_forwards(*functions)
+        for scale, num_steps in sparse_stages(self.num_steps):
+            if not len(rows):
+                return
+            period = max(int(_SPARSE_PERIOD * num_steps), 1)
+            chunk = period * math.ceil(_STEPS_PER_CHUNK / period)
+            state, fooled, num_again = self._begun(functions, *examples, point, scale)
+            candidates, num_done, steps = state.current, 0, 1
+            while True:
+                active.count(len(rows), forwards=steps * passes, backwards=steps * self.num_samples)
+                active.count(int(num_again), forwards=1)
+                if scale == _SCALES[-1]:
+                    keep = active.record(rows, candidates.numpy(), fooled.numpy())
+                    rows, examples, state = rows[keep], take(examples, keep), take(state, keep)
+                state = _SparseState(*state)
+                if not len(rows) or num_done == num_steps:
+                    break
+                steps = min(chunk, num_steps - num_done)
+                state, candidates, fooled, num_again = self._advanced(
+                    functions, *examples, state, scale, period, steps
+                )
+                num_done += steps
+            point = state.best
+
+    def _begun(self, functions, images, *inputs):
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        signature = (image, numbers, numbers, image, tf.TensorSpec(()))
+        return compiled(self, "_begin", functions, signature)(images, *inputs)
+
+    def _advanced(self, functions, images, *inputs):
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        number, losses = batch_spec(()), batch_spec((), tf.float64)
+        state = _SparseState(*(image,) * 4, number, losses, number, number)
+        scalar = tf.TensorSpec((), tf.int64)
+        signature = (image, numbers, numbers, state, tf.TensorSpec(()), scalar, scalar)
+        return compiled(self, "_advance", functions, signature)(images, *inputs)
+
+    def _start(self, images, indices, stream, restart):
+        """Normal noise, as wide as the pixel range; each ball takes its projection."""
+        draw = {"stream": stream, "indices": indices, "restart": restart}
+        noise = example_noise("normal", images.shape[1:], **draw)
+        points = images + (self.threat.upper - self.threat.lower) * noise
+        return self.threat.project(points, images, _SCALES[0])
+
+    def _begin(self, logits_fn, gradient_logits_fn, images, labels, targets, point, scale):
+        """The state where a ball is entered, who is fooled there, and the number of rechecks."""
+        start = self.threat.project(point, images, scale)
+        nobody = tf.zeros_like(labels, tf.bool)
+        logits, loss, gradient, num_again = self._judge(
+            logits_fn, gradient_logits_fn, start, labels, targets, nobody
         )
-        # Losses of one precision, or rounding would tell iterates apart.
-        ranked = logits if is_screened(gradient_logits_fn) else judged
-        return judged, _rank_loss(self.loss, ranked, labels, targets), gradient, num_again
+        step_size = tf.fill(tf.shape(images)[:1], scale * self.threat.epsilon)
+        moved = _num_moved(start, images)
+        share = _next_share(moved, images)
+        state = _SparseState(start, gradient, start, gradient, step_size, loss, moved, share)
+        return state, is_fooled(logits, labels), num_again
 
-    def _logits_and_gradient(self, logits_fn, points, labels, targets):
-        def loss(logits):
-            if self.loss == "xent":
-                return attack_loss("xent", logits, labels)
-            return _rank_loss(self.loss, logits, labels, targets)
+    def _advance(
+        self,
+        logits_fn,
+        gradient_logits_fn,
+        images,
+        labels,
+        targets,
+        state,
+        scale,
+        period,
+        num_steps,
+    ):
+        """Take steps; after each period adapt their length and their sparsity."""
+        radius = scale * self.threat.epsilon
 
-        return logits_and_gradient(logits_fn, points, loss)
+        def adapted(state):
+            moved = _num_moved(state.best, images)
+            is_sparser = moved < _SPARSER * state.num_moved
+            shorter = tf.maximum(state.step_size / _STEP_DIVISOR, _SMALLEST_STEP * radius)
+            back = _per_image(is_sparser)
+            return state._replace(
+                current=tf.where(back, state.best, state.current),
+                gradient=tf.where(back, state.best_gradient, state.gradient),
+                step_size=tf.where(is_sparser, radius, shorter),
+                num_moved=moved,
+                share=_next_share(moved, images),
+            )
+
+        def body(step, state, candidates, fooled, num_again):
+            gradient = self.threat.without_stopped(state.gradient, state.current, images)
+            direction = self.threat.ascent_direction(gradient, state.share)
+            moved = state.current + _per_image(state.step_size) * direction
+            current = self.threat.project(moved, images, scale)
+            logits, loss, gradient, again = self._judge(
+                logits_fn, gradient_logits_fn, current, labels, targets, fooled
+            )
+            candidates = tf.where(_per_image(fooled), candidates, current)
+            fooled = tf.logical_or(fooled, is_fooled(logits, labels))
+            improved = loss > state.best_loss
+            state = state._replace(
+                current=current,
+                gradient=gradient,
+                best=tf.where(_per_image(improved), current, state.best),
+                best_gradient=tf.where(_per_image(improved), gradient, state.best_gradient),
+                best_loss=tf.where(improved, loss, state.best_loss),
+            )
+            is_check = tf.equal((step + 1) % period, 0)
+            state = tf.cond(is_check, lambda: adapted(state), lambda: state)
+            return step + 1, state, candidates, fooled, num_again + again
+
+        nobody = tf.zeros_like(labels, tf.bool)
+        _, *found = tf.while_loop(
+            lambda step, *_: step < num_steps,
+            body,
+            (tf.constant(0, tf.int64), state, state.current, nobody, 0),
+        )
+        return tuple(found)
+
+
+def _num_moved(points, images):
+    """(N,) float: in how many values points differ from images."""
+    return tf.cast(tf.math.count_nonzero(points - images, axis=(1, 2, 3)), points.dtype)
+
+
+def _next_share(num_moved, images):
+    """(N,) share of the values that a step is to move."""
+    return num_moved / (_FEWER_VALUES * math.prod(images.shape[1:]))
 
 
 def _rank_loss(loss, logits, labels, targets):

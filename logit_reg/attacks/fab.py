@@ -146,9 +146,10 @@ class FABTargeted(_FastBoundary):
 def project_on_hyperplane(points, normal, value, threat: ThreatModel):
     """The shortest move from points to a hyperplane that stays in the pixel range.
 
-    Pixel i moves by min(t s_i, room_i), with s_i = 1 in linf and |normal_i| in l2. The distance
+    In linf and l2 pixel i moves by min(t s_i, room_i), with s_i = 1 or |normal_i|. The distance
     gained is increasing, concave and piecewise linear in t, so Newton's method from t = 0 never
-    overshoots and ends at the exact t.
+    overshoots and ends at the exact t. In l1 one pixel after the other moves by all its room,
+    those with the largest |normal_i| first, until the last one gains what is left.
 
     Args:
         points: (N, D) float32, pixel units, within the bounds.
@@ -169,6 +170,8 @@ def project_on_hyperplane(points, normal, value, threat: ThreatModel):
     direction = -tf.sign(normal) * tf.where(value >= 0, 1.0, -1.0)
     room = tf.where(direction < 0, points - threat.lower, threat.upper - points)
     weight, gap = tf.abs(normal), tf.abs(value)
+    if threat.norm == "l1":
+        return direction * _moves_in_turn(weight, room, gap)
     slope = tf.ones_like(weight) if threat.norm == "linf" else weight
     gain, speed = weight * room, weight * slope
     # As far as it gets: finite, so that 0 * length stays 0.
@@ -192,6 +195,17 @@ def project_on_hyperplane(points, normal, value, threat: ThreatModel):
         (length, tf.ones_like(length, tf.bool), 0),
     )
     return direction * tf.minimum(length * slope, room)
+
+
+def _moves_in_turn(weight, room, gap):
+    """(N, D) moves of at most their room that gain the gap (N, 1), the heaviest pixels first."""
+    order = tf.argsort(weight, axis=1, direction="DESCENDING", stable=True)
+    weight, room = (tf.gather(x, order, batch_dims=1) for x in (weight, room))
+    # In float64: sums of thousands of gains are taken from each other.
+    gained = tf.cumsum(tf.cast(weight * room, tf.float64), axis=1, exclusive=True)
+    missing = tf.cast(tf.cast(gap, tf.float64) - gained, weight.dtype)
+    moves = tf.clip_by_value(tf.math.divide_no_nan(missing, weight), 0.0, room)
+    return tf.gather(moves, tf.argsort(order, axis=1), batch_dims=1)
 
 
 class _Closest:

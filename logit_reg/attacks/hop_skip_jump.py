@@ -60,6 +60,7 @@ class HopSkipJump(ActiveSetAttack):
     is the least. Changes the result by rounding only."""
 
     def __post_init__(self):
+        self.threat.check_norm("HopSkipJump", "linf", "l2")
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if value < 1:

@@ -38,6 +38,8 @@ class ScaledPGD(ActiveGradientAttack):
     step_size: float | None = None
     """Length of an update in the threat model's norm, pixel units; epsilon / 4 if None."""
 
+    same_steps = True
+
     def __post_init__(self):
         scale = self.logit_scale
         if scale is not None and not (math.isfinite(scale) and scale > 0):

@@ -31,6 +31,8 @@ class MultiTargeted(ActiveGradientAttack):
     random_start: bool = True
     """Start uniformly in the ball, anew for each target, instead of at the image."""
 
+    same_steps = True
+
     def __post_init__(self):
         check_steps(self.num_steps, self.step_size)
         if self.num_targets is not None and self.num_targets < 1:

@@ -37,6 +37,8 @@ class PGD(GradientAttack):
     """Leave an image once it is fooled. `fooled` stays the same; `last_iterate_fooled` then
     equals it, because the iterate that fools is the last one."""
 
+    same_steps = True
+
     def __post_init__(self):
         check_loss(self.loss)
         check_steps(self.num_steps, self.step_size)

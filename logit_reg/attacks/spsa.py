@@ -61,6 +61,7 @@ class SPSA(ActiveSetAttack):
     are the least. Changes the result by rounding only."""
 
     def __post_init__(self):
+        self.threat.check_norm("SPSA", "linf", "l2")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1; got {self.num_steps}.")
         if self.num_samples < 2 or self.num_samples % 2:
@@ -200,7 +201,7 @@ class SPSA(ActiveSetAttack):
             unbiased = tf.sqrt(1 - _BETA_2**count) / (1 - _BETA_1**count)
             change = size * unbiased * tf.math.divide_no_nan(mean, tf.sqrt(square))
         else:
-            length = size * math.sqrt(math.prod(images.shape[1:]))
+            length = self.threat.distance_of(size, images.shape[1:])
             change = length * self.threat.ascent_direction(mean)
         current = self.threat.project(current + change, images)
         return current, mean, square, is_fooled(call_logits(logits_fn, current), labels)

@@ -33,11 +33,13 @@ class Square(ActiveSetAttack):
     Needs forwards only; of a `gradient_logits_fn` a `LowPrecision` alone has a use, for the
     queries. An image is left once it is fooled; else the point with the lowest
     margin is returned. It does not claim to find minimal perturbations: a square of two pixels
-    and more (in l2, three) cannot follow each pixel of a boundary.
+    and more (in l2 and l1, three) cannot follow each pixel of a boundary.
 
     Source:
         Andriushchenko et al. 2020, arXiv:1912.00049, with the schedule, starts and budget of
-        AutoAttack's public code (the schedule is not rescaled to the budget). Deviations: squares
+        AutoAttack's public code (the schedule is not rescaled to the budget); l1: Croce and Hein
+        2021, arXiv:2103.01208, and the same code. Deviations: a start in l1 is at least epsilon
+        long before it is projected; squares
         are drawn for each image instead of once for the batch; they reach the last row and
         column, which the public code's never do (without them not even a linear classifier falls
         near its exact margin); a query that would change nothing is not sent to the network.
@@ -106,11 +108,11 @@ class Square(ActiveSetAttack):
             width: of the images.
 
         Returns:
-            At least 1 in linf; in l2 odd and at least 3; never above height or width.
+            At least 1 in linf; in l2 and l1 odd and at least 3; never above height or width.
         """
         fraction = self.p / 2 ** bisect.bisect_right(_HALVED_FROM, query)
         side = max(round(math.sqrt(fraction * height * width)), 1)
-        if self.threat.norm == "l2":
+        if self.threat.norm != "linf":
             side = max(side, 3)
             side += side % 2 == 0
         return min(side, height, width)
@@ -120,7 +122,13 @@ class Square(ActiveSetAttack):
         side = self.side(query, *size)
         if self.threat.norm == "linf":
             return np.ones((2, side, side), np.float32)
-        return np.stack([two_bumps(side), two_bumps(side).T])
+        bumps = two_bumps(side, self._order)
+        return np.stack([bumps, bumps.T])
+
+    @property
+    def _order(self):
+        """Of the norm: the power that lengths are made of, in l2 and l1."""
+        return {"l2": 2, "l1": 1}[self.threat.norm]
 
     def _begin(self, logits_fn, queried, forward, images, labels, indices, stream, restart):
         if self.threat.norm == "linf":
@@ -146,7 +154,7 @@ class Square(ActiveSetAttack):
         lefts = _tile_starts(width, side)
         draw = {"stream": stream, "indices": indices, "restart": restart}
         noise = example_noise("unit", (len(tops), len(lefts), 1 + num_channels), **draw)
-        upright = two_bumps(side)[:, :, None]
+        upright = two_bumps(side, self._order)[:, :, None]
         tiles = []
         for row in range(len(tops)):
             in_row = []
@@ -159,7 +167,10 @@ class Square(ActiveSetAttack):
         grid = tf.concat(tiles, axis=1)
         below, right = height - tops[-1] - side, width - lefts[-1] - side
         delta = tf.pad(grid, ((0, 0), (tops[0], below), (lefts[0], right), (0, 0)))
-        return self._scaled(images, delta)
+        # In l1 as high as the pixel range is wide, and together at least epsilon long.
+        width = self.threat.upper - self.threat.lower
+        total = len(tops) * len(lefts) * num_channels
+        return self._fitted(images, delta * max(width, self.threat.epsilon / total))
 
     def _advance(
         self,
@@ -177,7 +188,7 @@ class Square(ActiveSetAttack):
         patterns,
     ):
         num_channels = images.shape[-1]
-        propose = self._propose_linf if self.threat.norm == "linf" else self._propose_l2
+        propose = self._propose_linf if self.threat.norm == "linf" else self._propose_window
         num_numbers = (2 if self.threat.norm == "linf" else 5) + num_channels
         noise = example_noise(
             "unit",
@@ -235,29 +246,34 @@ class Square(ActiveSetAttack):
         on_faces = self.threat.project(images + self.threat.epsilon * signs, images)
         return tf.where(window.mask, on_faces, best), window
 
-    def _propose_l2(self, images, best, numbers, patterns):
-        """Move the perturbation of one window, and what is left of epsilon, into another."""
-        num_channels = images.shape[-1]
+    def _propose_window(self, images, best, numbers, patterns):
+        """In l2 and l1: move a window's perturbation, and what is left of epsilon, into another."""
+        num_channels, order = images.shape[-1], self._order
         side = tf.shape(patterns)[1]
         window = _Window(images, side, numbers[:, 0], numbers[:, 1])
         source = _Window(images, side, numbers[:, 2], numbers[:, 3])
         delta = best - images
         old = tf.where(window.mask, delta, 0.0)
-        old = old / (_TINY + _length(old, (1, 2)))
+        old = old / (_TINY + _length(old, (1, 2), order))
         both = tf.where(tf.logical_or(window.mask, source.mask), delta, 0.0)
-        left = tf.maximum(self.threat.epsilon**2 - _length(delta, (1, 2, 3)) ** 2, 0.0)
-        length = tf.sqrt(left / num_channels + _length(both, (1, 2)) ** 2)
+        left = self.threat.epsilon**order - _length(delta, (1, 2, 3), order) ** order
+        left = tf.maximum(left, 0.0) / num_channels
+        length = _root(left + _length(both, (1, 2), order) ** order, order)
         flipped = tf.cast(numbers[:, 4] > 0.5, tf.int32)
         new = window.place(patterns, flipped) * _signs(numbers[:, None, None, 5:]) + old
-        new = length * new / (_TINY + _length(new, (1, 2)))
+        new = length * new / (_TINY + _length(new, (1, 2), order))
+        if self.threat.norm == "l1":
+            # As in the public code: the projection takes off what is too much.
+            new *= num_channels
         kept = tf.where(source.mask, 0.0, delta)
         # All of the image changes, as its length does.
-        return self._scaled(images, tf.where(window.mask, new, kept)), window
+        return self._fitted(images, tf.where(window.mask, new, kept)), window
 
-    def _scaled(self, images, delta):
-        """The images moved by delta, made epsilon long, clipped to the pixel range."""
-        delta = self.threat.ascent_direction(delta)
-        return self.threat.project(images + self.threat.epsilon * delta, images)
+    def _fitted(self, images, delta):
+        """The images moved by delta, in l2 made epsilon long, within ball and pixel range."""
+        if self.threat.norm == "l2":
+            delta = self.threat.epsilon * self.threat.unit(delta)
+        return self.threat.project(images + delta, images)
 
     def _margin(self, logits_fn, queried, points, logits, labels):
         """(N,) float64 margins, and the number of rechecks."""
@@ -266,24 +282,25 @@ class Square(ActiveSetAttack):
         return tf.cast(margin(logits, labels), tf.float64), num_again
 
 
-def two_bumps(side: int) -> np.ndarray:
-    """The perturbation of a square in l2: a positive bump above a negative one, of length 1.
+def two_bumps(side: int, order: int = 2) -> np.ndarray:
+    """The perturbation of a square in l2 or l1: a positive bump above a negative one, of length 1.
 
     Args:
         side: s, in pixels.
+        order: of the norm, 2 or 1.
 
     Returns:
         (s, s) float32.
 
     Source:
-        Andriushchenko et al. 2020, arXiv:1912.00049, section 3.4.
+        Andriushchenko et al. 2020, arXiv:1912.00049, section 3.4; l1: AutoAttack's public code.
     """
     half = side // 2
-    bumps = np.concatenate([_bump(half, side), -_bump(side - half, side)])
-    return (bumps / np.sqrt(np.square(bumps).sum())).astype(np.float32)
+    bumps = np.concatenate([_bump(half, side, order), -_bump(side - half, side, order)])
+    return (bumps / _root(np.sum(np.abs(bumps) ** order), order)).astype(np.float32)
 
 
-def _bump(height, width):
+def _bump(height, width, order):
     """(height, width) concentric squares around the middle, the inner ones higher; length 1."""
     if not height:
         return np.zeros((0, width))
@@ -292,9 +309,10 @@ def _bump(height, width):
         np.abs(np.arange(height) - height // 2)[:, None],
         np.abs(np.arange(width) - width // 2)[None, :],
     )
-    steps = 1.0 / np.arange(1, rings + 1) ** 2
+    # Flat in l2, peaked in l1.
+    steps = 1.0 / np.arange(1, rings + 1) ** {2: 2, 1: 4}[order]
     values = np.cumsum(steps[::-1])[::-1][ring]
-    return values / np.sqrt(np.square(values).sum())
+    return values / _root(np.sum(values**order), order)
 
 
 def _chunks(num_queries) -> Iterator[tuple[int, int]]:
@@ -354,6 +372,14 @@ def _signs(unit):
     return tf.where(unit < 0.5, -1.0, 1.0)
 
 
-def _length(x, axes):
-    """l2 length over some axes, which are kept."""
-    return tf.sqrt(tf.reduce_sum(tf.square(x), axis=axes, keepdims=True))
+def _length(x, axes, order):
+    """Length in l2 or l1 over some axes, which are kept."""
+    powers = tf.square(x) if order == 2 else tf.abs(x)
+    return _root(tf.reduce_sum(powers, axis=axes, keepdims=True), order)
+
+
+def _root(x, order):
+    """Square root, or the number itself."""
+    if order == 1:
+        return x
+    return np.sqrt(x) if isinstance(x, np.floating) else tf.sqrt(x)

@@ -225,8 +225,8 @@ class Evidence:
 
     def reach(self, share: float) -> float:
         """The epsilon that lets every value move by a share of the pixel range."""
-        root = math.sqrt(self.images[0].size) if self.threat.norm == "l2" else 1.0
-        return share * (self.threat.upper - self.threat.lower) * root
+        change = share * (self.threat.upper - self.threat.lower)
+        return self.threat.distance_of(change, self.images.shape[1:])
 
     def pick(self, quick, standard, full):
         """The value for the budget."""

@@ -96,6 +96,7 @@ def audit(
     Raises:
         ValueError: if an argument does not make sense, or the images are outside the bounds.
     """
+    threat.check_norm("the audit", "linf", "l2")
     say = announce or (lambda line: None)
     evidence = Evidence(
         logits_fn,

@@ -13,6 +13,8 @@ from madry_compat.config import ChallengeConfig, load_config
 DATASETS = tuple(IMAGE_SETS)
 # What numpy and Keras take, from 0.
 LARGEST_SEED = 2**32 - 1
+# Those of `logit_reg.threat`, which starts TensorFlow.
+NORMS = ("linf", "l2", "l1")
 THREAT_FLAGS = ("norm", "epsilon")
 PGD_FLAGS = ("num_steps", "step_size", "random_start", "loss_func", "confidence", "restarts")
 ATTACK_FLAGS = (*THREAT_FLAGS, *PGD_FLAGS)
@@ -83,8 +85,10 @@ def define_attack_flags(whose: str = "") -> None:
     Args:
         whose: said before what each setting of PGD is.
     """
-    flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm of the budget (linf)")
-    flags.DEFINE_float("epsilon", None, "budget, pixel units (.3 or 8; in l2 2 or 382.5)")
+    flags.DEFINE_enum("norm", None, NORMS, "norm of the budget (linf)")
+    flags.DEFINE_float(
+        "epsilon", None, "budget, pixel units (.3 or 8; l2 2 or 382.5; l1 10 or 3060)"
+    )
     flags.DEFINE_integer("num_steps", None, f"{whose}steps of PGD (40 or 20)")
     flags.DEFINE_float("step_size", None, f"{whose}step size, pixel units (.01 or 1)")
     flags.DEFINE_bool("random_start", None, f"{whose}random start (on)")

@@ -28,7 +28,7 @@ flags.DEFINE_integer(
 )
 
 flags.DEFINE_enum("direction", "fgsm", ["fgsm", "pgd"], "the adversarial direction")
-flags.DEFINE_enum("norm", None, ["linf", "l2"], "norm (linf)")
+flags.DEFINE_enum("norm", None, flag_groups.NORMS, "norm (linf)")
 flags.DEFINE_float("epsilon", None, "unit of both axes, pixel units; the challenge's")
 flags.DEFINE_integer("num_steps", None, "--direction=pgd: steps; the challenge's")
 flags.DEFINE_float("step_size", None, "--direction=pgd: step size, pixel units; the challenge's")

@@ -24,6 +24,7 @@ class Challenge(Protocol):
         upper: largest pixel value.
         epsilon: allowed l-infinity distance, pixel units.
         autoattack_epsilon_l2: l2 distance of `autoattack-l2`, pixel units.
+        autoattack_epsilon_l1: l1 distance of `autoattack-l1`, pixel units.
         attack: `num_steps` and `step_size` of the challenge's own PGD.
         paper: `step_size` of the paper's attacks and `epsilon_l2` of `paper-l2`, pixel units.
     """
@@ -38,6 +39,8 @@ class Challenge(Protocol):
     def epsilon(self) -> float: ...
     @property
     def autoattack_epsilon_l2(self) -> float: ...
+    @property
+    def autoattack_epsilon_l1(self) -> float: ...
     @property
     def attack(self) -> Any: ...
     @property
@@ -60,8 +63,8 @@ def protocol_attacks(name: str, challenge: Challenge) -> dict[str, Attack]:
 
     Source:
         `eval.py` of the challenges and their leaderboards (madry-*); Shafahi et al., section 5
-        (paper-*); Croce and Hein 2020 (autoattack*). "paper-20" to "paper-200" use step size 2:
-        the published text, "2^4", is 2 with a footnote mark.
+        (paper-*); Croce and Hein 2020 (autoattack*) and 2021 (autoattack-l1). "paper-20" to
+        "paper-200" use step size 2: the published text, "2^4", is 2 with a footnote mark.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {name!r}.")
@@ -105,12 +108,14 @@ def threat_of(norm: str, challenge: Challenge, epsilon: float | None = None) -> 
     """The threat model of a challenge's images.
 
     Args:
-        norm: "linf", or "l2" as in `paper-l2`.
+        norm: "linf", "l2" as in `paper-l2`, or "l1" as in `autoattack-l1`.
         challenge: of the images.
         epsilon: the budget in pixel units, if not the challenge's.
     """
     if epsilon is None:
-        epsilon = challenge.epsilon if norm == "linf" else challenge.paper.epsilon_l2
+        budgets = {"l2": challenge.paper.epsilon_l2, "l1": challenge.autoattack_epsilon_l1}
+        # Of a norm that there is not, `ThreatModel` tells.
+        epsilon = budgets.get(norm, challenge.epsilon)
     return ThreatModel(norm, epsilon, challenge.lower, challenge.upper)
 
 
@@ -139,6 +144,10 @@ def _paper_spsa(challenge):
 def _autoattack_l2(challenge):
     threat = threat_of("l2", challenge, challenge.autoattack_epsilon_l2)
     return {"autoattack-l2": AutoAttack(threat)}
+
+
+def _autoattack_l1(challenge):
+    return {"autoattack-l1": AutoAttack(threat_of("l1", challenge))}
 
 
 def _linf(challenge, *, name):
@@ -191,6 +200,7 @@ PROTOCOLS: dict[str, Callable[[Challenge], dict[str, Attack]]] = {
     "autoattack": functools.partial(_linf, name="autoattack"),
     _EACH: functools.partial(_linf, name=_EACH),
     "autoattack-l2": _autoattack_l2,
+    "autoattack-l1": _autoattack_l1,
     _RAND: functools.partial(_linf, name=_RAND),
     "adaptive": functools.partial(_linf, name="adaptive"),
 }

@@ -257,6 +257,8 @@ def distances(a: np.ndarray, b: np.ndarray, norm: str) -> np.ndarray:
     delta = (a.astype(np.float64) - b.astype(np.float64)).reshape(len(a), math.prod(a.shape[1:]))
     if norm == "linf":
         return np.abs(delta).max(axis=1, initial=0.0)
+    if norm == "l1":
+        return np.abs(delta).sum(axis=1)
     return np.sqrt(np.square(delta).sum(axis=1))
 
 
@@ -272,7 +274,8 @@ def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -
 
     Raises:
         ThreatModelError: for another shape, values that are not finite or outside the bounds, or a
-            distance above epsilon (1 + 1e-6) plus one float32 spacing of the upper bound.
+            distance above epsilon (1 + 1e-6) plus that of one float32 spacing of the upper bound
+            in every value.
     """
     if adversarial.shape != images.shape:
         raise ThreatModelError(
@@ -290,11 +293,9 @@ def check_threat(name: str, adversarial, images, indices, threat: ThreatModel) -
                 f"[{threat.lower:g}, {threat.upper:g}] ({len(bad)} such images)."
             )
     measured = distances(adversarial, images, threat.norm)
-    spacing = float(np.spacing(np.float32(threat.upper)))
-    if threat.norm == "l2":
-        # Each pixel may be off by one rounding; their l2 sum grows with the root of their number.
-        spacing *= math.sqrt(flat.shape[1])
-    allowed = threat.epsilon * (1 + _RELATIVE_SLACK) + spacing
+    # Each value may be off by one rounding.
+    rounding = threat.distance_of(float(np.spacing(np.float32(threat.upper))), images.shape[1:])
+    allowed = threat.epsilon * (1 + _RELATIVE_SLACK) + rounding
     worst = int(np.argmax(measured)) if len(measured) else 0
     if len(measured) and measured[worst] > allowed:
         raise ThreatModelError(

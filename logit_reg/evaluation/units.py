@@ -1,6 +1,5 @@
 """Notices of numbers that are probably in other units than the images."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from logit_reg.attacks.engine.attack import Attack
@@ -10,8 +9,8 @@ from logit_reg.threat import ThreatModel
 
 # Half of a grey level of 256: an image that is stored in 8 bits does not change by less.
 _HALF_LEVEL = 1 / 510
-# Of the range, in l2, where one pixel alone can take the whole budget.
-_SMALLEST_L2 = 1 / 100
+# Of the range, in l2 and l1, where one pixel alone can take the whole budget.
+_SMALLEST_SUM = 1 / 100
 # Of the budget: less than that is what all steps together move a pixel.
 _SMALLEST_PATH = 1 / 10
 
@@ -20,9 +19,9 @@ def threat_notices(threat: ThreatModel, image_shape: Sequence[int]) -> Iterator[
     """A budget that is out of proportion to the pixel range.
 
     Too large is one that reaches the uniform mid-grey from every image, so that no network can be
-    right: half the range in linf, half of sqrt(H W C) ranges in l2. Too small is less than half of
-    a grey level of 256 in linf, and less than a hundredth of the range in l2, where published
-    budgets are a fifth of it and more.
+    right: half the range in linf, half of sqrt(H W C) ranges in l2, half of H W C ranges in l1.
+    Too small is less than half of a grey level of 256 in linf, and less than a hundredth of the
+    range in l2 and l1, where published budgets are a fifth of it and more.
 
     Args:
         threat: norm, budget and pixel range.
@@ -33,8 +32,8 @@ def threat_notices(threat: ThreatModel, image_shape: Sequence[int]) -> Iterator[
     """
     width = threat.upper - threat.lower
     is_linf = threat.norm == "linf"
-    largest = width / 2 * (1.0 if is_linf else math.sqrt(math.prod(image_shape)))
-    smallest = width * (_HALF_LEVEL if is_linf else _SMALLEST_L2)
+    largest = threat.distance_of(width / 2, image_shape)
+    smallest = width * (_HALF_LEVEL if is_linf else _SMALLEST_SUM)
     told = f"epsilon {threat.epsilon:g} in {threat.norm}, on pixels in {_range(threat)},"
     if threat.epsilon >= largest:
         yield Finding(

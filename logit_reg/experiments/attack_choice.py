@@ -31,7 +31,7 @@ class AttackChoice:
 
     Attributes:
         protocols: names of frozen protocols; empty for an attack of the settings below.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         epsilon: budget, pixel units.
         num_steps: of PGD, as all that follows.
         step_size: pixel units.
@@ -155,9 +155,9 @@ def usual_step_size(threat: ThreatModel, challenge: Challenge | None, num_steps:
     Args:
         threat: norm, budget and pixel range.
         challenge: whose step size it is in linf; a tenth of epsilon without one.
-        num_steps: of the attack; in l2 all steps together are 2.5 epsilon.
+        num_steps: of the attack; in l2 and l1 all steps together are 2.5 epsilon.
     """
-    if threat.norm == "l2":
+    if threat.norm != "linf":
         return 2.5 * threat.epsilon / max(num_steps, 1)
     return challenge.attack.step_size if challenge else threat.epsilon / 10
 

@@ -12,6 +12,7 @@ _LOSSES = {"xent": "xent", "cw": "CW", "dlr": "DLR", "ce": "CE"}
 _WORDS = {
     "autoattack": "AutoAttack",
     "autoattack-l2": "AutoAttack, l2",
+    "autoattack-l1": "AutoAttack, l1",
     "autoattack-rand": "AutoAttack, rand",
     "adaptive": "adaptive",
     "apgd-ce": "APGD-CE",

@@ -396,7 +396,11 @@ def landscape_caption(
         else f"image {comparison.chosen[example]}, n = 1"
     )
     adversarial = f"the end of PGD-{adversary['num_steps']}" if adversary else "FGSM"
-    random = "signs (Rademacher)" if threat["norm"] == "linf" else "a Gaussian at a right angle"
+    random = {
+        "linf": "signs (Rademacher)",
+        "l2": "a Gaussian at a right angle",
+        "l1": "signs of as few values",
+    }[threat["norm"]]
     points = "clipped to the pixel range" if landscape["clip"] else "not clipped to the pixel range"
     return (
         f"{_QUANTITIES[quantity].split(' (')[0].capitalize()}, {examples}, over the plane of "
@@ -486,8 +490,8 @@ def _set_ticks(bar, scale, reference, name):
 
 
 def _ball_edge(comparison):
-    """Where |a| + |b| = 1 in linf, a^2 + b^2 = 1 in l2: inside, every point is within epsilon."""
-    if comparison.settings["landscape"]["threat"]["norm"] == "linf":
+    """Where a^2 + b^2 = 1 in l2, |a| + |b| = 1 else: inside, every point is within epsilon."""
+    if comparison.settings["landscape"]["threat"]["norm"] != "l2":
         return np.array([[1, 0, -1, 0, 1], [0, 1, 0, -1, 0]])
     angles = np.linspace(0, 2 * np.pi, 97)
     return np.stack([np.cos(angles), np.sin(angles)])

@@ -184,7 +184,8 @@ def shown_evaluations(run: Run) -> dict[str, StoredEvaluation]:
 def strongest(run: Run) -> StoredEvaluation | None:
     """The evaluation under the strongest cascade that was run; None if none was.
 
-    AutoAttack, or better the adaptive attack; in linf before l2; on the most images, no slice.
+    AutoAttack, or better the adaptive attack; in linf before other norms; on the most images, no
+    slice.
     """
     found = [e for e in shown_evaluations(run).values() if _strength(e) and not e.is_slice]
     return max(found, key=lambda e: (_rank(e), len(e.ledger.label)), default=None)
@@ -389,7 +390,7 @@ def _strength(evaluation):
 
 def _rank(evaluation):
     """What makes one strong attack stronger than another: its kind, and that it is in linf."""
-    return _strength(evaluation), "l2" not in evaluation.label
+    return _strength(evaluation), not {"l2", "l1"} & set(re.split(r"\W+", evaluation.label))
 
 
 def _attacks_of_protocols(runs):

@@ -27,9 +27,10 @@ class AttackResult:
     challenges' own code counts."""
     forwards: int
     """Images sent forward through the network, padding not counted; a doubtful image that a
-    lower precision saw and the network itself sees again counts twice."""
+    lower precision saw and the network itself sees again counts twice. An iterate that was met
+    before counts again, though it is not sent again."""
     backwards: int
-    """Images whose gradient was computed, padding not counted."""
+    """Images whose gradient was computed, counted likewise."""
     stages: tuple = ()
     """Of an attack that is a cascade: (name, (N,) bool still robust after it), in order."""
 

@@ -15,6 +15,7 @@ from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradien
 from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
 from logit_reg.attacks.engine.random_numbers import example_noise, uniform_in_ball
+from logit_reg.attacks.engine.repeats import Repeats
 from logit_reg.threat import ThreatModel
 
 # With early_stop, how many steps pass before images that are fooled are taken out.
@@ -30,6 +31,10 @@ class GradientAttack(ImageAttack):
 
         @property
         def threat(self) -> ThreatModel: ...
+
+    same_steps = False
+    """Whether loss and length of a step do not depend on its number: images that walk in a circle
+    then take no more work, see `Repeats`."""
 
     def step_loss(self, step, logits, labels, loss_inputs):
         """The loss to ascend at a step.
@@ -129,29 +134,38 @@ class GradientLoop:
         functions = examples.functions(logits_fn)
         passes = num_forwards(*functions)
         current = start(images, examples.indices, stream, examples.restart).numpy()
-        active = ActiveSet(current.copy())
+        active, repeats = ActiveSet(current.copy()), Repeats(len(images))
         rows = active.rows
         for begin, end, pair in self._chunks(*functions):
             is_last = end == self.num_steps
             advance = compiled(self, "_advance", pair, signature)
-            given = take((images, examples.labels, loss_inputs), rows)
-            state = take((current, active.adversarial, active.fooled), rows)
+            awake = repeats.awake(rows, begin)
+            if self.early_stop and self.attack.same_steps and not is_screened(pair[1]):
+                awake = repeats.look(advance, awake, current[awake], begin, self.num_steps)
+            # Iterates that are known count like those that are computed.
+            steps = end - begin
+            active.count(len(rows), forwards=steps * passes + is_last, backwards=steps)
+            if is_last and self.early_stop:
+                # Of those who sleep; the others' follow.
+                active.adversarial[rows] = current[rows]
+            if not len(awake):
+                continue
+            given = take((images, examples.labels, loss_inputs), awake)
+            state = take((current, active.adversarial, active.fooled), awake)
             try:
                 moved = advance(*given, *state, begin, end, is_last)
             except tf.errors.InvalidArgumentError:
                 # One line for the usual reason: other than one row of logits an image.
                 clean_logits(logits_fn, images[:2])
                 raise
-            current[rows], adversarial, fooled, last_fooled, num_again = (
+            current[awake], adversarial, fooled, last_fooled, num_again = (
                 tensor.numpy() for tensor in moved
             )
             last_fooled = fooled if self.early_stop else last_fooled
-            keep = active.record(rows, adversarial, fooled, last_fooled)
-            steps = end - begin
-            active.count(len(rows), forwards=steps * passes + is_last, backwards=steps)
+            active.record(awake, adversarial, fooled, last_fooled)
             active.count(int(num_again), forwards=1)
             if self.early_stop:
-                rows = rows[keep]
+                rows = active.rows
                 if not len(rows):
                     break
         return active.result()

@@ -130,4 +130,6 @@ def gradient_step(threat: ThreatModel, current, gradient, images, step_length, s
     Returns:
         (N, H, W, C) float.
     """
-    return threat.project(current + step_length * threat.ascent_direction(gradient), images, scale)
+    gradient = threat.without_stopped(gradient, current, images)
+    direction = threat.ascent_direction(gradient)
+    return threat.project(current + step_length * direction, images, scale)

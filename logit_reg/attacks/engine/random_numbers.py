@@ -55,10 +55,9 @@ def uniform_in_ball(threat: ThreatModel, images, *, stream, indices, restart, sc
         (N, H, W, C) float32.
     """
     shape, draw = images.shape[1:], {"indices": indices, "restart": restart}
+    noise = example_noise(threat.start_noise, shape, stream=stream, **draw)
     if threat.norm == "linf":
-        noise = example_noise("uniform", shape, stream=stream, **draw)
         return threat.random_start(images, noise, 1.0, scale)
-    noise = example_noise("normal", shape, stream=stream, **draw)
     # A stream of its own: the same one would tie the radius to the first pixels.
     radius = example_noise("unit", (1, 1, 1), stream=stream + 1, **draw)
     return threat.random_start(images, noise, radius, scale)
@@ -75,13 +74,9 @@ def random_direction(threat: ThreatModel, images, *, stream, indices, restart):
         restart: () int64 number of the restart.
 
     Returns:
-        (N, H, W, C) float32: in linf uniform noise over its largest entry, in l2 normal noise over
-        its norm.
+        (N, H, W, C) float32: in linf uniform noise over its largest entry, in l2 and l1 normal
+        noise over its norm.
     """
     distribution = "uniform" if threat.norm == "linf" else "normal"
     draw = {"stream": stream, "indices": indices, "restart": restart}
-    noise = example_noise(distribution, images.shape[1:], **draw)
-    if threat.norm == "l2":
-        return threat.ascent_direction(noise)
-    largest = tf.reduce_max(tf.abs(noise), axis=(1, 2, 3), keepdims=True)
-    return tf.math.divide_no_nan(noise, largest)
+    return threat.unit(example_noise(distribution, images.shape[1:], **draw))

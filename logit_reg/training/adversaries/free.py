@@ -50,10 +50,7 @@ class FreeAdversary(Adversary):
         check_ramp(self.ramp_steps)
         if self.replays < 1:
             raise ValueError(f"replays must be at least 1; got {self.replays}.")
-        if self.threat.norm != "linf":
-            raise ValueError(
-                f"free adversarial training is defined in linf; got norm {self.threat.norm!r}."
-            )
+        self.threat.check_norm("free adversarial training", "linf")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
 

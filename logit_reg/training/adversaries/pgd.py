@@ -86,12 +86,12 @@ class PGDAdversary(Adversary):
 
     def find(self, batch: Batch) -> Any:
         """Attack the batch."""
-        draw = batch.numbers.uniform if self.threat.norm == "linf" else batch.numbers.normal
+        draw = {"uniform": batch.numbers.uniform, "normal": batch.numbers.normal}
         return self.attack.perturb(
             batch.state,
             batch.images,
             batch.labels,
-            noise=draw(START, batch.images.shape[1:]),
+            noise=draw[self.threat.start_noise](START, batch.images.shape[1:]),
             radius=batch.numbers.unit(RADIUS, (1, 1, 1)),
             scale=batch.ramp(self.ramp_steps),
         )
