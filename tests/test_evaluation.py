@@ -27,7 +27,7 @@ from logit_reg.evaluation.run import (
     ThreatModelError,
     check_threat,
     content_hash,
-    estimate_seconds,
+    estimate,
     evaluate,
 )
 from logit_reg.evaluation.state import EvaluationState
@@ -324,8 +324,8 @@ def test_content_hash_sees_values_types_and_shapes():
 
 def test_an_estimate_grows_with_the_work():
     model, attacks, images, labels = linear_case()
-    little = estimate_seconds(model, {"cw": attacks["cw"]}, images[:10], labels[:10])
-    much = estimate_seconds(model, {"x": PGD(THREAT, num_steps=4000)}, images, labels)
+    little = estimate(model, {"cw": attacks["cw"]}, images[:10], labels[:10]).seconds
+    much = estimate(model, {"x": PGD(THREAT, num_steps=4000)}, images, labels).seconds
     assert 0 < little < much
 
 

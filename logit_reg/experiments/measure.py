@@ -112,12 +112,8 @@ def challenge_subject(model: Model, dataset: Dataset, count: int | None) -> Subj
         "contaminated": _is_contaminated(model, name),
         "release": model.release,
     }
-    if model.run is not None and model.finished_steps is not None:
-        training = {
-            "steps_done": model.finished_steps,
-            "steps_planned": model.run.max_num_training_steps,
-        }
-        provenance["training"] = training
+    if model.training is not None:
+        provenance["training"] = model.training
     if model.folder is not None:
         folder = model.folder / EVALUATIONS
     else:

@@ -53,6 +53,14 @@ class Model:
         return self.data_dir if self.data_dir and Path(self.data_dir).is_dir() else None
 
     @property
+    def training(self) -> dict[str, int] | None:
+        """Steps done and planned of the training, where both are known."""
+        if self.run is None or self.finished_steps is None:
+            return None
+        planned = self.run.max_num_training_steps
+        return {"steps_done": self.finished_steps, "steps_planned": planned}
+
+    @property
     def is_squeezed(self) -> bool:
         """Whether it was trained in the family that PGD flatters."""
         return self.run is not None and (self.run.reg != "none" or self.run.smoothing > 0)
@@ -211,11 +219,10 @@ def find_model(path: Path | str, named: str | None = None) -> Model:
 
 def _model_of_run(network, path, folder, step) -> Model:
     data_dir, run = read_json(folder / "run.json").get("data_dir"), read_run(folder)
-    if step is not None:
-        training = {"steps_done": step, "steps_planned": run.max_num_training_steps}
-        for found in training_notices(training):
-            notice(f"notice: {found['message']}")
-    return Model(network, path, run, data_dir, folder=folder, finished_steps=step)
+    model = Model(network, path, run, data_dir, folder=folder, finished_steps=step)
+    for found in training_notices(model.training):
+        notice(f"notice: {found['message']}")
+    return model
 
 
 def _load_with_step(folder: Path) -> tuple[keras.Model, int | None]:

@@ -94,11 +94,11 @@ def comparison_table(comparison: Comparison, dataset: str) -> Table:
                 f"{found.p_value:.2g}",
             )
         )
-    images = f"the same {num_examples} images of {dataset}"
+    images = f"the same {num_examples:,} images of {dataset}"
     if (comparison.num_a, comparison.num_b) != (num_examples, num_examples):
         images = (
-            f"the {num_examples} images of {dataset} that both saw, of the {comparison.num_a} of A "
-            f"and the {comparison.num_b} of B"
+            f"the {num_examples:,} images of {dataset} that both saw, of the "
+            f"{comparison.num_a:,} of A and the {comparison.num_b:,} of B"
         )
     return Table(
         columns=(

@@ -59,6 +59,7 @@ class Records:
             self._timing = _Table(model_dir / "timing.csv", TIMING_COLUMNS, last_step=first_step)
             self._summaries = tf.summary.create_file_writer(str(model_dir / "tensorboard"))
         self._bar = Progress(
+            desc="training",
             total=total_steps,
             initial=first_step,
             unit="step",
