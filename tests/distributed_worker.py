@@ -49,7 +49,7 @@ def tiny_model(kind, dtype="float64"):
     if kind == "pgd":
         adversary = PGDAdversary(PGD(threat, num_steps=3, step_size=0.1), ramp_steps=10)
     elif kind == "free":
-        adversary = FreeAdversary(threat, BATCH_SIZE)
+        adversary = FreeAdversary(threat, BATCH_SIZE, replays=4)
     model = RegularizedModel(
         network,
         objective,
@@ -83,7 +83,6 @@ def train_kinds(folder, steps, kinds, strategy, dtype="float64"):
             training_batch_size=BATCH_SIZE,
             num_output_steps=1,
             num_checkpoint_steps=20,
-            replays=4 if kind == "free" else 1,
         )
         own = Path(folder) / kind
         own.mkdir(parents=True, exist_ok=True)

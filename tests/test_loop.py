@@ -92,11 +92,10 @@ def test_tensorboard_events_are_written(tmp_path):
 @pytest.mark.parametrize("stop", [1, 5, 7])
 @pytest.mark.parametrize("kind", ["plain", "free"])
 def test_a_run_in_two_parts_ends_bit_identical_to_one(tmp_path, stop, kind):
-    adversary = FreeAdversary(ThreatModel(), 8) if kind == "free" else None
-    changes = {"replays": 4} if kind == "free" else {}
-    whole = run(tmp_path / "whole", model=fresh_model(adversary), **changes)
-    run(tmp_path / "parts", steps=stop, model=fresh_model(adversary), **changes)
-    rest = run(tmp_path / "parts", model=fresh_model(adversary), **changes)
+    adversary = FreeAdversary(ThreatModel(), 8, replays=4) if kind == "free" else None
+    whole = run(tmp_path / "whole", model=fresh_model(adversary))
+    run(tmp_path / "parts", steps=stop, model=fresh_model(adversary))
+    rest = run(tmp_path / "parts", model=fresh_model(adversary))
     for one, other in zip(weights(whole), weights(rest), strict=True):
         np.testing.assert_array_equal(one, other)
     if kind == "free":

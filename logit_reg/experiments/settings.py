@@ -138,12 +138,12 @@ class RunSettings:
     @property
     def description(self) -> str:
         """The method in a few words, such as "squeeze beta=2 + noise"."""
-        return describe(self)
+        return describe(dataclasses.asdict(self), self.training_adversary.description)
 
     @property
     def name(self) -> str:
         """Name of the run's folder, derived from the settings."""
-        return run_name(self, DEFAULTS)
+        return run_name(dataclasses.asdict(self), self.description, DEFAULTS)
 
 
 DEFAULTS = {
