@@ -35,7 +35,6 @@ from logit_reg.experiments.sources import (
 )
 from logit_reg.files import read_json, write_json
 from logit_reg.messages import UsageError, notice, tell
-from logit_reg.objectives import collapse_threshold
 from logit_reg.report.audit_page import write_audit_page
 from logit_reg.threat import ThreatModel
 from madry_compat.challenges import image_set
@@ -141,14 +140,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
     run = model.run
     if run is None or not run.beta:
         return audited
-    threshold = collapse_threshold(
-        run.training_batch_size,
-        challenge.num_classes,
-        reg=run.reg,
-        smoothing=run.smoothing,
-        reduction=run.loss_reduction,
-    )
-    return dataclasses.replace(audited, beta=run.beta, collapse_threshold=threshold)
+    return dataclasses.replace(audited, beta=run.beta, collapse_threshold=run.collapse_threshold)
 
 
 def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:

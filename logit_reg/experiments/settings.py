@@ -5,7 +5,7 @@ import reprlib
 from typing import Any, get_args, get_type_hints
 
 from logit_reg.experiments.naming import describe, run_name
-from logit_reg.objectives import Objective
+from logit_reg.objectives import Objective, collapse_threshold
 from logit_reg.threat import ThreatModel
 from logit_reg.training.adversaries import adversary_class
 from logit_reg.training.adversaries.protocol import Adversary
@@ -123,6 +123,17 @@ class RunSettings:
     def threat(self) -> ThreatModel:
         """The threat model of the adversary in training."""
         return ThreatModel("linf", self.epsilon, self.challenge.lower, self.challenge.upper)
+
+    @property
+    def collapse_threshold(self) -> float:
+        """Beta from which on all-zero logits minimise the objective over free logits."""
+        return collapse_threshold(
+            self.training_batch_size,
+            self.challenge.num_classes,
+            reg=self.reg,
+            smoothing=self.smoothing,
+            reduction=self.loss_reduction,
+        )
 
     @property
     def loop(self) -> LoopSettings:
