@@ -842,6 +842,11 @@ def assert_other_audits_are_refused(folder):
         with pytest.raises(UsageError, match=f"{words}.*choose another --output_dir"):
             run_audit(audited, changed)
     assert (folder / "out" / "audit.json").read_bytes() == before
+    # Where no folder is named, each threat model has one of its own.
+    unnamed = dataclasses.replace(settings, output_dir=None)
+    threats = (ThreatModel("linf", 0.03, 0.0, 1.0), ThreatModel("l2", 0.5, 0.0, 1.0))
+    audits = [audited_own(load_own_model(*files, threat, 40), unnamed) for threat in threats]
+    assert [found.output_dir.name for found in audits] == ["quick-linf0.03", "quick-l2-0.5"]
 
 
 @pytest.mark.slow

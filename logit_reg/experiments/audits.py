@@ -11,7 +11,7 @@ from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.evidence import CONTROL_KINDS
 from logit_reg.evaluation import units
-from logit_reg.evaluation.ledger import attack_settings
+from logit_reg.evaluation.ledger import attack_settings, threat_word
 from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks, threat_of
 from logit_reg.evaluation.run import content_hash, network_hash
 from logit_reg.evaluation.state import EvaluationState
@@ -166,7 +166,7 @@ def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
 
 def _name(budget: str, threat: ThreatModel, usual: ThreatModel | None) -> str:
     """The folder of an audit: its budget, and its threat model where that is not the usual one."""
-    return budget if threat == usual else f"{budget}-{threat.norm}{threat.epsilon:g}"
+    return budget if threat == usual else f"{budget}-{threat_word(dataclasses.asdict(threat))}"
 
 
 def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
