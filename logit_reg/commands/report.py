@@ -12,6 +12,7 @@ against training_step or against attack_steps.
 """
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -57,7 +58,8 @@ def main() -> None:
         print(f"page: {FLAGS.leaderboard}")
     else:
         names = [field.name for field in dataclasses.fields(ReportSettings)]
-        pair = write_report(ReportSettings(**{name: FLAGS[name].value for name in names}))
+        values: dict[str, Any] = {name: FLAGS[name].value for name in names}
+        pair = write_report(ReportSettings(**values))
         if pair:
             command_line.print_next("report", {"compare": pair})
 

@@ -110,7 +110,7 @@ def compare_evaluations(names: Sequence[str]) -> None:
 
 def _num_classes(runs: Sequence[Run]) -> int:
     """K of the data set that was trained on; 10 where that is none of the project's."""
-    names = {run.settings.get("dataset") for run in runs} & IMAGE_SETS.keys()
+    names = {str(run.settings.get("dataset")) for run in runs} & IMAGE_SETS.keys()
     return max((IMAGE_SETS[name].challenge.num_classes for name in names), default=10)
 
 

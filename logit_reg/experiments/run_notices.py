@@ -13,7 +13,7 @@ def tell_of_settings(settings: RunSettings) -> None:
     found = [*units.noise_notices(settings.sigma, challenge.lower, challenge.upper)]
     if threat is not None:
         found += units.threat_notices(threat, challenge.image_shape)
-    if settings.adversary in taking("step_size"):
+    if threat is not None and settings.adversary in taking("step_size"):
         found += units.step_notices(threat, settings.num_steps, settings.step_size)
     tell(found)
     if settings.beta >= settings.collapse_threshold:
