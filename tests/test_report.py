@@ -610,7 +610,7 @@ def test_panels_of_runs_of_many_kinds_name_as_few_settings_as_tell_them_apart(tm
     runs = [
         dataclasses.replace(run, settings=run.settings | kind | dict.fromkeys(others, i))
         for i, kind in enumerate(kinds)
-        for run in beta_sweep(tmp_path)
+        for run in beta_sweep(tmp_path / str(i))
     ]
     panels = {point.panel for point in sweep_points(runs, "beta")}
     words = ["reg squeeze, adversary None", "reg none, adversary None", "reg none, adversary pgd"]
@@ -1032,7 +1032,7 @@ def test_a_table_that_is_too_wide_for_a_page_changes_rows_and_columns():
     assert '<th scope="row">run 4</th>' in small
     assert wide.count("<tr>") == 15
     assert (
-        '<th scope="row">attack 13 [95 %] n&nbsp;=&nbsp;10000</th><td data-label="run 0">' in wide
+        '<th scope="row">attack 13 [95 %] n&nbsp;=&nbsp;10,000</th><td data-label="run 0">' in wide
     )
     assert '<span>13.9 <span class="part">[10.0, 20.5]</span></span>' in wide
     assert 'class="table long"' not in small + wide
