@@ -1,13 +1,23 @@
 """What the user is told: notices on standard error, and mistakes in one line."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    # It starts TensorFlow.
-    from logit_reg.attacks.engine.checks import Finding
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something that makes numbers unreliable or an attack incomplete."""
+
+    name: str
+    """"not_finite", "probabilities", "decisions", "randomised", "frozen", "not_randomised",
+    "repeated_passes", "dynamic", "zero_gradients", "square_lowers", "num_targets" or
+    "num_classes"."""
+    message: str
+    """One line: what was seen, what it may mean and what to do."""
+    value: float
+    """The number behind it."""
 
 
 class UsageError(ValueError):
@@ -29,7 +39,7 @@ def notice(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def tell(findings: "Iterable[Finding]") -> None:
+def tell(findings: Iterable[Finding]) -> None:
     """Tell the user what may mislead about the numbers to come."""
     for finding in findings:
         notice(f"notice: {finding.message}")

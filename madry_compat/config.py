@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,40 @@ def _choice(words: str, kind: type, *values: Any) -> _Check:
     return words, check
 
 
-def _schedule(value: Any) -> tuple[tuple[int, float], ...]:
-    steps, rates = zip(*((step, rate) for step, rate in value), strict=True)
-    # The challenge writes int(step), so 40000.0 is a step too.
-    numbers = [_non_negative_number(step) for step in steps]
-    whole = [_WHOLE[1](int(number)) for number in numbers]
-    if whole != numbers or whole[0] != 0 or any(b <= a for a, b in itertools.pairwise(whole)):
-        raise ValueError
-    return tuple(zip(whole, map(_non_negative_number, rates), strict=True))
+def checked_schedule(schedule: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    """A `step_size_schedule`, checked.
+
+    Args:
+        schedule: pairs [first step, learning rate]; the challenge writes int(step), so that
+            40000.0 is a step, too.
+
+    Raises:
+        ValueError: if it is empty or malformed, does not start at step 0, has steps that do not
+            increase, or a rate that is not positive and finite.
+    """
+    is_list = isinstance(schedule, Sequence)
+    pairs = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in schedule]
+    well_formed = all(
+        len(pair) == 2 and _is_number(pair[1]) and _is_number(pair[0]) and int(pair[0]) == pair[0]
+        for pair in pairs
+    )
+    if not is_list or not pairs or not well_formed or pairs[-1][0] >= 2**63:
+        raise ValueError(
+            f"step_size_schedule must list pairs [first step, learning rate]; got {schedule!r}."
+        )
+    steps = [int(step) for step, _ in pairs]
+    rates = [float(rate) for _, rate in pairs]
+    if steps[0] != 0 or any(later <= step for step, later in itertools.pairwise(steps)):
+        raise ValueError(
+            f"step_size_schedule must start at step 0 and increase; got steps {steps}."
+        )
+    if any(rate <= 0.0 for rate in rates):
+        raise ValueError(f"step_size_schedule needs positive learning rates; got {rates}.")
+    return tuple(zip(steps, rates, strict=True))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _POSITIVE, _WHOLE = _integer(1), _integer(0)
@@ -83,7 +109,7 @@ _PATH: _Check = ("a path: a string of printable characters", _path)
 _LOSS = _choice("'xent' or 'cw'", str, "xent", "cw")
 _SCHEDULE: _Check = (
     "a list of [step, learning rate] pairs with steps ascending from 0",
-    _schedule,
+    checked_schedule,
 )
 
 

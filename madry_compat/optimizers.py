@@ -4,14 +4,14 @@ They matter only where training goes on from a challenge checkpoint: the slots o
 `madry_compat.tf1_checkpoints` mean what they meant to TF1.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule, PiecewiseConstantDecay
+
+from madry_compat.config import checked_schedule
 
 # The default of TF1's Adam; Keras' own is 1e-7.
 ADAM_EPSILON = 1e-8
@@ -141,34 +141,13 @@ def piecewise_constant(schedule: Sequence[Sequence[float]]) -> LearningRateSched
         rate before it: 0.1 still holds when 40,000 updates have been made, 0.01 from 40,001 on.
 
     Raises:
-        ValueError: if the schedule is empty or malformed, does not start at step 0, has steps
-            that do not increase, or a rate that is not positive and finite.
+        ValueError: as `checked_schedule`.
 
     Source:
         `tf.train.piecewise_constant` in cifar10_challenge `train.py`.
     """
-    pairs = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in schedule]
-    well_formed = all(
-        len(pair) == 2 and _is_number(pair[1]) and _is_number(pair[0]) and int(pair[0]) == pair[0]
-        for pair in pairs
-    )
-    if not pairs or not well_formed:
-        raise ValueError(
-            f"step_size_schedule must list pairs [first step, learning rate]; got {schedule!r}."
-        )
-    steps = [int(step) for step, _ in pairs]
-    rates = [float(rate) for _, rate in pairs]
-    if steps[0] != 0 or any(later <= step for step, later in itertools.pairwise(steps)):
-        raise ValueError(
-            f"step_size_schedule must start at step 0 and increase; got steps {steps}."
-        )
-    if any(rate <= 0.0 for rate in rates):
-        raise ValueError(f"step_size_schedule needs positive learning rates; got {rates}.")
+    steps, rates = zip(*checked_schedule(schedule), strict=True)
     if len(rates) == 1:
         # Keras' class fails without a boundary; one between two equal rates changes nothing.
-        return PiecewiseConstantDecay([0], rates * 2)
-    return PiecewiseConstantDecay(steps[1:], rates)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return PiecewiseConstantDecay([0], list(rates * 2))
+    return PiecewiseConstantDecay(list(steps[1:]), list(rates))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "TFDS_DATA_DIR": "", "HOME": "/none"}
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tensorflow", "keras"])
+_SERVER.set_forkserver_preload(["tensorflow", "keras", "tensorflow_datasets", "matplotlib.figure"])
 
 
 def command(
@@ -48,11 +48,29 @@ def command(
         )
 
 
+def fork(function, *arguments):
+    """Start a function of a test module in a process of its own; returns the process.
+
+    As `subprocess.Popen`, but TensorFlow is imported already.
+    """
+    process = _SERVER.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def fork_command(script: str, *flags: object, cwd: Path):
+    """Start a command, its output to files in `cwd`; returns the process, to be killed."""
+    arguments = [str(ROOT / "scripts" / f"{script}.py"), *map(str, flags)]
+    environment = {**os.environ, **ENVIRONMENT, "LOGIT_REG_CACHE": str(Path(cwd) / "cache")}
+    out, err = (str(Path(cwd) / f"{script}.{name}") for name in ("out", "err"))
+    return fork(_run, arguments, str(cwd), environment, out, err)
+
+
 def _run(arguments, cwd, environment, out, err) -> None:
     """What the fork does: become the command."""
     for name, descriptor in ((out, 1), (err, 2)):
         # Written from C++ too, hence below Python's own files.
-        os.dup2(os.open(name, os.O_WRONLY | os.O_TRUNC), descriptor)
+        os.dup2(os.open(name, os.O_WRONLY | os.O_TRUNC | os.O_CREAT), descriptor)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

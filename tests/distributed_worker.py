@@ -68,7 +68,7 @@ def tiny_model(kind, dtype="float64"):
     if kind == "pgd":
         adversary = PGDAdversary(PGD(threat, num_steps=3, step_size=0.1), ramp_steps=10)
     elif kind == "free":
-        adversary = FreeAdversary(threat, BATCH_SIZE)
+        adversary = FreeAdversary(threat, BATCH_SIZE, replays=4)
     elif kind in ("nuat", "gat"):
         single_step = {"nuat": NuATAdversary, "gat": GATAdversary}[kind]
         adversary = single_step(threat, 0.3, 0.3, ramp_steps=10, weight=2.0)
@@ -108,7 +108,6 @@ def train_kinds(folder, steps, kinds, strategy, dtype="float64"):
             training_batch_size=BATCH_SIZE,
             num_output_steps=1,
             num_checkpoint_steps=20,
-            replays=4 if kind == "free" else 1,
         )
         own = Path(folder) / kind
         own.mkdir(parents=True, exist_ok=True)

@@ -384,9 +384,8 @@ def test_a_control_that_falls_itself_excuses_nothing():
     case |= {"threat": ThreatModel("linf", 0.3, 0.0, 1.0)}
     stands = Control("stands", "adversarial", first_pixels)
     falls = Control("falls", "adversarial", lambda x: -first_pixels(x))
-    for known in ([stands], [falls, stands]):
-        found = outcome(9, first_pixels, controls=known, **case)
-        assert found.status == "not_decided" and "at most 0.5 allowed" in found.reason
+    found = outcome(9, first_pixels, controls=[falls, stands], **case)
+    assert found.status == "not_decided" and "at most 0.5 allowed" in found.reason
     found = outcome(9, first_pixels, controls=[falls], **case)
     assert found.status == "report" and "one that keeps 50 %" in found.reason
 
@@ -712,13 +711,6 @@ def test_a_killed_audit_goes_on_where_it_stopped(linear_audit):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_audit(linear_audit):
-    network, images, labels, robust = linear_audit[2]
-    again = audit(network, THREAT, images, labels, claim=robust.mean(), claimed_by="paper")
-    assert without_seconds(again.to_json()) == without_seconds(linear_audit[0].to_json())
-
-
-@pytest.mark.slow
 def test_audit_json_follows_its_schema(linear_audit):
     path = Path(logit_reg.audit.__file__).with_name("audit.schema.json")
     jsonschema.validate(linear_audit[0].to_json(), json.loads(path.read_text()))
@@ -762,7 +754,7 @@ def natural_digits():
     )
     network.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     pixels = data.to_pixels(train.images, "mnist_5k")
-    network.fit(pixels, train.labels, batch_size=64, epochs=5, verbose=0)
+    network.fit(pixels, train.labels, batch_size=64, epochs=3, verbose=0)
     return network, data.to_pixels(test.images[:60], "mnist_5k"), test.labels[:60]
 
 
@@ -811,19 +803,24 @@ def test_the_golden_model_is_not_refuted_and_raises_no_false_alarm(shared, tfds_
 
 
 @pytest.mark.slow
-def test_the_command_writes_audit_and_page_and_ends_with_the_verdict(tmp_path):
+def test_the_command_writes_the_same_audit_and_a_page_and_ends_with_the_verdict(
+    linear_audit, tmp_path
+):
     network, images, labels, _ = keras_linear()
     network.save(tmp_path / "linear.keras")
     np.savez(tmp_path / "images.npz", images=images, labels=labels)
     own = ("--model=linear.keras", "--data=images.npz", "--bounds=0,1", "--epsilon=0.022")
-    process = command("audit", *own, "--claim=93", "--output_dir=out", cwd=tmp_path)
+    process = command("audit", *own, "--claim=40", "--output_dir=out", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    assert lines[-1].startswith("REFUTED: claimed 93.00 %, worst case 40.00 % of 40 images")
+    assert lines[-1].startswith("NOT REFUTED: claimed 40.00 %, worst case 40.00 % of 40 images")
     assert any(line.startswith("decisive, without a decision: test 25") for line in lines)
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert written["verdict"] == "REFUTED" and written["worst_case"]["accuracy"] == 0.4
-    assert "REFUTED" in (tmp_path / "out" / "audit.html").read_text()
+    assert "NOT REFUTED" in (tmp_path / "out" / "audit.html").read_text()
+    # The same seed gives the same, in another process and without a kill.
+    here = linear_audit[0].to_json()
+    for name in ("verdict", "worst_case", "tests", "squeeze", "curves", "cost"):
+        assert without_seconds(written[name]) == without_seconds(here[name]), name
     assert not (tmp_path / "out" / ".state").exists()
     assert_other_audits_are_refused(tmp_path)
 
@@ -832,9 +829,9 @@ def assert_other_audits_are_refused(folder):
     """Whatever the audit in `out` was made with, another value of it is another audit."""
     before = (folder / "out" / "audit.json").read_bytes()
     threat = ThreatModel("linf", 0.022, 0.0, 1.0)
-    settings = AuditSettings(claim=0.93, output_dir=folder / "out")
+    settings = AuditSettings(claim=0.4, output_dir=folder / "out")
     others = {
-        "claim 0.93 -> 0.92": {"claim": 0.92},
+        "claim 0.4 -> 0.41": {"claim": 0.41},
         "claimed_by None -> paper-mnist": {"claimed_by": "paper-mnist"},
         "seed 0 -> 1": {"seed": 1},
         "num_eval_examples 40 -> 39": {"num_examples": 39},
@@ -850,6 +847,11 @@ def assert_other_audits_are_refused(folder):
         with pytest.raises(UsageError, match=f"{words}.*choose another --output_dir"):
             run_audit(audited, changed)
     assert (folder / "out" / "audit.json").read_bytes() == before
+    # Where no folder is named, each threat model has one of its own.
+    unnamed = dataclasses.replace(settings, output_dir=None)
+    threats = (ThreatModel("linf", 0.03, 0.0, 1.0), ThreatModel("l2", 0.5, 0.0, 1.0))
+    audits = [audited_own(load_own_model(*files, threat, 40), unnamed) for threat in threats]
+    assert [found.output_dir.name for found in audits] == ["quick-linf0.03", "quick-l2-0.5"]
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_what_is_evaluated_by_hand_stands_in_the_table_by_its_protocol(tmp_path)
         "paper-l2 [95 %] n = 50": "60.0 [46.2, 72.4]",
         "autoattack [95 %] n = 50": "20.0 [11.2, 33.0]",
         "strong attack [95 %] adaptive n = 50": "10.0 [4.3, 21.4]",
-        "training steps": "1000",
+        "training steps": "1,000",
         "training minutes": "1.5",
     }
 
@@ -273,7 +273,7 @@ def test_an_unfinished_run_is_marked(tmp_path):
     run.settings["max_num_training_steps"] = 20020
     assert cells(run)["training steps"] == "1,000 of 20,020 (unfinished)"
     run.settings["max_num_training_steps"] = 1000
-    assert cells(run)["training steps"] == "1000"
+    assert cells(run)["training steps"] == "1,000"
 
 
 def test_evaluations_of_an_earlier_network_do_not_mix_with_those_of_the_last(tmp_path):

@@ -11,11 +11,14 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
-from commands import command
 
 from logit_reg.evaluation.ledger import read_ledger
 from logit_reg.evaluation.statistics import PairedDifference
+from logit_reg.experiments.landscapes import load_landscape
+from logit_reg.experiments.reports import ReportSettings, compare_evaluations, write_report
+from logit_reg.report.audit_figures import loss_maps
 from logit_reg.report.compare import shared_rows
+from logit_reg.report.style import to_svg
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -130,11 +133,10 @@ def test_the_results_tables_are_what_the_committed_ledgers_give(page, section, f
         ("adversarial", "85.8 86.2 −0.4 [−0.8, +0.1] 5 12 0.14"),
     ],
 )
-def test_attacks_in_bfloat16_agree_as_the_text_says(name, row, tmp_path):
+def test_attacks_in_bfloat16_agree_as_the_text_says(name, row, capsys):
     folder = ROOT / "results" / "bfloat16" / name
-    done = command("report", f"--compare={folder / 'float32'},{folder / 'bfloat16'}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"pgd40-xent {row}" in " ".join(done.stdout.split())
+    compare_evaluations([str(folder / "float32"), str(folder / "bfloat16")])
+    assert f"pgd40-xent {row}" in " ".join(capsys.readouterr().out.split())
     assert all(number in RESULTS for number in row.split()[:2])
 
 
@@ -164,33 +166,30 @@ def assert_same_figure(drawn, committed, word):
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "word"),
+    ("name", "against", "word"),
     [
-        ("mnist-20000", [], "83.4"),
-        ("beta-3000", ["--against=beta"], "beta, weight of the penalty"),
-        ("fig5", ["--against=attack_steps"], "7-step adversarial"),
-        ("objectives-3000", [], "72.7"),
-        ("cifar10-narrow", [], "76.6"),
+        ("mnist-20000", None, "83.4"),
+        ("beta-3000", "beta", "beta, weight of the penalty"),
+        ("fig5", "attack_steps", "7-step adversarial"),
+        ("objectives-3000", None, "72.7"),
+        ("cifar10-narrow", None, "76.6"),
     ],
 )
 def test_the_figures_of_the_results_are_what_the_committed_ledgers_give(
-    name, flags, word, tmp_path
+    name, against, word, tmp_path
 ):
-    runs = f"--runs={ROOT / 'results' / name}"
-    done = command("report", runs, *flags, "--figure=figure.svg", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_figure(tmp_path / "figure.svg", ROOT / "results" / f"{name}.svg", word)
+    runs, figure = [str(ROOT / "results" / name)], tmp_path / "figure.svg"
+    write_report(ReportSettings(runs, against=against, figure=str(figure)))
+    assert_same_figure(figure, ROOT / "results" / f"{name}.svg", word)
 
 
 @pytest.mark.parametrize("direction", ["fgsm", "pgd"])
 def test_the_loss_surfaces_are_what_the_committed_arrays_give(direction, tmp_path):
     folder = ROOT / "results" / f"landscape-{direction}"
-    done = command(
-        "landscape", f"--redraw={folder / 'landscape.npz'}", "--output_dir=out", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    drawn, committed = tmp_path / "out" / "margin-map.svg", folder / "margin-map.svg"
-    assert_same_figure(drawn, committed, "mnist-natural")
+    comparison, _ = load_landscape(folder / "landscape.npz")
+    drawn = tmp_path / "margin-map.svg"
+    drawn.write_bytes(to_svg(loss_maps(comparison, "margin")))
+    assert_same_figure(drawn, folder / "margin-map.svg", "mnist-natural")
 
 
 def test_what_the_text_says_of_the_loss_surfaces_is_in_the_arrays():

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from linear import SHAPE, Linear
 
-from logit_reg.attacks import PGD, AttackResult, MultiTargeted, Restarts
+from logit_reg.attacks import PGD, AttackResult, AutoAttack, MultiTargeted, Restarts
 from logit_reg.evaluation.ledger import (
     attack_settings,
     build_result,
@@ -27,7 +27,7 @@ from logit_reg.evaluation.run import (
     ThreatModelError,
     check_threat,
     content_hash,
-    estimate_seconds,
+    estimate,
     evaluate,
 )
 from logit_reg.evaluation.state import EvaluationState
@@ -324,9 +324,19 @@ def test_content_hash_sees_values_types_and_shapes():
 
 def test_an_estimate_grows_with_the_work():
     model, attacks, images, labels = linear_case()
-    little = estimate_seconds(model, {"cw": attacks["cw"]}, images[:10], labels[:10])
-    much = estimate_seconds(model, {"x": PGD(THREAT, num_steps=4000)}, images, labels)
+    little = estimate(model, {"cw": attacks["cw"]}, images[:10], labels[:10]).seconds
+    much = estimate(model, {"x": PGD(THREAT, num_steps=4000)}, images, labels).seconds
     assert 0 < little < much
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1.0])
+def test_the_estimate_of_a_cascade_is_a_range_that_the_first_batch_narrows(epsilon):
+    model, _, images, labels = linear_case()
+    cascade = {"a": AutoAttack(ThreatModel("linf", epsilon, 0.0, 1.0))}
+    found = estimate(model, cascade, images, labels)
+    assert found.right == 1 and 0 < found.early < 0.1
+    assert found.left == (epsilon < 1)
+    assert found.most == pytest.approx(found.seconds if epsilon < 1 else found.least)
 
 
 def test_a_ledger_reads_back_as_it_was_written(tmp_path):

@@ -80,16 +80,12 @@ ADVERSARIES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("adversary", "dtype"),
-    [("none", "int8"), ("pgd", "uint8"), ("free", "float32")],
-)
+@pytest.mark.parametrize(("adversary", "dtype"), [("pgd", "int8"), ("free", "float32")])
 def test_labels_of_shape_n_1_train_and_evaluate_as_those_of_shape_n(adversary, dtype):
     column = LABELS[:, None].astype(dtype)
     settings = {"objective": Objective("squeeze", beta=0.5), "adversary": ADVERSARIES[adversary]}
     model, other = small_model(**settings), small_model(**settings)
-    expected = fit(model, IMAGES, LABELS, validation_data=(IMAGES, LABELS))
-    assert fit(other, IMAGES, column, validation_data=(IMAGES, column)) == expected
+    assert fit(other, IMAGES, column) == fit(model, IMAGES, LABELS)
     batch = IMAGES[:8], LABELS[:8]
     assert model.train_on_batch(*batch) == other.train_on_batch(batch[0], column[:8])
     assert model.test_on_batch(IMAGES, LABELS) == other.test_on_batch(IMAGES, column)

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from commands import fork
 
 from logit_reg.objectives import Objective
 from logit_reg.threat import ThreatModel
@@ -92,11 +92,10 @@ def test_tensorboard_events_are_written(tmp_path):
 @pytest.mark.parametrize("stop", [1, 5, 7])
 @pytest.mark.parametrize("kind", ["plain", "free"])
 def test_a_run_in_two_parts_ends_bit_identical_to_one(tmp_path, stop, kind):
-    adversary = FreeAdversary(ThreatModel(), 8) if kind == "free" else None
-    changes = {"replays": 4} if kind == "free" else {}
-    whole = run(tmp_path / "whole", model=fresh_model(adversary), **changes)
-    run(tmp_path / "parts", steps=stop, model=fresh_model(adversary), **changes)
-    rest = run(tmp_path / "parts", model=fresh_model(adversary), **changes)
+    adversary = FreeAdversary(ThreatModel(), 8, replays=4) if kind == "free" else None
+    whole = run(tmp_path / "whole", model=fresh_model(adversary))
+    run(tmp_path / "parts", steps=stop, model=fresh_model(adversary))
+    rest = run(tmp_path / "parts", model=fresh_model(adversary))
     for one, other in zip(weights(whole), weights(rest), strict=True):
         np.testing.assert_array_equal(one, other)
     if kind == "free":
@@ -360,38 +359,31 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on_at_their_defaults(tmp_pa
         pass
 
 
-_KILLED = """
-import sys
-sys.path.insert(0, {tests!r})
-import test_loop
-from pathlib import Path
-test_loop.run(Path({folder!r}), steps=4000, num_checkpoint_steps=50)
-"""
+def run_long(folder):
+    run(folder, steps=2000, num_checkpoint_steps=50)
+
+
+def finish(process):
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.slow
 def test_killed_processes_end_bit_identical_to_an_uninterrupted_run(tmp_path):
-    """SIGKILL at random moments, then the same command again; the last one runs to its end."""
-    tests = str(Path(__file__).parent)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
-
-    def start(folder):
-        code = _KILLED.format(tests=tests, folder=str(folder))
-        return subprocess.Popen([sys.executable, "-c", code], env=environment)
-
-    assert start(tmp_path / "whole").wait() == 0
-    for wait in (0.5, 1.3):
-        process = start(tmp_path / "killed")
-        while not saved_steps(tmp_path / "killed") and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert max(saved_steps(tmp_path / "killed")) > 0
-    assert start(tmp_path / "killed").wait() == 0
+    """SIGKILL at random moments, then the same again; the last one runs to its end."""
+    finish(fork(run_long, tmp_path / "whole"))
+    for step in (50, 500):
+        process = fork(run_long, tmp_path / "killed")
+        while max(saved_steps(tmp_path / "killed"), default=0) < step and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    finish(fork(run_long, tmp_path / "killed"))
     with (
-        np.load(state_path(tmp_path / "whole", 4000)) as whole,
-        np.load(state_path(tmp_path / "killed", 4000)) as killed,
+        np.load(state_path(tmp_path / "whole", 2000)) as whole,
+        np.load(state_path(tmp_path / "killed", 2000)) as killed,
     ):
         for name in whole.files:
             if name != "meta":

@@ -1,6 +1,7 @@
 """The report: tables counted from ledgers, figures that can be read, one page, one section."""
 
 import csv
+import dataclasses
 import re
 import zipfile
 from pathlib import Path
@@ -290,7 +291,7 @@ def test_every_number_of_the_table_is_counted_from_the_ledgers(tmp_path):
         # 3 of 10 and 1 of 4, Wilson's formula by hand.
         "worst case\n[95 %]\nn = 10": "30.0 [10.8, 60.3]",
         "strong attack\n[95 %]\nautoattack\nn = 4": "25.0 [4.6, 69.9]",
-        "training\nsteps": "1000",
+        "training\nsteps": "1,000",
         "training\nminutes": "2.0",
     }
 
@@ -318,7 +319,7 @@ def test_what_was_not_measured_is_an_en_dash(tmp_path):
 
     rows = results_table([bare, whole, nothing]).rows
 
-    assert rows[0] == ("bare", *"––––––", "1000", "1.5")
+    assert rows[0] == ("bare", *"––––––", "1,000", "1.5")
     assert "–" not in rows[1]
     assert rows[2] == ("bare", *"––––––––")
 
@@ -603,6 +604,19 @@ def test_series_keep_their_colour_and_order_whatever_else_is_drawn():
     assert len(set(line_styles(["PGD-20", "PGD-50", "PGD-200"]).values())) == 3
 
 
+def test_panels_of_runs_of_many_kinds_name_as_few_settings_as_tell_them_apart(tmp_path):
+    kinds = [{"reg": "squeeze"}, {"reg": "none"}, {"reg": "none", "adversary": "pgd"}]
+    others = ("epsilon", "num_steps", "step_size", "loss_func", "ramp_steps")
+    runs = [
+        dataclasses.replace(run, settings=run.settings | kind | dict.fromkeys(others, i))
+        for i, kind in enumerate(kinds)
+        for run in beta_sweep(tmp_path / str(i))
+    ]
+    panels = {point.panel for point in sweep_points(runs, "beta")}
+    words = ["reg squeeze, adversary None", "reg none, adversary None", "reg none, adversary pgd"]
+    assert panels == set(words)
+
+
 def test_a_sweep_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no two values of 'sigma' to draw"):
         sweep_figure(beta_sweep(tmp_path), "sigma")
@@ -639,10 +653,20 @@ def test_the_leaderboard_ranks_by_autoattack_and_not_by_the_claim(tmp_path):
 
     assert title == "mnist, Linf 0.3 on [0, 1]"
     assert table.rows == (
-        ("adversarial", "97.0", "60.0 (paper-mnist, n = 1000)", "55.0 (n = 200)", "–", "no"),
-        ("squeezed", "98.0", "70.0 (paper-mnist, n = 1000)", "2.5 (n = 200)", "–", "no"),
-        ("unmeasured", "99.0", "90.0 (paper-mnist, n = 1000)", "–", "–", "no"),
+        ("adversarial", "97.0", "60.0 (paper-mnist, n = 1,000)", "55.0 (n = 200)", "–", "no"),
+        ("squeezed", "98.0", "70.0 (paper-mnist, n = 1,000)", "2.5 (n = 200)", "–", "no"),
+        ("unmeasured", "99.0", "90.0 (paper-mnist, n = 1,000)", "–", "–", "no"),
     )
+
+
+def test_a_network_of_an_unfinished_run_is_marked_on_the_leaderboard(tmp_path):
+    notices = [{"name": "unfinished_run", "message": "this run is unfinished", "value": 60}]
+    save_card(tmp_path, "early", 98.0, 70.0, 2.5, notices=notices)
+
+    ((_, table),) = leaderboard_tables(read_cards(tmp_path))
+
+    assert table.rows[0][0] == "early*"
+    assert table.notes == ("* early: this run is unfinished",)
 
 
 def save_claim_and_autoattack(folder, *, first_image=0, notices=()):
@@ -997,7 +1021,7 @@ def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
 
 
 def many_columns(num_columns, num_rows):
-    columns = ("run", *(f"attack {i}\n[95 %]\nn = 10000" for i in range(num_columns)))
+    columns = ("run", *(f"attack {i}\n[95 %]\nn = 10,000" for i in range(num_columns)))
     row = tuple(f"{i}.9 [10.0, 20.5]" for i in range(num_columns))
     return Table(columns, tuple((f"run {i}", *row) for i in range(num_rows)), "Caption.")
 
@@ -1008,7 +1032,7 @@ def test_a_table_that_is_too_wide_for_a_page_changes_rows_and_columns():
     assert '<th scope="row">run 4</th>' in small
     assert wide.count("<tr>") == 15
     assert (
-        '<th scope="row">attack 13 [95 %] n&nbsp;=&nbsp;10000</th><td data-label="run 0">' in wide
+        '<th scope="row">attack 13 [95 %] n&nbsp;=&nbsp;10,000</th><td data-label="run 0">' in wide
     )
     assert '<span>13.9 <span class="part">[10.0, 20.5]</span></span>' in wide
     assert 'class="table long"' not in small + wide

@@ -1,6 +1,7 @@
 """Challenge files on the command line: export, releases, submissions, configs, going on."""
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -258,6 +259,19 @@ def test_a_card_without_ledgers_has_no_numbers(run, tmp_path):
     assert card["clean_acc"] is card["reported"] is card["autoattack_acc"] is None
     assert card["evaluations"] == []
     assert card["additional_data"] is None
+
+
+def test_the_card_of_an_unfinished_run_says_so(run, tmp_path):
+    model = find_model(str(run))
+    export_model(model, tmp_path / "whole")
+    longer = dataclasses.replace(model.run, max_num_training_steps=STEPS + 6)
+    export_model(dataclasses.replace(model, run=longer), tmp_path / "part")
+    notices = [
+        json.loads((tmp_path / name / "model_card.json").read_text())["notices"]
+        for name in ("whole", "part")
+    ]
+    assert notices[0] == []
+    assert f"{STEPS} of {STEPS + 6} training steps" in notices[1][0]["message"]
 
 
 def test_a_card_takes_no_ledger_of_another_network(run, few, tmp_path):

@@ -7,7 +7,6 @@ from logit_reg.attacks.apgd import APGD, APGDTargeted
 from logit_reg.attacks.autoattack import AutoAttack
 from logit_reg.attacks.engine.attack import Attack, ImageAttack
 from logit_reg.attacks.engine.cascade import CascadeAttack
-from logit_reg.attacks.engine.checks import Finding
 from logit_reg.attacks.engine.examples import check_examples
 from logit_reg.attacks.engine.gradient_loop import GradientLoop
 from logit_reg.attacks.fab import FABTargeted
@@ -18,6 +17,7 @@ from logit_reg.attacks.odi import ODI
 from logit_reg.attacks.pgd import PGD
 from logit_reg.attacks.restarts import Restarts
 from logit_reg.attacks.square import Square
+from logit_reg.messages import Finding
 from logit_reg.threat import ThreatModel
 
 # Step sizes, in epsilon. The jagged surfaces of squeezed models want steps of 0.4 to 0.65, far

@@ -119,8 +119,3 @@ def apply_config(*, without: tuple[str, ...] = ()) -> ChallengeConfig | None:
         values.pop("data_path")
     command_line.apply_config(values)
     return config
-
-
-def given_attack_flags() -> list[str]:
-    """Those of `ATTACK_FLAGS` that were given, on the command line or in --config."""
-    return [name for name in ATTACK_FLAGS if FLAGS[name].value is not None]

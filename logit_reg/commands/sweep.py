@@ -15,7 +15,6 @@ over the grids', and checkpoints beyond it are not evaluated.
 
 import functools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +55,7 @@ def check_flags() -> None:
 def main() -> None:
     """Run the sweep that the flags describe."""
     from logit_reg.experiments.sweep import (
+        LiveTable,
         last_words,
         run_local,
         run_on_ray,
@@ -70,7 +70,7 @@ def main() -> None:
     else:
         runner = functools.partial(run_local, num_parallel=FLAGS.num_parallel)
     _check_and_estimate(plan)
-    table = _LiveTable(jobs)
+    table = LiveTable(jobs, may_redraw=FLAGS.progress)
     statuses = run_sweep(jobs, runner, retries=FLAGS.retries, show=table.show)
     if not table.is_live:
         print("\n".join(sweep_lines(jobs, statuses, len(jobs) + 2)))
@@ -194,33 +194,6 @@ def _check_point(point, given):
 
 def _named(point):
     return ";".join(f"{name}={value}" for name, value in point.items())
-
-
-class _LiveTable:
-    """The state of the sweep: redrawn on a terminal, else a line for each run that ends."""
-
-    def __init__(self, jobs):
-        self.is_live = FLAGS.progress and sys.stdout.isatty()
-        self._jobs = jobs
-        self._height = 0
-        self._known = {}
-
-    def show(self, statuses):
-        from logit_reg.experiments.sweep import sweep_lines
-
-        if not self.is_live:
-            for name, status in statuses.items():
-                if self._known.get(name) != status:
-                    print(f"{name}: {f'failed ({status})' if status else 'done'}", flush=True)
-            self._known = dict(statuses)
-            return
-        size = shutil.get_terminal_size()
-        lines = sweep_lines(self._jobs, statuses, max(size.lines - 1, 4))
-        # Back to the first line, each line cleared to its end, then everything below.
-        up = f"\x1b[{self._height}A" if self._height else ""
-        drawn = "".join(f"{line[: size.columns - 1]}\x1b[K\n" for line in lines)
-        print(f"{up}{drawn}\x1b[J", end="", flush=True)
-        self._height = len(lines)
 
 
 def run() -> None:

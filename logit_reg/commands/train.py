@@ -23,7 +23,7 @@ from absl import flags
 from logit_reg.commands import command_line, flag_effects
 from logit_reg.commands.command_line import FLAGS
 from logit_reg.commands.flag_groups import DATASETS, LARGEST_SEED, apply_config
-from logit_reg.messages import UsageError, notice, tell
+from logit_reg.messages import UsageError, notice
 from logit_reg.regularizers import CENTRES, MATRIX_NORMS, REGULARIZERS
 from logit_reg.regularizers import taking as regs_taking
 from logit_reg.training import supervisor
@@ -165,9 +165,6 @@ _WORKER_ENVIRONMENT = {
     "TF_ENABLE_ONEDNN_OPTS": "1",
 }
 
-# Settings that a recipe gives as shares of the training.
-_COUNTED_IN_STEPS = ("ramp_steps", "beta_ramp_steps", "beta_schedule", "step_size_schedule")
-
 # A newcomer's first run ends within minutes.
 _BARE_STEPS = 1000
 
@@ -204,9 +201,9 @@ def main() -> None:
 
 
 def _train() -> None:
-    from logit_reg.attacks.engine.low_precision import NO_BFLOAT16, has_bfloat16
-    from logit_reg.experiments.defaults import resolve_settings
-    from logit_reg.experiments.runs import train_run
+    from logit_reg.experiments.defaults import resolve_settings, stretched_settings
+    from logit_reg.experiments.run_notices import tell_of_settings
+    from logit_reg.experiments.runs import checkpoint_to_go_on_from, read_run, train_run
     from logit_reg.experiments.settings import RunSettings
     from logit_reg.experiments.sources import RUNS, choose_dataset, load_split
     from logit_reg.training.distribution import Workers, make_strategy
@@ -229,8 +226,10 @@ def _train() -> None:
         given[flag] = schedule(FLAGS[flag].value, flag)
     given["keep_checkpoint_steps"] = steps(FLAGS.keep_checkpoint_steps)
     if FLAGS.extend:
-        given |= _of_extended_run(given)
-    given["init_checkpoint"] = FLAGS.init_checkpoint or _checkpoint_in_model_dir()
+        if not FLAGS.model_dir:
+            raise UsageError("--extend needs the folder of the run: --model_dir.")
+        given |= stretched_settings(read_run(FLAGS.model_dir), given)
+    given["init_checkpoint"] = FLAGS.init_checkpoint or checkpoint_to_go_on_from(FLAGS.model_dir)
     settings = resolve_settings({"dataset": name, **given}, is_challenge_config=config is not None)
 
     # Before anything else that starts TensorFlow.
@@ -238,10 +237,7 @@ def _train() -> None:
     training_set = load_split(name, "train", data_dir, download=FLAGS.download)
     model_dir = Path(FLAGS.model_dir) if FLAGS.model_dir else RUNS / settings.name
     print(f"run:  {settings.description}, {settings.max_num_training_steps} steps -> {model_dir}")
-    tell(_unit_notices(settings))
-    _warn_of_collapse(settings)
-    if settings.train_dtype == "bfloat16" and not has_bfloat16():
-        notice(f"{NO_BFLOAT16}: float32 is several times as fast here.")
+    tell_of_settings(settings)
     outcome = train_run(
         settings,
         training_set.images,
@@ -265,68 +261,6 @@ def _train() -> None:
     averaged = f" (weights averaged, momentum {settings.ema_momentum:g})" if settings.ema else ""
     print(f"done: {model_dir / 'model.keras'}{averaged}")
     command_line.print_next("eval_challenge", {"model_dir": model_dir})
-
-
-def _of_extended_run(given):
-    """What the run in --model_dir has where a default would change with the number of steps."""
-    from logit_reg.experiments.runs import read_run
-    from logit_reg.experiments.settings import DEFAULTS
-
-    if not FLAGS.model_dir:
-        raise UsageError("--extend needs the folder of the run: --model_dir.")
-    run = read_run(FLAGS.model_dir)
-    names = [name for name in _COUNTED_IN_STEPS if given[name] is None]
-    values = {name: getattr(run, name) for name in names}
-    return {name: value for name, value in values.items() if value != DEFAULTS[name]}
-
-
-def _checkpoint_in_model_dir() -> str | None:
-    """The challenge's checkpoint that a named --model_dir holds, to go on from."""
-    if not FLAGS.model_dir:
-        return None
-    from logit_reg.experiments.runs import read_run
-
-    folder = Path(FLAGS.model_dir)
-    if (folder / "run.json").exists():
-        # The run may have begun that way; the same command has to name the same settings.
-        return read_run(folder).init_checkpoint
-    if not any(folder.glob("*.index")):
-        return None
-    notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
-    return FLAGS.model_dir
-
-
-def _unit_notices(settings):
-    from logit_reg.evaluation import units
-
-    challenge, threat = settings.challenge, settings.training_adversary.threat
-    found = [*units.noise_notices(settings.sigma, challenge.lower, challenge.upper)]
-    if threat is not None:
-        found += units.threat_notices(threat, challenge.image_shape)
-    if settings.adversary in taking("step_size"):
-        found += units.step_notices(threat, settings.num_steps, settings.step_size)
-    return found
-
-
-def _warn_of_collapse(settings) -> None:
-    from logit_reg.objectives import collapse_threshold
-
-    threshold = collapse_threshold(
-        settings.training_batch_size,
-        settings.challenge.num_classes,
-        reg=settings.reg,
-        smoothing=settings.smoothing,
-        reduction=settings.loss_reduction,
-        matrix_norm=settings.matrix_norm,
-        centre=settings.centre,
-    )
-    if settings.beta >= threshold:
-        notice(
-            f"warning: beta {settings.beta:g} is at or above {threshold:.4g}, from which on "
-            f"all-zero logits minimise this objective over free logits (batch "
-            f"{settings.training_batch_size}, {settings.challenge.num_classes} classes), so "
-            f"training may collapse; watch mean_logit_norm and xent in log.csv."
-        )
 
 
 def schedule(value, name="step_size_schedule"):

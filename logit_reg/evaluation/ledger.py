@@ -199,9 +199,9 @@ def evaluation_label(result: Mapping) -> str:
             settings = mapping(mapping(attack).get("settings"))
             threat = _threat(settings)
             if protocol == FLAGS_PROTOCOL:
-                words += [name, *_step_words(settings), _threat_word(threat)]
+                words += [name, *_step_words(settings), threat_word(threat)]
             elif is_own_data or name.endswith(threat_suffix(threat)):
-                words += [protocol, _threat_word(threat)]
+                words += [protocol, threat_word(threat)]
             else:
                 words.append(protocol)
     return "-".join(filter(None, words))
@@ -291,7 +291,8 @@ def _threat(settings) -> Mapping:
     return next((mapping(value["threat"]) for value in found if "threat" in value), {})
 
 
-def _threat_word(threat):
+def threat_word(threat: Mapping) -> str:
+    """A threat model in a name of files, such as "linf0.1"; "" without an epsilon."""
     norm, epsilon = str(threat.get("norm")), threat.get("epsilon")
     # "l2-0.5", not "l20.5".
     dash = "-" if norm[-1:].isdigit() else ""

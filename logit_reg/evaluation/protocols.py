@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from logit_reg.attacks import FGSM, PGD, SPSA, Adaptive, Attack, AutoAttack, Restarts
-from logit_reg.attacks.engine.checks import Finding
+from logit_reg.messages import Finding
 from logit_reg.threat import ThreatModel
 
 # The challenges' own code; the paper's Eq. 4 has no such constant.

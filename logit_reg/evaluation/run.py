@@ -328,10 +328,34 @@ def known_hash(network: Any) -> str | None:
     return network_hash(network) if is_known else None
 
 
-def estimate_seconds(
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """How long attacks take on this machine, and what a quick look at the first batch says."""
+
+    seconds: float
+    """If every image withstands every attack to its end."""
+    early: float
+    """Share of that which first stages of cascades, and attacks that are none, take."""
+    right: float
+    """Share of the first batch that is classified right."""
+    left: float
+    """Share of the first batch that withstands two steps of PGD, too."""
+
+    @property
+    def least(self) -> float:
+        """Seconds, if no image withstands the first stage of a cascade."""
+        return self.seconds * self.right * self.early
+
+    @property
+    def most(self) -> float:
+        """Seconds, if every image that two steps of PGD leave withstands all."""
+        return self.least + self.seconds * self.left * (1 - self.early)
+
+
+def estimate(
     logits_fn, attacks: Mapping[str, Attack], images, labels, *, batch_size: int = 200, eot: int = 1
-) -> float:
-    """How long the attacks take at most, from one timed gradient step on this machine.
+) -> Estimate:
+    """How long attacks take, from one timed gradient step on this machine.
 
     Args:
         logits_fn: images (N, H, W, C) in pixel units -> logits (N, K).
@@ -340,25 +364,32 @@ def estimate_seconds(
         labels: (N,) int.
         batch_size: images sent through the network at once.
         eot: see `evaluate`.
-
-    Returns:
-        Seconds; attacks that stop early take less.
     """
-    sample = images[: min(len(images), batch_size)]
-    attack: Attack = next(iter(attacks.values()))
+    sample, known = images[:batch_size], labels[:batch_size]
+    threat = next(iter(attacks.values())).threat
     attacked_fn = copy_for_inference(logits_fn, sample)
-    probe = PGD(attack.threat, num_steps=2, step_size=attack.threat.epsilon, random_start=False)
-
-    def seconds_of_probe() -> float:
-        started = time.monotonic()
-        probe.run(attacked_fn, sample, labels[: len(sample)], seed=0)
-        return time.monotonic() - started
-
-    seconds_of_probe()
+    probe = PGD(threat, num_steps=2, step_size=threat.epsilon, random_start=False)
+    probe.run(attacked_fn, sample, known, seed=0)
+    started = time.monotonic()
+    found = probe.run(attacked_fn, sample, known, seed=0)
     # Three forwards and two gradients; a gradient step costs about two forwards.
-    seconds_per_forward = seconds_of_probe() / len(sample) / 5
+    seconds_per_forward = (time.monotonic() - started) / len(sample) / 5
+    num_classes = count_classes(logits_fn, sample)
     passes = eot * sum(sum(attack.cost()) for attack in attacks.values())
-    return passes * seconds_per_forward * len(images)
+    first = [_first_stage(attack, num_classes) for attack in attacks.values()]
+    early = eot * sum(sum(attack.cost()) for attack in first)
+    return Estimate(
+        seconds=passes * seconds_per_forward * len(images),
+        early=early / passes,
+        right=float(np.mean(predict(logits_fn, sample, batch_size=batch_size) == known)),
+        left=float(np.mean(~found.fooled)),
+    )
+
+
+def _first_stage(attack: Attack, num_classes: int) -> Attack:
+    if not isinstance(attack, Cascade):
+        return attack
+    return next(iter(attack.attacks(num_classes).values()))
 
 
 class _WorstCase:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from logit_reg.attacks.engine.attack import Attack
-from logit_reg.attacks.engine.checks import Finding
 from logit_reg.attacks.pgd import PGD
+from logit_reg.messages import Finding
 from logit_reg.threat import ThreatModel
 
 # Half of a grey level of 256: an image that is stored in 8 bits does not change by less.

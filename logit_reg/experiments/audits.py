@@ -11,8 +11,8 @@ from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.evidence import CONTROL_KINDS
 from logit_reg.evaluation import units
-from logit_reg.evaluation.ledger import attack_settings
-from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks
+from logit_reg.evaluation.ledger import attack_settings, threat_word
+from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks, threat_of
 from logit_reg.evaluation.run import content_hash, network_hash
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.experiments.attack_choice import AttackChoice
@@ -35,7 +35,6 @@ from logit_reg.experiments.sources import (
 )
 from logit_reg.files import read_json, write_json
 from logit_reg.messages import UsageError, notice, tell
-from logit_reg.objectives import collapse_threshold
 from logit_reg.report.audit_page import write_audit_page
 from logit_reg.threat import ThreatModel
 from madry_compat.challenges import image_set
@@ -128,7 +127,8 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
         attacks=attacks,
         controls=_controls(model, name, settings),
         batch_size=settings.batch_size or challenge.eval_batch_size,
-        output_dir=settings.output_dir or folder / "audits" / settings.budget,
+        output_dir=settings.output_dir
+        or folder / "audits" / _name(settings.budget, threat, threat_of("linf", challenge)),
         settings={
             "model": str(model.path),
             "method": model.run.description if model.run is not None else None,
@@ -140,14 +140,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
     run = model.run
     if run is None or not run.beta:
         return audited
-    threshold = collapse_threshold(
-        run.training_batch_size,
-        challenge.num_classes,
-        reg=run.reg,
-        smoothing=run.smoothing,
-        reduction=run.loss_reduction,
-    )
-    return dataclasses.replace(audited, beta=run.beta, collapse_threshold=threshold)
+    return dataclasses.replace(audited, beta=run.beta, collapse_threshold=run.collapse_threshold)
 
 
 def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
@@ -165,9 +158,15 @@ def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
         attacks=choice.attack(own.threat, None) if choice.describes_attack else {},
         controls=_controls(None, None, settings),
         batch_size=settings.batch_size or 200,
-        output_dir=settings.output_dir or RUNS / "audits" / own.name / settings.budget,
+        output_dir=settings.output_dir
+        or RUNS / "audits" / own.name / _name(settings.budget, own.threat, None),
         settings={"model": str(own.model), "dataset": str(own.data)},
     )
+
+
+def _name(budget: str, threat: ThreatModel, usual: ThreatModel | None) -> str:
+    """The folder of an audit: its budget, and its threat model where that is not the usual one."""
+    return budget if threat == usual else f"{budget}-{threat_word(dataclasses.asdict(threat))}"
 
 
 def run_audit(audited: Audited, settings: AuditSettings) -> Audit:

@@ -1,9 +1,15 @@
 """What a run's settings are where the user gives none: the paper's, then the challenge's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from logit_reg.experiments.effects import TRAINING, check_effects
-from logit_reg.experiments.settings import PAPER_BATCH_SIZE, RunSettings, check_settings
+from logit_reg.experiments.settings import (
+    DEFAULTS,
+    PAPER_BATCH_SIZE,
+    RunSettings,
+    check_settings,
+)
 from logit_reg.regularizers import REGULARIZERS, comes_with_noise
 from logit_reg.training.adversaries import OF_CHALLENGES, adversary_class, reg_of
 from madry_compat.challenges import challenge_for, image_set
@@ -81,3 +87,19 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     settings = RunSettings(**(defaults | given))
     check_settings(settings)
     return settings
+
+
+# Those that a recipe gives as shares of the training.
+_COUNTED_IN_STEPS = ("ramp_steps", "beta_ramp_steps", "beta_schedule", "step_size_schedule")
+
+
+def stretched_settings(run: RunSettings, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that is extended keeps, where a default would change with the number of steps.
+
+    Args:
+        run: as it was begun.
+        given: settings that the user gives; None for the others.
+    """
+    names = [name for name in _COUNTED_IN_STEPS if given[name] is None]
+    values = {name: getattr(run, name) for name in names}
+    return {name: value for name, value in values.items() if value != DEFAULTS[name]}

@@ -12,7 +12,6 @@ import numpy as np
 
 from logit_reg.attacks import Attack, AttackWarning
 from logit_reg.attacks.engine import low_precision as precision
-from logit_reg.attacks.engine.attack import Cascade
 from logit_reg.attacks.engine.forward import count_classes
 from logit_reg.attacks.engine.low_precision import LowPrecision
 from logit_reg.durations import in_words
@@ -27,7 +26,7 @@ from logit_reg.evaluation.protocols import left_out
 from logit_reg.evaluation.run import (
     Evaluation,
     content_hash,
-    estimate_seconds,
+    estimate,
     evaluate,
     network_hash,
     predict,
@@ -469,7 +468,10 @@ def print_estimate(
     batch_size: int,
     eot: int = 1,
 ) -> None:
-    """Print how long one process takes at most.
+    """Print how long one process takes: at most, or for cascades a range.
+
+    A cascade takes the longest on images that stay robust; those of the first batch that PGD
+    leaves say how many these may be.
 
     Args:
         network: images in pixel units -> logits.
@@ -480,16 +482,18 @@ def print_estimate(
     """
     attacks = _attacks(protocols)
     how = {"batch_size": batch_size, "eot": eot}
-    seconds = estimate_seconds(network, attacks, test.images, test.labels, **how)
-    # Only what is right clean is attacked; the first images say how much of it there is.
-    sample = test.first(batch_size)
-    share = np.mean(predict(network, sample.images, batch_size=batch_size) == sample.labels)
-    is_exact = not any(isinstance(attack, Cascade) for attack in attacks.values())
+    found = estimate(network, attacks, test.images, test.labels, **how)
+    least, most = in_words(found.least), in_words(found.most)
+    told, why = f"at most {most}", ""
+    if least != most:
+        told = f"{least} to {most}"
+        why = (
+            f"the latter if the {100 * found.left:.0f} % that withstand two steps of PGD withstand "
+            f"all; "
+        )
     print(
-        f"estimate: at most {in_words(seconds * share)} for {len(attacks)} "
-        f"attack{'s' if len(attacks) > 1 else ''} on {len(test.images)} images"
-        f"{'' if is_exact else ', far less where the first attacks break most'} "
-        f"(kept batch by batch; the same command goes on)",
+        f"estimate: {told} for {len(attacks)} attack{'s' if len(attacks) > 1 else ''} on "
+        f"{len(test.images):,} images ({why}kept batch by batch; the same command goes on)",
         flush=True,
     )
 

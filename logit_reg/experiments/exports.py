@@ -66,6 +66,7 @@ def export_model(
         # A run here sees the training images of its data set and nothing else.
         additional_data=False if model.run is not None else None,
         averaged_weights=model.run.ema if model.run is not None else None,
+        training=model.training,
         link=link,
     )
     own_folder = find_prefix(bundle).parent if bundle is not None else model.path.parent

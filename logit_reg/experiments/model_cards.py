@@ -1,5 +1,6 @@
 """Model cards: what ledgers say of a network, under RobustBench's field names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from logit_reg.evaluation.ledger import read_ledger
 from logit_reg.evaluation.run import network_hash
+from logit_reg.experiments.evaluations import training_notices
 from logit_reg.messages import UsageError
 from madry_compat.challenges import Challenge
 from madry_compat.tf1_checkpoints import tf1_names
@@ -24,6 +26,7 @@ def build_card(
     dataset: str | None,
     additional_data: bool | None,
     averaged_weights: bool | None = None,
+    training: Mapping[str, int] | None = None,
     link: str | None = None,
 ) -> dict[str, Any]:
     """Describe a network by its ledgers; what no ledger says is null.
@@ -37,6 +40,7 @@ def build_card(
             they must agree, and without any it is the challenge's.
         additional_data: whether other images were used in training; None if unknown.
         averaged_weights: whether its weights are averages over training; None if unknown.
+        training: "steps_done" and "steps_planned" of its training; None if unknown.
         link: where it is described.
 
     Returns:
@@ -88,6 +92,8 @@ def build_card(
         "autoattack_acc": robust.get(_AUTOATTACK, {}).get("accuracy"),
         "evaluations": list(robust.values()),
         "network_sha256": key,
+        "training": training,
+        "notices": training_notices(training),
     }
 
 

@@ -1,13 +1,9 @@
 """How a run is called: its method in a few words, and the name of its folder."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from logit_reg.experiments.settings import RunSettings
+from typing import Any
 
 # Settings of later versions; where they have their defaults, runs keep the names they had before.
 _LATER_SETTINGS = (
@@ -26,53 +22,56 @@ _LATER_SETTINGS = (
 )
 
 
-def describe(settings: "RunSettings") -> str:
-    """The method of a run in a few words, such as "squeeze beta=2 + noise"."""
+def describe(values: Mapping[str, Any], adversary: str) -> str:
+    """The method of a run in a few words, such as "squeeze beta=2 + noise".
+
+    Args:
+        values: the settings of the run by name, see `RunSettings`.
+        adversary: what its adversary is called; "" for none.
+    """
     words = []
-    if settings.reg != "none":
-        words.append(settings.reg)
-    if settings.matrix_norm != "frobenius":
-        words.append(settings.matrix_norm)
-    if settings.centre != "zero":
-        words.append(f"centre={settings.centre}")
+    if values["reg"] != "none":
+        words.append(values["reg"])
+    if values["matrix_norm"] != "frobenius":
+        words.append(values["matrix_norm"])
+    if values["centre"] != "zero":
+        words.append(f"centre={values['centre']}")
     for name in ("beta", "gamma", "omega"):
-        if getattr(settings, name) and not (name == "gamma" and settings.gamma == 1.0):
-            words.append(f"{name}={getattr(settings, name):g}")
-    if settings.smoothing:
-        words.append(f"label smoothing {settings.smoothing:g}")
-    adversary = settings.training_adversary.description
+        if values[name] and not (name == "gamma" and values["gamma"] == 1.0):
+            words.append(f"{name}={values[name]:g}")
+    if values["smoothing"]:
+        words.append(f"label smoothing {values['smoothing']:g}")
     # A method and its own pair term have one name.
-    if adversary and adversary.lower() != settings.reg:
+    if adversary and adversary.lower() != values["reg"]:
         words.append(adversary)
-    if settings.sigma:
+    if values["sigma"]:
         words.append("+ noise" if words else "noise only")
-    if settings.ema:
+    if values["ema"]:
         words = [*(words or ["natural"]), "+ ema"]
     return " ".join(words) or "natural"
 
 
-def run_name(settings: "RunSettings", defaults: Mapping[str, Any]) -> str:
+def run_name(values: Mapping[str, Any], description: str, defaults: Mapping[str, Any]) -> str:
     """The name of a run's folder, which differs wherever the settings do.
 
     Args:
-        settings: of the run.
+        values: the settings of the run by name.
+        description: of `describe`.
         defaults: values of its fields where a run of an earlier version has none.
     """
-    words = [settings.dataset, *describe(settings).replace("+ ", "").replace("=", "").split()]
-    values = dataclasses.asdict(settings)
+    words = [values["dataset"], *description.replace("+ ", "").replace("=", "").split()]
     # --extend raises the number of steps of the same run.
-    values.pop("max_num_training_steps")
-    for name in _LATER_SETTINGS:
-        if values[name] == defaults[name]:
-            values.pop(name)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    if settings.width:
-        words.append(f"width{settings.width}")
-    if settings.sigma:
-        words.append(f"sigma{settings.sigma:g}")
+    left_out = {"max_num_training_steps"}
+    left_out |= {name for name in _LATER_SETTINGS if values[name] == defaults[name]}
+    hashed = {name: value for name, value in values.items() if name not in left_out}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    if values["width"]:
+        words.append(f"width{values['width']}")
+    if values["sigma"]:
+        words.append(f"sigma{values['sigma']:g}")
     words += [
-        f"{settings.max_num_training_steps}steps",
-        f"seed{settings.random_seed}",
+        f"{values['max_num_training_steps']}steps",
+        f"seed{values['random_seed']}",
         digest[:6],
     ]
     return "-".join(words)

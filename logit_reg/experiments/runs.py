@@ -13,7 +13,7 @@ from logit_reg.experiments.building import build_model, build_network, start_fro
 from logit_reg.experiments.provenance import execution, run_record
 from logit_reg.experiments.settings import DEFAULTS, RunSettings, as_tuples, check_settings
 from logit_reg.files import atomic_path, read_json
-from logit_reg.messages import UsageError
+from logit_reg.messages import UsageError, notice
 from logit_reg.training.distribution import Workers
 from logit_reg.training.folder import Stop, record_stop, run_folder, stop_of
 from logit_reg.training.loop import Outcome, train
@@ -179,6 +179,20 @@ def read_run(model_dir: Path) -> RunSettings:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return run
+
+
+def checkpoint_to_go_on_from(model_dir: str | None) -> str | None:
+    """The challenge's checkpoint that the folder of a run was begun from, or holds."""
+    if not model_dir:
+        return None
+    folder = Path(model_dir)
+    if (folder / "run.json").exists():
+        # The run may have begun that way; the same command has to name the same settings.
+        return read_run(folder).init_checkpoint
+    if not any(folder.glob("*.index")):
+        return None
+    notice(f"{folder} holds a challenge's checkpoint: training goes on from it.")
+    return model_dir
 
 
 def step_of_network(path: Path) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 from keras.optimizers.schedules import LearningRateSchedule
 
 from logit_reg.experiments.naming import describe, run_name
-from logit_reg.objectives import Objective
+from logit_reg.objectives import Objective, collapse_threshold
 from logit_reg.threat import ThreatModel
 from logit_reg.training.adversaries import ADVERSARIES, adversary_class
 from logit_reg.training.adversaries.protocol import Adversary
@@ -164,6 +164,19 @@ class RunSettings:
         return ThreatModel("linf", self.epsilon, self.challenge.lower, self.challenge.upper)
 
     @property
+    def collapse_threshold(self) -> float:
+        """Beta from which on all-zero logits minimise the objective over free logits."""
+        return collapse_threshold(
+            self.training_batch_size,
+            self.challenge.num_classes,
+            reg=self.reg,
+            smoothing=self.smoothing,
+            reduction=self.loss_reduction,
+            matrix_norm=self.matrix_norm,
+            centre=self.centre,
+        )
+
+    @property
     def loop(self) -> LoopSettings:
         """Settings of the training loop."""
         names = {field.name for field in dataclasses.fields(LoopSettings)}
@@ -204,12 +217,12 @@ class RunSettings:
     @property
     def description(self) -> str:
         """The method in a few words, such as "squeeze beta=2 + noise"."""
-        return describe(self)
+        return describe(dataclasses.asdict(self), self.training_adversary.description)
 
     @property
     def name(self) -> str:
         """Name of the run's folder, derived from the settings."""
-        return run_name(self, DEFAULTS)
+        return run_name(dataclasses.asdict(self), self.description, DEFAULTS)
 
 
 DEFAULTS = {

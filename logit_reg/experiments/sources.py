@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from logit_reg.attacks.engine.examples import ROUNDING
+from logit_reg.attacks.engine.examples import within_bounds
 from logit_reg.experiments.evaluations import training_notices
 from logit_reg.experiments.keras_files import read_keras
 from logit_reg.experiments.runs import read_run, step_of_network
@@ -383,16 +383,15 @@ def load_own_images(path: Path, bounds: tuple[float, float]) -> tuple[np.ndarray
 
 def _within(path: Path, images: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     """The images, clipped where they leave the bounds by no more than a rounding."""
-    lower, upper = (float(np.float32(bound)) for bound in bounds)
-    lowest, highest = float(images.min()), float(images.max())
-    excess = max(lower - lowest, highest - upper)
-    if excess <= 0:
-        return images
-    if excess > ROUNDING * max(abs(lower), abs(upper)):
+    try:
+        inside = within_bounds(images, *(float(np.float32(bound)) for bound in bounds))
+    except ValueError:
         raise UsageError(
-            f"{path}: images span [{lowest:.9g}, {highest:.9g}], outside --bounds="
+            f"{path}: images span [{images.min():.9g}, {images.max():.9g}], outside --bounds="
             f"{bounds[0]:.9g},{bounds[1]:.9g}; give the bounds in the images' own pixel "
             f"units, or save images within them."
-        )
-    notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
-    return np.clip(images, lower, upper)
+        ) from None
+    if inside is not images:
+        excess = np.abs(inside - images).max()
+        notice(f"{path}: pixels leave the bounds by {excess:.2g}, a rounding; they are clipped.")
+    return inside

@@ -1,13 +1,27 @@
-"""Scoring and writing `attack.npy` files, with the challenge's own checks."""
+"""Making, scoring and writing `attack.npy` files, with the challenge's own checks."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from logit_reg.evaluation.run import predict
+from logit_reg.evaluation.ledger import FLAGS_PROTOCOL, evaluation_identity
+from logit_reg.evaluation.run import evaluate, network_hash, predict
+from logit_reg.evaluation.state import EvaluationState
+from logit_reg.evaluation.units import attack_notices
+from logit_reg.experiments.attack_choice import AttackChoice
+from logit_reg.experiments.evaluations import (
+    TestImages,
+    claim_file,
+    note_file,
+    plan_evaluation,
+    read_attack_dtype,
+)
+from logit_reg.experiments.sources import Model, num_examples
 from logit_reg.files import write_array
-from madry_compat.challenges import Challenge
+from logit_reg.messages import tell
+from madry_compat.challenges import Challenge, challenge_for
 from madry_compat.data import Dataset, to_pixels
 from madry_compat.submissions import (
     check_submission,
@@ -19,6 +33,86 @@ from madry_compat.submissions import (
     write_predictions,
     write_submission,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """How adversarial images are made, and where they go."""
+
+    path: Path
+    """The `.npy` file; how it was made is noted beside it."""
+    attack: AttackChoice
+    """One attack, by its settings, and the threat model."""
+    seed: int = 0
+    """Of the attack."""
+    num_examples: int | None = None
+    """How many test images, from the first; all if None."""
+    batch_size: int | None = None
+    """Images at once; the challenge's if None."""
+    attack_dtype: str = "auto"
+    """What the attack follows, see `read_attack_dtype`."""
+    show_progress: bool = True
+    """Draw a progress bar."""
+
+
+def attack_and_score(
+    model: Model, target: Model | None, test: Dataset, settings: AttackSettings
+) -> None:
+    """Write adversarial images of one network; print what they leave of its accuracy.
+
+    Finished batches are kept beside the file, so that the same call goes on after a kill.
+
+    Args:
+        model: what to attack.
+        target: another network to score the images on, for a transfer attack.
+        test: the test set of the data set.
+        settings: the attack and the file.
+
+    Raises:
+        UsageError: if the file is there and was made with other settings.
+    """
+    name, challenge = test.name, challenge_for(test.name)
+    batch_size = settings.batch_size or challenge.eval_batch_size
+    count = num_examples(settings.num_examples, len(test.images))
+    images, labels = to_pixels(test.images[:count], name), test.labels[:count]
+    attacks = settings.attack.attack(settings.attack.threat(challenge), challenge)
+    tell(attack_notices(attacks.values(), images.shape[1:]))
+    lower = read_attack_dtype(settings.attack_dtype, model.network, images, batch_size)
+    plan = plan_evaluation(
+        model.network,
+        TestImages(name, images, labels, (challenge.lower, challenge.upper)),
+        {FLAGS_PROTOCOL: attacks},
+        seed=settings.seed,
+        gradient_logits_fn=lower,
+    )
+    path = settings.path
+    claim_file(path, evaluation_identity(plan), "--store_adv_path")
+    state = EvaluationState(path.parent / f".{path.stem}.state", network_hash(model.network))
+    found = evaluate(
+        model.network,
+        attacks,
+        images,
+        labels,
+        batch_size=batch_size,
+        seed=settings.seed,
+        state=state,
+        show_progress=settings.show_progress,
+        gradient_logits_fn=lower,
+    )
+    write_adversarial(path, found.adversarial, test, challenge)
+    note_file(path, evaluation_identity(plan))
+    state.clear()
+    for role, scored in {"attacked": model, "target": target}.items():
+        if scored is None:
+            continue
+        clean, robust = (
+            np.mean(predict(scored.network, given, batch_size=batch_size) == labels)
+            for given in (images, found.adversarial)
+        )
+        print(
+            f"{role} {scored.path}: clean {100 * clean:.2f}%, on these images "
+            f"{100 * robust:.2f}% ({count} of {name}, {next(iter(attacks))}, seed {settings.seed})"
+        )
 
 
 def score_files(

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -234,6 +235,33 @@ def sweep_lines(jobs: Sequence[Job], statuses: dict[str, int], max_lines: int = 
     lines = aligned(cells, num_left=len(cells[0]))
     total = ", ".join(f"{counts[state]} {state}" for state in order if counts[state])
     return [*lines, f"{len(rows)} runs: {total}"]
+
+
+class LiveTable:
+    """The state of the sweep: redrawn on a terminal, else a line for each run that ends."""
+
+    def __init__(self, jobs: Sequence[Job], *, may_redraw: bool = True):
+        """A table of some jobs; redrawn where it may be and somebody sees it."""
+        self.is_live = may_redraw and sys.stdout.isatty()
+        self._jobs = jobs
+        self._height = 0
+        self._known: dict[str, int] = {}
+
+    def show(self, statuses: dict[str, int]) -> None:
+        """Show the exit statuses so far."""
+        if not self.is_live:
+            for name, status in statuses.items():
+                if self._known.get(name) != status:
+                    print(f"{name}: {f'failed ({status})' if status else 'done'}", flush=True)
+            self._known = dict(statuses)
+            return
+        size = shutil.get_terminal_size()
+        lines = sweep_lines(self._jobs, statuses, max(size.lines - 1, 4))
+        # Back to the first line, each line cleared to its end, then everything below.
+        up = f"\x1b[{self._height}A" if self._height else ""
+        drawn = "".join(f"{line[: size.columns - 1]}\x1b[K\n" for line in lines)
+        print(f"{up}{drawn}\x1b[J", end="", flush=True)
+        self._height = len(lines)
 
 
 def last_words(job: Job) -> str:

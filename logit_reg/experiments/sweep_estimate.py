@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from logit_reg.attacks import PGD
-from logit_reg.evaluation.run import estimate_seconds
+from logit_reg.evaluation.run import estimate
 from logit_reg.experiments.attack_choice import AttackChoice
 from logit_reg.experiments.building import build_network
 from logit_reg.experiments.defaults import resolve_settings
@@ -55,5 +55,5 @@ def _seconds_per_pass(dataset: str, width: int) -> float:
     probe = PGD(settings.threat, num_steps=1, step_size=settings.threat.epsilon)
     labels = np.zeros(_NUM_IMAGES, np.int64)
     network = build_network(settings)
-    seconds = estimate_seconds(network, {"probe": probe}, images.astype(np.float32), labels)
-    return seconds / (sum(probe.cost()) * _NUM_IMAGES)
+    found = estimate(network, {"probe": probe}, images.astype(np.float32), labels)
+    return found.seconds / (sum(probe.cost()) * _NUM_IMAGES)

@@ -1,14 +1,17 @@
 """Two evaluations on the same images: paired differences, their intervals, McNemar's test."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from logit_reg.audit.decisions import with_interval
 from logit_reg.evaluation.ledger import Ledger, is_same_attack, mapping
 from logit_reg.evaluation.statistics import PairedDifference
-from logit_reg.report.tables import Table, notices_of
+from logit_reg.report.runs import Run
+from logit_reg.report.tables import Table, notices_of, shown_evaluations, strongest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +94,11 @@ def comparison_table(comparison: Comparison, dataset: str) -> Table:
                 f"{found.p_value:.2g}",
             )
         )
-    images = f"the same {num_examples} images of {dataset}"
+    images = f"the same {num_examples:,} images of {dataset}"
     if (comparison.num_a, comparison.num_b) != (num_examples, num_examples):
         images = (
-            f"the {num_examples} images of {dataset} that both saw, of the {comparison.num_a} of A "
-            f"and the {comparison.num_b} of B"
+            f"the {num_examples:,} images of {dataset} that both saw, of the "
+            f"{comparison.num_a:,} of A and the {comparison.num_b:,} of B"
         )
     return Table(
         columns=(
@@ -115,6 +118,35 @@ def comparison_table(comparison: Comparison, dataset: str) -> Table:
         ),
         notes=comparison.notices,
     )
+
+
+def pair_to_compare(places: Sequence[tuple[Path, Run]]) -> list[Path] | None:
+    """Two evaluations on the same images: the strongest of two runs, else two of one run.
+
+    Args:
+        places: the folder of each run, and the run.
+
+    Returns:
+        Their folders, if there are two.
+    """
+    strong = [
+        (folder / name, evaluation, evaluation.label)
+        for folder, run in places
+        for name, evaluation in shown_evaluations(run).items()
+        if strongest(run) is evaluation
+    ]
+    candidates = [strong]
+    # Of one run, the attacks differ: each evaluation stands for its own.
+    candidates += [
+        [(folder / name, evaluation, "") for name, evaluation in shown_evaluations(run).items()]
+        for folder, run in places
+    ]
+    for found in candidates:
+        for (path_a, a, label_a), (path_b, b, label_b) in itertools.combinations(found, 2):
+            on_same = a.dataset == b.dataset and np.array_equal(a.ledger.index, b.ledger.index)
+            if on_same and label_a == label_b:
+                return [path_a, path_b]
+    return None
 
 
 def shared_rows(a: tuple[Ledger, Mapping], b: tuple[Ledger, Mapping]):

@@ -163,9 +163,9 @@ def _row(entry):
     extra = {None: "unknown", True: "yes", False: "no"}[card["additional_data"]]
     claimed_by = card["reported_protocol"]
     gap = entry.gap
-    cell = NOT_MEASURED if gap is None else f"{with_interval(gap)} (n = {gap.num_examples})"
+    cell = NOT_MEASURED if gap is None else f"{with_interval(gap)} (n = {gap.num_examples:,})"
     return (
-        card["name"],
+        f"{card['name']}{_MARK if notices_of(card) else ''}",
         _show(card["clean_acc"]),
         _robust(entry, card["reported"], claimed_by, named=True),
         _robust(entry, card["autoattack_acc"], _AUTOATTACK),
@@ -180,18 +180,22 @@ def _robust(entry, accuracy, protocol, *, named=False):
         return NOT_MEASURED
     sizes = [e["num_examples"] for e in entry.card["evaluations"] if e["protocol"] == protocol]
     words = [protocol] if named else []
-    words += [f"n = {size}" for size in sizes[:1]]
-    mark = _MARK if entry.notices(protocol) else ""
+    words += [f"n = {size:,}" for size in sizes[:1]]
+    mark = _MARK if set(entry.notices(protocol)) - set(notices_of(entry.card)) else ""
     return f"{_show(accuracy)}{mark}" + (f" ({', '.join(words)})" if words else "")
 
 
 def _notes(entries):
-    return tuple(
-        f"{_MARK} {entry.card['name']}, {protocol}: {notice}"
-        for entry in entries
-        for protocol in dict.fromkeys((entry.card["reported_protocol"], _AUTOATTACK))
-        for notice in entry.notices(protocol)
-    )
+    notes = []
+    for entry in entries:
+        of_network = notices_of(entry.card)
+        told = [("", notice) for notice in of_network]
+        for protocol in dict.fromkeys((entry.card["reported_protocol"], _AUTOATTACK)):
+            # What is said of a network is not said again of each evaluation.
+            new = [notice for notice in entry.notices(protocol) if notice not in of_network]
+            told += [(f", {protocol}", notice) for notice in new]
+        notes += [f"{_MARK} {entry.card['name']}{where}: {notice}" for where, notice in told]
+    return tuple(notes)
 
 
 def _read_entry(path):

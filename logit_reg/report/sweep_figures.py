@@ -34,6 +34,10 @@ from logit_reg.report.tables import (
     strongest,
 )
 
+# Letters of a panel's title, beyond which it names as few settings as possible, these first.
+_LONGEST_PANEL = 60
+_TELLING = ("dataset", "reg", "adversary", "smoothing", "beta", "sigma")
+
 TRAINING_STEP = "training_step"
 ATTACK_STEPS = "attack_steps"
 
@@ -264,8 +268,28 @@ def _curves(points):
 
 
 def _panel(run, runs, against):
-    """The other settings that differ between the runs, as words."""
+    """The other settings that differ between the runs, as words.
+
+    Where that is long, only as many of them as tell the runs apart.
+    """
+
+    def values(names, run):
+        return tuple(str(run.settings.get(name)) for name in names)
+
+    def num_kinds(names):
+        return len({values(names, run) for run in runs})
+
     names = [name for name in differing_settings(runs) if name not in (against, "random_seed")]
+    if len(_setting_words(names, run)) > _LONGEST_PANEL:
+        telling: list[str] = []
+        for name in sorted(names, key=lambda name: name not in _TELLING):
+            if num_kinds([*telling, name]) > num_kinds(telling):
+                telling.append(name)
+        names = [name for name in names if name in telling]
+    return _setting_words(names, run)
+
+
+def _setting_words(names, run):
     return ", ".join(f"{name} {run.settings.get(name)}" for name in names)
 
 

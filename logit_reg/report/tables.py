@@ -343,7 +343,7 @@ class _Column:
 
 def _accuracy_column(title, runs, measure, *, with_interval=False, describe=None) -> _Column:
     """A column of accuracies; what all cells share stands in the header, else in each cell."""
-    describe = describe or (lambda run, found: f"n = {found.num_examples}")
+    describe = describe or (lambda run, found: f"n = {found.num_examples:,}")
     found_by_run = [(run, found) for run in runs if (found := measure(run))]
     notes = {describe(run, found) for run, found in found_by_run}
     shared = notes.pop() if len(notes) == 1 else ""
@@ -514,7 +514,7 @@ def _evaluation_columns(runs):
                 strong[-1].count,
                 with_interval=True,
                 describe=lambda run, found: (
-                    f"{_name_of_strong(members[id(run)])}\nn = {found.num_examples}"
+                    f"{_name_of_strong(members[id(run)])}\nn = {found.num_examples:,}"
                 ),
             )
         )
@@ -576,7 +576,7 @@ def _show_steps(run):
     """Steps of the network that the numbers are of, marked if more were planned."""
     steps, planned = run.evaluated_steps, run.planned_steps
     if steps is None or planned is None or steps >= planned:
-        return _show(steps, "d")
+        return _show(steps, ",d")
     return f"{steps:,} of {planned:,} ({'unfinished' if run.stop is None else 'stopped'})"
 
 

@@ -55,8 +55,6 @@ class LoopSettings:
     """Steps whose checkpoints are made and never removed."""
     max_to_keep: int = 3
     """How many checkpoints stay, the newest ones, besides those of `keep_checkpoint_steps`."""
-    replays: int = 1
-    """How many steps in a row train on the same minibatch (free adversarial training)."""
     random_seed: int = 0
     """Seed of the order of the data."""
     ema: bool = False
@@ -76,7 +74,6 @@ class LoopSettings:
             "num_summary_steps",
             "num_checkpoint_steps",
             "max_to_keep",
-            "replays",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
@@ -188,7 +185,7 @@ def train(
             f"{total_steps}; ask for more steps."
         )
     order = BatchOrder(
-        len(images), settings.training_batch_size, settings.random_seed, settings.replays
+        len(images), settings.training_batch_size, settings.random_seed, model.adversary.replays
     )
     batches = order.batches(step)
     totals = []

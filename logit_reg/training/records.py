@@ -66,6 +66,7 @@ class Records:
                 self._robustness = _Table(path, ROBUSTNESS_COLUMNS, last_step=first_step)
             self._summaries = tf.summary.create_file_writer(str(model_dir / "tensorboard"))
         self._bar = Progress(
+            desc="training",
             total=total_steps,
             initial=first_step,
             unit="step",

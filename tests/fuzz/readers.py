@@ -356,6 +356,7 @@ READERS = {
             _seed_keras,
             {"*.keras": m.mutate_zip({"config.json": m.mutate_json})},
             _read_keras,
+            share=0.2,
         ),
         Reader("state", _seed_state, {"*.npz": _NPZ}, _read_state),
         Reader("images", _seed_images, {"*.npz": _NPZ}, _read_images),

@@ -8,10 +8,8 @@ import tensorflow as tf
 
 from logit_reg.attacks.engine.examples import Examples, within_bounds
 from logit_reg.attacks.engine.forward import LogitsFn
+from logit_reg.messages import Finding
 from logit_reg.threat import ThreatModel
-
-if TYPE_CHECKING:
-    from logit_reg.attacks.engine.checks import Finding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Cascade(Protocol):
         """The attacks by name, in order, for a network of so many classes."""
         ...
 
-    def check_num_classes(self, num_classes: int) -> "list[Finding]":
+    def check_num_classes(self, num_classes: int) -> list[Finding]:
         """What so few classes leave out of the cascade."""
         ...
 

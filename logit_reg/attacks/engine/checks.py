@@ -22,6 +22,7 @@ from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import LOSSES, attack_loss, is_finite, margin
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.attacks.engine.random_numbers import random_direction, random_stream
+from logit_reg.messages import Finding
 from logit_reg.threat import ThreatModel
 
 SAME_LOGITS = 1e-4
@@ -39,20 +40,6 @@ NUM_CHECKED = 100
 _NUM_PASSES = 5
 # Share of examples that Square may take from gradient attacks.
 _SQUARE_SHARE = 0.002
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Something about a network that makes an attack unreliable or incomplete."""
-
-    name: str
-    """"not_finite", "probabilities", "decisions", "randomised", "frozen", "not_randomised",
-    "repeated_passes", "dynamic", "zero_gradients", "square_lowers", "num_targets" or
-    "num_classes"."""
-    message: str
-    """One line: what was seen, what it may mean and what to do."""
-    value: float
-    """The number behind it."""
 
 
 class AttackWarning(UserWarning):
