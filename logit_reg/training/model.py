@@ -258,8 +258,8 @@ class RegularizedModel(keras.Model):
                 tape.watch(found)
                 sources.append(found)
             noisy = self._add_noise(self.adversary.images(batch, found), batch.numbers)
-            outputs = self._forward(noisy, training=True)
-            loss, measures = self._loss_and_measures(*outputs, batch, labels, clean)
+            logits, own_losses = self._forward(noisy, training=True)
+            loss, measures = self._loss_and_measures(logits, own_losses, batch, labels, clean)
             # Against underflow in float16; `apply` divides by it.
             loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(loss, sources)

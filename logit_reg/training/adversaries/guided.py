@@ -1,7 +1,7 @@
 """What GAT and NuAT share: a Bernoulli start, and a step up a loss with a pair term."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import tensorflow as tf
 
@@ -26,7 +26,7 @@ class GuidedAdversary(SingleStepAdversary):
         return 3, 2
 
     @classmethod
-    def from_settings(cls, settings: Any) -> "GuidedAdversary":
+    def from_settings(cls, settings: Any) -> Self:
         """See `Adversary.from_settings`; with another pair term in training, its own has the weight
         that its authors give it.
         """

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import tensorflow as tf
 
@@ -66,7 +66,7 @@ class SingleStepAdversary(Adversary):
         }
 
     @classmethod
-    def from_settings(cls, settings: Any) -> "SingleStepAdversary":
+    def from_settings(cls, settings: Any) -> Self:
         """See `Adversary.from_settings`."""
         return cls(
             settings.threat,

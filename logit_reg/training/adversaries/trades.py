@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import tensorflow as tf
 
@@ -81,7 +81,7 @@ class TRADESAdversary(SingleStepAdversary):
         return found | {"num_steps": num_steps}
 
     @classmethod
-    def from_settings(cls, settings: Any) -> "TRADESAdversary":
+    def from_settings(cls, settings: Any) -> Self:
         """See `Adversary.from_settings`."""
         return dataclasses.replace(super().from_settings(settings), num_steps=settings.num_steps)
 
