@@ -15,7 +15,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 from logit_reg.training import supervisor
 
-KINDS = ("squeeze", "pairing", "batch floor", "pgd", "free", "decay", "own losses", "batch norm")
+KINDS = (
+    "squeeze",
+    "pairing",
+    "batch floor",
+    "pgd",
+    "free",
+    "decay",
+    "own losses",
+    "average",
+    "batch norm",
+)
 BATCH_SIZE = 8
 
 
@@ -84,6 +94,10 @@ def train_kinds(folder, steps, kinds, strategy, dtype="float64"):
             num_output_steps=1,
             num_checkpoint_steps=20,
             replays=4 if kind == "free" else 1,
+            ema=kind == "average",
+            # Its stop is agreed upon, though it does not come.
+            num_robustness_steps=10 if kind == "pgd" else 0,
+            stop_on_overfitting=kind == "pgd",
         )
         own = Path(folder) / kind
         own.mkdir(parents=True, exist_ok=True)
