@@ -26,6 +26,7 @@ KINDS = (
     "trades",
     "decay",
     "own losses",
+    "average",
     "batch norm",
 )
 BATCH_SIZE = 8
@@ -108,6 +109,10 @@ def train_kinds(folder, steps, kinds, strategy, dtype="float64"):
             training_batch_size=BATCH_SIZE,
             num_output_steps=1,
             num_checkpoint_steps=20,
+            ema=kind == "average",
+            # Its stop is agreed upon, though it does not come.
+            num_robustness_steps=10 if kind == "pgd" else 0,
+            stop_on_overfitting=kind == "pgd",
         )
         own = Path(folder) / kind
         own.mkdir(parents=True, exist_ok=True)
