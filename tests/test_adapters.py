@@ -47,7 +47,7 @@ class Numpy:
             return (factor * upstream @ WEIGHTS.T).reshape(images.shape)
 
         logits = (images.reshape(len(images), 192) - 0.5) @ WEIGHTS
-        return factor * logits + factor * shift, pullback
+        return factor * logits + shift, pullback
 
     def random_state(self):
         return None if self.rng is None else self.rng.bit_generator.state
