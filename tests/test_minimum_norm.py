@@ -17,7 +17,7 @@ from golden import GOLDEN500_BROKEN, trades_network
 
 from logit_reg.attacks import DDN, FMN, FABTargeted, MinimumNorm, Restarts, accuracy_curve
 from logit_reg.attacks.engine.closest import NUM_CONFIRMATIONS
-from logit_reg.attacks.engine.losses import is_fooled
+from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.evaluation.run import check_threat, distances, evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat import data
@@ -49,7 +49,8 @@ def test_distance_is_within_five_per_cent_of_the_exact_one(attack, num_classes):
         assert 0.999 < ratio.min() <= ratio.max() < 1.05
         measured = distances(found.adversarial, images, attack.threat.norm)[reachable]
         np.testing.assert_allclose(found.distance[reachable], measured, rtol=1e-9)
-        fools = is_fooled(classifier(found.adversarial), labels).numpy()
+        # Images that lie within a rounding of the boundary have nowhere else to go.
+        fools = margin(classifier(found.adversarial), labels).numpy() < 1e-6
         np.testing.assert_array_equal(fools, np.isfinite(found.distance))
 
 
