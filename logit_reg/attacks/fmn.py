@@ -33,7 +33,7 @@ class FMN(RadiusSearch):
     threat: ThreatModel
     """Norm, budget and pixel range. Epsilon bounds what `run` returns, not the search."""
     num_steps: int = 110
-    """Number of updates of a search. 110 for each of 9 targets take 1,990 passes, forward and
+    """Number of updates of a search. 110 for each of 9 targets take 1,994 passes, forward and
     backward."""
     num_targets: int | None = 9
     """Target classes to search for, one after the other, those with the largest clean logits

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import ActiveExamples, take
 from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
-from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.forward import Classifier, batch_spec, call_logits, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
@@ -18,6 +18,11 @@ from logit_reg.threat import ThreatModel
 
 # Length of the last step, as a share of the first.
 _LAST_STEP = 0.01
+# How much farther than where it was found a closest image may go to fool beyond doubt, as shares
+# of its distance: the first at which it fools.
+_OUTWARDS = (1e-5, 1e-4, 1e-3, 0.0)
+NUM_CONFIRMATIONS = len(_OUTWARDS)
+"""Most forwards that these take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +70,29 @@ class ClosestAttack(ImageAttack):
 
     def _closest(self, logits_fn, examples):
         active = ActiveExamples(logits_fn, examples)
-        best = active.adversarial
+        images, best = examples.images, active.adversarial
         if len(active.rows):
             self._search(active)
-        distance = self.threat.distance(*(x.astype(np.float64) for x in (best, examples.images)))
-        is_found = (best != examples.images).any(axis=(1, 2, 3))
+            self._confirm(active)
+        distance = self.threat.distance(*(x.astype(np.float64) for x in (best, images))).numpy()
+        is_found = (best != images).any(axis=(1, 2, 3))
         distance = np.where(is_found, distance, np.where(active.fooled, 0.0, np.inf))
         return ClosestImages(best, distance, active.forwards, active.backwards)
+
+    def _confirm(self, active):
+        """Move images off the boundary, where the verdict would hang on the rounding of a batch."""
+        images, labels, best = active.examples.images, active.examples.labels, active.adversarial
+        rows = np.flatnonzero((best != images).any(axis=(1, 2, 3)))
+        for outwards in _OUTWARDS:
+            if not len(rows):
+                return
+            moved = images[rows] + np.float32(1 + outwards) * (best[rows] - images[rows])
+            moved = np.clip(moved, np.float32(self.threat.lower), np.float32(self.threat.upper))
+            fooled = Classifier().judge(active.logits_fn, moved, labels[rows]).fooled
+            active.count(len(rows), forwards=1)
+            best[rows[fooled]] = moved[fooled]
+            rows = rows[~fooled]
+        best[rows] = images[rows]
 
     def _search(self, active: ActiveExamples) -> None:
         """Write the closest image that fools into `active.adversarial`, where one is found."""
@@ -214,7 +235,8 @@ class RadiusSearch(ClosestAttack):
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
         searches = self.num_targets or 1
-        return searches * (self.num_steps + 1) + 1, searches * self.num_steps
+        forwards = searches * (self.num_steps + 1) + 1 + NUM_CONFIRMATIONS
+        return forwards, searches * self.num_steps
 
     def _first_radius(self, seen: Seen):
         """The radius of the first step: (N,) after what was seen at the start."""
