@@ -34,7 +34,7 @@ def assert_same(found, plain):
 
 
 @pytest.mark.parametrize("num_steps", [57, 100])
-@pytest.mark.parametrize("epsilon", [0.05, 0.1])
+@pytest.mark.parametrize("epsilon", [0.03, 0.05])
 def test_nothing_but_the_work_changes(monkeypatch, epsilon, num_steps):
     images, labels = curved_examples(60)
     attack = PGD(ThreatModel("linf", epsilon), "cw", num_steps, epsilon / 3, early_stop=True)

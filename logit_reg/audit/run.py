@@ -39,6 +39,15 @@ _ORDER = (
 )
 
 
+def check_audited(threat: ThreatModel) -> None:
+    """Refuse a norm that the tests' thresholds are not made for.
+
+    Raises:
+        ValueError: if it is neither linf nor l2.
+    """
+    threat.check_norm("the audit", "linf", "l2")
+
+
 def audit(
     logits_fn,
     threat: ThreatModel,
@@ -96,7 +105,7 @@ def audit(
     Raises:
         ValueError: if an argument does not make sense, or the images are outside the bounds.
     """
-    threat.check_norm("the audit", "linf", "l2")
+    check_audited(threat)
     say = announce or (lambda line: None)
     evidence = Evidence(
         logits_fn,

@@ -10,6 +10,7 @@ import numpy as np
 from logit_reg.attacks import Attack
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.evidence import CONTROL_KINDS
+from logit_reg.audit.run import check_audited
 from logit_reg.evaluation import units
 from logit_reg.evaluation.ledger import attack_settings, threat_word
 from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks, threat_of
@@ -112,6 +113,8 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
     count = num_examples(settings.num_examples, len(dataset.images))
     choice, claimed_by = settings.attack, settings.claimed_by
     threat = choice.threat(challenge)
+    # Before controls are trained for it.
+    check_audited(threat)
     attacks = choice.attack(threat, challenge) if choice.describes_attack else {}
     if claimed_by in PROTOCOLS:
         attacks |= protocol_attacks(claimed_by, challenge)
@@ -146,6 +149,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
 def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
     """A network on images of the user's own."""
     choice = settings.attack
+    check_audited(own.threat)
     if settings.claimed_by:
         _tell_record_only(
             settings.claimed_by, "no protocol whose attacks are run on data of your own"
