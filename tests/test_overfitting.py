@@ -158,6 +158,21 @@ def test_robustness_that_never_came_is_noticed_in_the_second_half(tmp_path, monk
     assert "warning: at step 20" in said
 
 
+def test_a_run_to_which_robustness_never_came_stops_and_leaves_its_best(tmp_path, monkeypatch):
+    accuracies = iter([0.01, 0.08, 0.0, 0.04])
+    monkeypatch.setattr(
+        RobustnessProbe,
+        "measure",
+        lambda _: {"clean_accuracy": 1.0, "pgd_accuracy": next(accuracies)},
+    )
+    _, outcome = run(tmp_path, steps=32, stop_on_overfitting=True)
+    found = robustness(tmp_path)
+    # Not before half of the training is over.
+    assert [row["pgd_accuracy"] for row in found] == [0.01, 0.08, 0.0, 0.04][: len(found)]
+    assert outcome.stop == Stop(found[-1]["step"], found[1]["step"])
+    assert 16 < outcome.stop.step <= 32
+
+
 def test_settings_watch_with_an_adversary_only_and_old_runs_keep_their_names():
     def steps(**given):
         return resolve_settings({"dataset": "mnist", **given}).loop.num_robustness_steps

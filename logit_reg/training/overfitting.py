@@ -32,6 +32,7 @@ _NUM_STEPS = 10
 _LEAST_BEST = 0.2
 _REMAINING_SHARE = 0.2
 _LEARNED = 0.5
+_NOTHING = 0.05
 
 Row = Mapping[str, Any]
 
@@ -89,7 +90,7 @@ class OverfittingWatch:
             records: have the rows of robustness.csv.
         """
         self._probe, self._records = probe, records
-        self._has_warned = False
+        self._has_warned = self._never_came = False
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -104,8 +105,8 @@ class OverfittingWatch:
 
     @property
     def is_overfitted(self) -> bool:
-        """See the function of that name."""
-        return is_overfitted(self.rows)
+        """Whether robustness has fallen to nothing, or never came though it should have."""
+        return is_overfitted(self.rows) or self._never_came
 
     def look(self, step: int, training_accuracy: float, *, is_late: bool) -> None:
         """Measure after a step; warn if robustness is lost since the last time, or never came.
@@ -118,10 +119,12 @@ class OverfittingWatch:
         before = self.rows
         measured = self._probe.measure() | {"training_accuracy": training_accuracy}
         self._records.write_robustness({"step": step, **measured})
-        if self.is_overfitted:
+        is_lost = is_late and knows_only_its_adversary(self.rows[-1])
+        self._never_came = is_lost and measured["pgd_accuracy"] < _NOTHING
+        if is_overfitted(self.rows):
             if not is_overfitted(before):
                 notice(f"warning: {fall_in_words(self.rows)}.")
-        elif is_late and not self._has_warned and knows_only_its_adversary(self.rows[-1]):
+        elif is_lost and not self._has_warned:
             self._has_warned = True
             notice(
                 f"warning: at step {step:,} accuracy is {training_accuracy:.1%} on the adversary's "
