@@ -252,9 +252,14 @@ def test_every_recipe_names_what_it_costs():
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_nuat_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_of_nuat_with_averaged_weights_goes_on_bit_for_bit(tmp_path):
     command = [sys.executable, "-m", "logit_reg.commands.train", "--dataset=mnist_5k"]
-    command += ["--adversary=nuat", "--max_num_training_steps=24", "--training_batch_size=16"]
+    command += [
+        "--adversary=nuat",
+        "--ema",
+        "--max_num_training_steps=24",
+        "--training_batch_size=16",
+    ]
     command += ["--num_output_steps=1", "--num_checkpoint_steps=8", "--noprogress"]
     quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}}
     subprocess.run([*command, f"--model_dir={tmp_path / 'whole'}"], check=True, **quiet)
