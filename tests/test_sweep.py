@@ -70,6 +70,11 @@ def runs_of(job, step):
 
 
 def test_a_grid_is_every_combination_in_order():
+    rates = "[[0,5e-4],[6800,1e-4]]"
+    assert [point["rates"] for point in expand_grid(f"rates={rates},[[0,1]];beta=1")] == [
+        rates,
+        "[[0,1]]",
+    ]
     assert expand_grid("beta=0.5,2; sigma = 0,0.3") == [
         {"beta": "0.5", "sigma": "0"},
         {"beta": "0.5", "sigma": "0.3"},

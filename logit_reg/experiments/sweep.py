@@ -58,11 +58,16 @@ Runner = Callable[[Sequence[Job]], Iterator[tuple[str, int] | None]]
 """Runs jobs; yields the name and exit status of each as it ends, and None now and then."""
 
 
+# A comma with no "]]" after it, unless a "[[" comes first.
+_BETWEEN_VALUES = re.compile(r",(?!(?:(?!\[\[).)*\]\])")
+
+
 def expand_grid(text: str) -> list[dict[str, str]]:
     """The points of a grid such as "beta=0.5,1,2;sigma=0,0.3".
 
     Args:
-        text: settings separated by semicolons, values by commas.
+        text: settings separated by semicolons, values by commas; those in [[...]], a schedule, do
+            not separate.
 
     Returns:
         A dict for each combination, the last setting changing fastest; one empty dict for "".
@@ -73,7 +78,7 @@ def expand_grid(text: str) -> list[dict[str, str]]:
     axes: dict[str, list[str]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         match = re.fullmatch(r"(\w+)\s*=(.+)", part)
-        values = [value.strip() for value in match[2].split(",")] if match else []
+        values = [value.strip() for value in _BETWEEN_VALUES.split(match[2])] if match else []
         if match is None or not all(values):
             raise ValueError(f"a grid looks like beta=0.5,1,2;sigma=0,0.3; got {part!r}.")
         if match[1] in axes or len(set(values)) < len(values):
