@@ -143,7 +143,7 @@ def probability_distances(logits, clean_logits):
     return ops.sum(ops.square(difference), axis=-1)
 
 
-def divergences(logits, clean_logits):
+def kl_divergences(logits, clean_logits):
     """KL(p, p~) of each image, the term of TRADES; its mean is what training minimises.
 
     Args:
@@ -407,7 +407,7 @@ class Objective:
             logits: (B, K) float of any precision; computed in float32 at least.
             labels: (B,) or (B, 1) class indices; see `class_indices`.
             clean_logits: (B, K) float, of the same images before the attack, for an objective that
-                `wants_clean_logits`; the others leave them alone. The cross-entropy is then that
+                `wants_clean_logits`; the others ignore them. The cross-entropy is then that
                 of the clean logits, as in the guided methods' papers; for "alp" the mean of both.
             beta_scale: () share of beta, for a schedule.
 
@@ -453,7 +453,7 @@ class Objective:
         elif self.reg == "gat":
             penalty = squared_probability_distance(logits, clean)
         elif self.reg == "trades":
-            penalty = ops.mean(divergences(logits, clean))
+            penalty = ops.mean(kl_divergences(logits, clean))
         elif self.reg == "alp":
             penalty = ops.mean(ops.square(logits - clean))
             pairs = zip((hard, xent), self._cross_entropies(logits, labels), strict=True)
@@ -502,8 +502,8 @@ def _nuclear_norm(matrix):
     # Of something that is not finite the product below says so; the decomposition might not return.
     left, values, right = ops.svd(ops.where(ops.isfinite(held), held, 0.0), full_matrices=False)
     rounding = float(np.finfo(keras.backend.standardize_dtype(held.dtype)).eps)
-    sizes = [size for size in matrix.shape if size is not None]
-    is_there = values > values[0] * rounding * max(sizes)
+    size = ops.cast(ops.shape(held)[0] + ops.shape(held)[1], held.dtype)
+    is_there = values > values[0] * rounding * size
     subgradient = ops.matmul(left * ops.cast(is_there, held.dtype), right)
     return ops.sum(ops.stop_gradient(subgradient) * matrix)
 

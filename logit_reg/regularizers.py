@@ -21,7 +21,8 @@ REGULARIZERS: Mapping[str, Mapping[str, float | str | None]] = {
     "alp": {"beta": 0.5},
 }
 """By name, the settings of `objectives.Objective` that have an effect with it, each with the value
-that it has in its publication; None where there is no usual one, so that it has to be given."""
+that it has in its publication, on CIFAR-10 where there are several; None where there is no usual
+one, so that it has to be given."""
 
 PAIRED = ("nuat", "gat", "trades", "alp")
 """Those that compare the logits of adversarial images with those of the clean ones."""
@@ -38,9 +39,3 @@ def taking(setting: str) -> tuple[str, ...]:
 def wants_clean_logits(reg: str, centre: str = "zero") -> bool:
     """Whether a regulariser needs the logits of the clean images beside those trained on."""
     return reg in PAIRED or (reg == "squeeze" and centre == "clean")
-
-
-def comes_with_noise(reg: str, centre: str, smoothing: float) -> bool:
-    """Whether one of the paper's regularisers is on, beside which it adds Gaussian noise."""
-    is_papers = reg != "none" and not wants_clean_logits(reg, centre)
-    return is_papers or (reg == "none" and smoothing > 0)

@@ -165,14 +165,21 @@ def test_every_adversary_combines_with_every_pair_term(adversary):
         {"reg": "squeeze", "beta": 1.0, "centre": "clean"},
     ):
         fewer = {"num_steps": 1} if "num_steps" in ADVERSARIES[adversary].flags else {}
-        given = {"dataset": "mnist_5k", "adversary": adversary, **settings, **fewer}
+        given = {
+            "dataset": "mnist_5k",
+            "adversary": adversary,
+            "ramp_steps": 0,
+            **settings,
+            **fewer,
+        }
         found = resolve_settings(given)
         moves = dataclasses.replace(found, training_batch_size=32).training_adversary
         model = small_model(objective=found.objective, adversary=moves)
-        before = model.network.get_weights()
-        terms = model.update(images, labels)
-        assert np.isfinite(float(terms["total"]))
-        assert any((a != b).any() for a, b in zip(before, model.network.get_weights(), strict=True))
+        # Free training's perturbation is 0 in its first step.
+        for _ in range(2):
+            terms = {name: float(value) for name, value in model.update(images, labels).items()}
+        assert 0 < terms["penalty"] < 100
+        assert terms["total"] == pytest.approx(terms["xent"] + terms["penalty"], rel=1e-5)
 
 
 def test_the_schedule_of_beta_weighs_the_penalty_by_the_step():
@@ -197,13 +204,22 @@ def resolved(**given):
 def test_an_adversary_alone_means_its_whole_method_and_flags_win():
     nuat = resolved(adversary="nuat", max_num_training_steps=1000)
     assert (nuat.reg, nuat.beta, nuat.beta_ramp_steps) == ("nuat", 4.5, 900)
-    assert nuat.description == "nuat beta=4.5" and nuat.sigma == 0
+    assert nuat.description == "NuAT beta=4.5" and nuat.sigma == 0
     assert nuat.training_adversary.weight == 4.5
     other = resolved(adversary="nuat", beta=2.0, smoothing=0.4, sigma=0.1, step_size=0.2)
     assert (other.beta, other.training_adversary.weight) == (2.0, 2.0)
     assert other.training_adversary.step_size == 0.2 and other.sigma == 0.1
     mixed = resolved(adversary="nuat", reg="trades", beta=1.0)
-    assert mixed.training_adversary.weight == 4.5 and mixed.beta_ramp_steps == 0
+    assert mixed.training_adversary.weight == 4.5 and mixed.description == "trades beta=1 NuAT"
+    family = {"reg": "squeeze", "matrix_norm": "nuclear", "centre": "clean", "beta": 2.0}
+    member, own = resolved(adversary="nuat", **family), resolved(adversary="nuat", beta=2.0)
+    for part in ("training_adversary", "beta_ramp_steps", "step_size_schedule", "loop"):
+        assert getattr(member, part) == getattr(own, part)
+    one_rate = resolved(adversary="nuat", step_size_schedule=((0, 1e-4),))
+    assert one_rate.learning_rate_schedule == "cosine"
+    two_rates = resolved(adversary="nuat", step_size_schedule=((0, 1e-4), (9, 1e-5)))
+    assert two_rates.learning_rate_schedule == "steps"
+    assert resolved(adversary="n_fgsm", smoothing=0.4).sigma == 0
     gat = resolved(adversary="gat", max_num_training_steps=4000)
     assert gat.beta_schedule == ((0, 1.0), (1000, 3.0), (2000, 9.0), (3000, 27.0))
     assert [step for step, _ in gat.step_size_schedule] == [0, 1000, 2000, 3000]
@@ -239,6 +255,42 @@ def test_l2_is_refused():
             adversary_of(name, dataclasses.replace(THREAT, norm="l2"))
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_without_a_number_of_steps_ends_with_its_own(name, dataset):
+    settings = resolve_settings({"dataset": dataset, "adversary": name})
+    steps = settings.max_num_training_steps
+    assert settings.ramp_steps == (steps // 10 if dataset == "mnist" else 0)
+    assert settings.beta_ramp_steps == (round(0.9 * steps) if name == "nuat" else 0)
+    for pairs in (settings.beta_schedule, settings.step_size_schedule):
+        assert all(step < 0.91 * steps for step, _ in pairs)
+    drops = {"mnist": [0.25, 0.5, 0.75], "cifar10": [0.7, 0.85]}[dataset]
+    if name == "gat":
+        expected = [int(share * steps) for share in drops]
+        assert [step for step, _ in settings.step_size_schedule[1:]] == expected
+    with pytest.raises(ValueError, match="comes with a training of its own"):
+        resolve_settings({"dataset": dataset, "adversary": name}, is_challenge_config=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_in_float64_stays_in_it(name):
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        beta = 1.0 if reg_of(name) != "none" else 0.0
+        objective = Objective(reg_of(name), beta=beta)
+        model = small_model(objective=objective, adversary=adversary_of(name))
+        assert model.update(*some_data(16))["total"].dtype == tf.float64
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+
+
+def test_a_summed_cross_entropy_is_weighed_alike_in_training_and_attack():
+    settings = {"adversary": "gat", "loss_reduction": "sum", "training_batch_size": 50}
+    assert resolved(**settings, beta=10.0).training_adversary.weight == pytest.approx(0.2)
+
+
 def test_every_recipe_names_what_it_costs():
     for name in NAMES:
         settings = resolved(adversary=name)
@@ -270,6 +322,7 @@ def test_a_killed_run_of_nuat_with_averaged_weights_goes_on_bit_for_bit(tmp_path
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (killed / "state-24.npz").exists()
     subprocess.run([*command, f"--model_dir={killed}"], check=True, **quiet)
     logs = [(folder / "log.csv").read_bytes() for folder in (tmp_path / "whole", killed)]
     assert logs[0] == logs[1]

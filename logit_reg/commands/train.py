@@ -100,7 +100,7 @@ flags.DEFINE_integer("replays", None, f"replays of each minibatch with {_with('r
 
 flags.DEFINE_integer("width", None, "width of CIFAR's network (10; 1 is narrow)")
 flags.DEFINE_integer("max_num_training_steps", None, "number of optimiser steps")
-flags.DEFINE_integer("training_batch_size", None, "images a step (128)")
+flags.DEFINE_integer("training_batch_size", None, "images a step (128, or the adversary's recipe)")
 flags.DEFINE_string("step_size_schedule", None, "learning rates, as [[0, 0.1], [40000, 0.01]]")
 flags.DEFINE_enum(
     "learning_rate_schedule",
@@ -264,15 +264,15 @@ def _train() -> None:
 
 
 def schedule(value, name="step_size_schedule"):
-    """The pairs that a flag says."""
+    """The pairs (step, number) that a flag says."""
     if not isinstance(value, str):
         return value
     try:
         pairs = json.loads(value)
         return tuple((int(step), float(rate)) for step, rate in pairs)
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
+    except (json.JSONDecodeError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(
-            f"--{name} must look like [[0, 0.1], [40000, 0.01]]; got {value!r}."
+            f"--{name} must look like [[0, 1], [40000, 0.1]]; got {value!r}."
         ) from error
 
 

@@ -10,8 +10,13 @@ from logit_reg.experiments.settings import (
     RunSettings,
     check_settings,
 )
-from logit_reg.regularizers import REGULARIZERS, comes_with_noise
-from logit_reg.training.adversaries import OF_CHALLENGES, adversary_class, reg_of
+from logit_reg.regularizers import REGULARIZERS
+from logit_reg.training.adversaries import (
+    OF_CHALLENGES,
+    adversary_class,
+    comes_with_noise,
+    reg_of,
+)
 from madry_compat.challenges import challenge_for, image_set
 
 
@@ -34,7 +39,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
     training, paper = challenge.training, challenge.paper
     adversary = given.get("adversary", OF_CHALLENGES if is_challenge_config else "none")
     reg = given.get("reg", reg_of(adversary))
-    is_regularized = comes_with_noise(reg, given.get("centre", "zero"), given.get("smoothing", 0.0))
+    is_regularized = reg != "none" or given.get("smoothing", 0.0) > 0
 
     defaults: dict[str, Any] = {
         "width": paper.width,
@@ -66,7 +71,7 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
             )
     if given.get("learning_rate_schedule", "steps") != "steps":
         defaults["step_size_schedule"] = defaults["step_size_schedule"][:1]
-    if is_regularized:
+    if comes_with_noise(adversary, reg, given.get("centre", "zero"), given.get("smoothing", 0.0)):
         defaults["sigma"] = paper.sigma
     for name, usual in REGULARIZERS.get(reg, {}).items():
         if usual is not None:
@@ -76,12 +81,11 @@ def resolve_settings(given: dict[str, Any], *, is_challenge_config: bool = False
                 f"--reg={reg} needs --{name}, the weight of its penalty (2 is the paper's choice "
                 f"on MNIST; `squeeze` collapses from 10.73 on at batch {PAPER_BATCH_SIZE})."
             )
-    known = {"epsilon": challenge.epsilon, "reg": reg} | given
-    defaults |= adversary_class(adversary).defaults(
-        challenge,
-        {"max_num_training_steps": defaults["max_num_training_steps"]} | known,
-        is_challenge_config=is_challenge_config,
-    )
+    method = adversary_class(adversary)
+    length = method.usual_steps(challenge) or defaults["max_num_training_steps"]
+    known = {"epsilon": challenge.epsilon, "reg": reg, "max_num_training_steps": length} | given
+    defaults |= {"max_num_training_steps": length}
+    defaults |= method.defaults(challenge, known, is_challenge_config=is_challenge_config)
     if not is_challenge_config:
         check_effects(TRAINING, given, given)
     settings = RunSettings(**(defaults | given))

@@ -95,8 +95,8 @@ def _has_noise(values: Values) -> bool:
     if values["sigma"] is not None:
         return values["sigma"] > 0
     # The paper's noise comes with its regularisers.
-    return regularizers.comes_with_noise(
-        _reg(values), values["centre"] or "zero", values["smoothing"] or 0.0
+    return adversaries.comes_with_noise(
+        _adversary(values), _reg(values), values["centre"] or "zero", values["smoothing"] or 0.0
     )
 
 

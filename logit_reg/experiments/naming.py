@@ -22,15 +22,18 @@ _LATER_SETTINGS = (
 )
 
 
-def describe(values: Mapping[str, Any], adversary: str) -> str:
+def describe(values: Mapping[str, Any], adversary: str, *, is_whole_method: bool) -> str:
     """The method of a run in a few words, such as "squeeze beta=2 + noise".
 
     Args:
         values: the settings of the run by name, see `RunSettings`.
         adversary: what its adversary is called; "" for none.
+        is_whole_method: whether that names the regulariser as well.
     """
     words = []
-    if values["reg"] != "none":
+    if is_whole_method:
+        words.append(adversary)
+    elif values["reg"] != "none":
         words.append(values["reg"])
     if values["matrix_norm"] != "frobenius":
         words.append(values["matrix_norm"])
@@ -41,8 +44,7 @@ def describe(values: Mapping[str, Any], adversary: str) -> str:
             words.append(f"{name}={values[name]:g}")
     if values["smoothing"]:
         words.append(f"label smoothing {values['smoothing']:g}")
-    # A method and its own pair term have one name.
-    if adversary and adversary.lower() != values["reg"]:
+    if adversary and not is_whole_method:
         words.append(adversary)
     if values["sigma"]:
         words.append("+ noise" if words else "noise only")

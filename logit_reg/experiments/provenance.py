@@ -22,6 +22,7 @@ def run_record(settings: RunSettings, data_dir: str | None, executed: dict) -> d
     Settings, seed, versions, commit, what `execution` gives, and those rules of training that an
     earlier version had otherwise.
     """
+    adversary: Any = settings.training_adversary
     return {
         "schema": 1,
         "name": settings.description,
@@ -30,7 +31,9 @@ def run_record(settings: RunSettings, data_dir: str | None, executed: dict) -> d
         "data_dir": data_dir,
         "versions": versions(),
         "execution": executed,
-        "rules": dict(settings.training_adversary.rules),
+        # With what its settings do not say, as the weight of a pair term of another method.
+        "adversary": dataclasses.asdict(adversary),
+        "rules": dict(adversary.rules),
         "commit": commit(),
     }
 

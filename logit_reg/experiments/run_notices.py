@@ -16,9 +16,10 @@ def tell_of_settings(settings: RunSettings) -> None:
     if threat is not None and settings.adversary in taking("step_size"):
         found += units.step_notices(threat, settings.num_steps, settings.step_size)
     tell(found)
-    if settings.beta >= settings.collapse_threshold:
+    beta = settings.beta * max(factor for _, factor in settings.beta_schedule)
+    if beta >= settings.collapse_threshold:
         notice(
-            f"warning: beta {settings.beta:g} is at or above {settings.collapse_threshold:.4g}, "
+            f"warning: beta {beta:g} is at or above {settings.collapse_threshold:.4g}, "
             f"from which on all-zero logits minimise this objective over free logits (batch "
             f"{settings.training_batch_size}, {challenge.num_classes} classes), so training may "
             f"collapse; watch mean_logit_norm and xent in log.csv."

@@ -9,7 +9,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 from logit_reg.experiments.naming import describe, run_name
 from logit_reg.objectives import Objective, collapse_threshold
 from logit_reg.threat import ThreatModel
-from logit_reg.training.adversaries import ADVERSARIES, adversary_class
+from logit_reg.training.adversaries import ADVERSARIES, adversary_class, reg_of
 from logit_reg.training.adversaries.protocol import Adversary
 from logit_reg.training.beta_schedule import BetaSchedule
 from logit_reg.training.learning_rates import stretched
@@ -217,7 +217,11 @@ class RunSettings:
     @property
     def description(self) -> str:
         """The method in a few words, such as "squeeze beta=2 + noise"."""
-        return describe(dataclasses.asdict(self), self.training_adversary.description)
+        return describe(
+            dataclasses.asdict(self),
+            self.training_adversary.description,
+            is_whole_method=self.reg == reg_of(self.adversary) != "none",
+        )
 
     @property
     def name(self) -> str:

@@ -233,8 +233,9 @@ def train(
             totals.clear()
             if "robustness" in due:
                 if watch is not None:
-                    # A ramp of epsilon is over by then.
-                    is_late = 2 * step > total_steps and model.adversary.threat is not None
+                    is_late = model.adversary.threat is not None and step > max(
+                        total_steps / 2, getattr(model.adversary, "ramp_steps", 0)
+                    )
                     accuracy = float(measures["accuracy"])
                     with writing(model_dir), result_network():
                         watch.look(step, accuracy, is_late=is_late)

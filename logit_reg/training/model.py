@@ -216,7 +216,8 @@ class RegularizedModel(keras.Model):
         Returns:
             A dict of () tensors: total and, the same for Keras' callbacks, loss; xent (plain, on
             hard labels), penalty (before beta), regularization (if the network has losses of its
-            own), accuracy and mean_logit_norm, all on the images that were trained on.
+            own), accuracy and mean_logit_norm, on the images that were trained on; xent is that of
+            the clean images where the objective compares both.
         """
         images, labels = self._inputs.of_batch(data)
         return self._track(self.update(images, labels), tf.shape(images)[0])

@@ -9,6 +9,8 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from logit_reg.regularizers import wants_clean_logits
+
 if TYPE_CHECKING:
     from logit_reg.training.adversaries.protocol import Adversary
 
@@ -26,6 +28,8 @@ class Entry:
     """Settings of a run that have an effect with it: flags of train.py, fields of its settings."""
     reg: str = "none"
     """The regulariser that comes with it, unless another is chosen."""
+    has_recipe: bool = False
+    """Whether its authors' whole training comes with it."""
 
     def load(self) -> "type[Adversary]":
         """Import the class."""
@@ -37,11 +41,13 @@ ADVERSARIES: Mapping[str, Entry] = {
     "none": Entry("none.NoAdversary"),
     "pgd": Entry("pgd.PGDAdversary", (*_STEPS, "attack_batch_norm")),
     "free": Entry("free.FreeAdversary", ("epsilon", "ramp_steps", "replays")),
-    "fgsm_rs": Entry("fgsm_rs.FGSMRSAdversary", _SINGLE_STEP),
-    "n_fgsm": Entry("n_fgsm.NFGSMAdversary", _SINGLE_STEP),
-    "gat": Entry("gat.GATAdversary", _SINGLE_STEP, reg="gat"),
-    "nuat": Entry("nuat.NuATAdversary", _SINGLE_STEP, reg="nuat"),
-    "trades": Entry("trades.TRADESAdversary", ("num_steps", *_SINGLE_STEP), reg="trades"),
+    "fgsm_rs": Entry("fgsm_rs.FGSMRSAdversary", _SINGLE_STEP, has_recipe=True),
+    "n_fgsm": Entry("n_fgsm.NFGSMAdversary", _SINGLE_STEP, has_recipe=True),
+    "gat": Entry("gat.GATAdversary", _SINGLE_STEP, has_recipe=True, reg="gat"),
+    "nuat": Entry("nuat.NuATAdversary", _SINGLE_STEP, has_recipe=True, reg="nuat"),
+    "trades": Entry(
+        "trades.TRADESAdversary", ("num_steps", *_SINGLE_STEP), has_recipe=True, reg="trades"
+    ),
 }
 
 FLAGS = tuple(dict.fromkeys(flag for entry in ADVERSARIES.values() for flag in entry.flags))
@@ -65,6 +71,13 @@ def adversary_class(name: str) -> "type[Adversary]":
 def taking(flag: str) -> tuple[str, ...]:
     """The adversaries with which a flag has an effect."""
     return tuple(name for name, entry in ADVERSARIES.items() if flag in entry.flags)
+
+
+def comes_with_noise(name: str, reg: str, centre: str, smoothing: float) -> bool:
+    """Whether noise comes unasked: beside the paper's regularisers, but not within a recipe."""
+    if name in ADVERSARIES and ADVERSARIES[name].has_recipe or wants_clean_logits(reg, centre):
+        return False
+    return reg != "none" or smoothing > 0
 
 
 def reg_of(name: str) -> str:

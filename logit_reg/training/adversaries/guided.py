@@ -30,10 +30,20 @@ class GuidedAdversary(SingleStepAdversary):
         """See `Adversary.from_settings`; with another pair term in training, its own has the weight
         that its authors give it.
         """
-        published = cls.recipes[settings.challenge.family].beta
-        weight = settings.beta if settings.reg == cls.reg else published
+        weight = cls.recipes[settings.challenge.family].beta
+        if cls.is_own(settings):
+            weight = settings.beta
+            if settings.loss_reduction == "sum":
+                # Training sums the cross-entropy over the batch, and has the term once.
+                weight /= settings.training_batch_size
         return dataclasses.replace(super().from_settings(settings), weight=weight)
+
+    @classmethod
+    def is_own(cls, settings: Any) -> bool:
+        """Whether a run trains on the pair term that its attack ascends."""
+        return settings.reg == cls.reg
 
     def start(self, batch: Batch) -> Any:
         """Return random signs."""
-        return tf.where(super().start(batch) < 0, -1.0, 1.0)
+        noise = super().start(batch)
+        return tf.where(noise < 0, -tf.ones_like(noise), tf.ones_like(noise))

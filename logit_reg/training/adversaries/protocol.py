@@ -88,6 +88,12 @@ class Adversary(Protocol):
         return 1, 1
 
     @classmethod
+    def usual_steps(cls, challenge: Any) -> int | None:
+        """How many steps its authors train for; None for as many as the challenge does."""
+        del challenge
+        return None
+
+    @classmethod
     def defaults(
         cls, challenge: Any, given: Mapping[str, Any], *, is_challenge_config: bool
     ) -> dict[str, Any]:

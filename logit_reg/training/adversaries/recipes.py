@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from logit_reg.regularizers import taking
+from logit_reg.regularizers import wants_clean_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,30 +46,33 @@ class Recipe:
         """Settings of a run, by field of `experiments.settings.RunSettings`.
 
         Args:
-            given: what is known of the run; `max_num_training_steps` is that of the user, if any,
-                and stretches the schedules.
+            given: what is known of the run; `max_num_training_steps` stretches the schedules.
 
         Returns:
-            The recipe: its rate unless the user gives one, its beta with its own pair term.
+            The recipe: its rate and drops unless the user gives a rate, its beta with its own pair
+            term, the schedule of beta with any.
         """
         epsilon = given["epsilon"]
-        steps = given.get("max_num_training_steps") or self.num_steps
+        steps = given["max_num_training_steps"]
         found: dict[str, Any] = {
             "step_size": self.step * epsilon,
             "start_noise": self.noise * epsilon,
             "training_batch_size": self.batch_size,
-            "max_num_training_steps": self.num_steps,
             "weight_decay": self.weight_decay,
             "attack_batch_norm": self.batch_norm,
         }
-        if "step_size_schedule" not in given:
-            kind = given.get("learning_rate_schedule", self.rate_schedule)
+        kind = given.get("learning_rate_schedule", self.rate_schedule)
+        rates = given.get("step_size_schedule")
+        if rates is None:
             drops = self.rate_drops if kind == "steps" else ()
             falls = _pairs(drops, 1.0 / self.rate_factor, steps)
             found["step_size_schedule"] = tuple((step, self.rate * f) for step, f in falls)
-            found["learning_rate_schedule"] = kind
-        if given.get("reg") == self.reg and self.reg in taking("beta"):
+        # One rate is the peak of the recipe's schedule.
+        found["learning_rate_schedule"] = kind if rates is None or len(rates) == 1 else "steps"
+        reg, centre = given.get("reg", "none"), given.get("centre", "zero")
+        if reg == self.reg != "none":
             found["beta"] = self.beta
+        if wants_clean_logits(reg, centre):
             found["beta_ramp_steps"] = round(self.beta_ramp * steps)
             found["beta_schedule"] = _pairs(self.beta_drops, self.beta_factor, steps)
         return found

@@ -55,10 +55,24 @@ class SingleStepAdversary(Adversary):
         return 2, 2
 
     @classmethod
+    def usual_steps(cls, challenge: Any) -> int | None:
+        """See `Adversary.usual_steps`."""
+        return cls.recipes[challenge.family].num_steps
+
+    @classmethod
     def defaults(
         cls, challenge: Any, given: Mapping[str, Any], *, is_challenge_config: bool
     ) -> dict[str, Any]:
-        """Return the recipe for these images."""
+        """Return the recipe for these images.
+
+        Raises:
+            ValueError: if the rest is a challenge's config.json, which has a training of its own.
+        """
+        if is_challenge_config:
+            raise ValueError(
+                f"--config trains as the challenge does; --adversary={given['adversary']} comes with "
+                f"a training of its own: leave one of them out."
+            )
         return {
             **default_ramp(challenge, given, is_challenge_config=is_challenge_config),
             "num_steps": 1,

@@ -9,7 +9,7 @@ import tensorflow as tf
 from logit_reg.attacks.engine.forward import call_logits
 from logit_reg.attacks.engine.gradient_loop import check_steps
 from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
-from logit_reg.objectives import divergences
+from logit_reg.objectives import kl_divergences
 from logit_reg.training.adversaries.protocol import Batch
 from logit_reg.training.adversaries.recipes import Recipe
 from logit_reg.training.adversaries.single_step import SingleStepAdversary
@@ -27,14 +27,18 @@ class TRADESAdversary(SingleStepAdversary):
     Source:
         Zhang et al., ICML 2019, and the authors' `trades.py`: 40 steps of 0.01 on MNIST, 10 of 2 of
         255 on CIFAR-10 (theirs is 0.007 of 1). Other numbers of steps are 2.5 epsilon in all.
-        Deviations: Adam on MNIST (theirs is SGD at 0.01), with a ramp of epsilon; the noisy start
-        is clipped to the pixel range.
+        Deviations: on MNIST Adam along a cosine (theirs is SGD at 0.01 with drops) and a ramp of
+        epsilon; the noisy start is clipped to the pixel range.
     """
 
     num_steps: int = 10
     """Number of steps."""
 
-    description = "TRADES"
+    @property
+    def description(self) -> str:
+        """See `Adversary.description`."""
+        return f"TRADES-{self.num_steps}"
+
     recipes: ClassVar[Mapping[str, Recipe]] = {
         "mnist": Recipe(
             step=1 / 30,
@@ -97,11 +101,11 @@ class TRADESAdversary(SingleStepAdversary):
 
         def body(step, current):
             _, gradient = logits_and_gradient(
-                batch.state, current, lambda logits: divergences(logits, clean)
+                batch.state, current, lambda logits: kl_divergences(logits, clean)
             )
             length = self.step_size * scale
             return step + 1, gradient_step(self.threat, current, gradient, images, length, scale)
 
-        start = self._within_range(images + self.start_noise * self.start(batch))
+        start = self._within_range(images + scale * self.start_noise * self.start(batch))
         _, found = tf.while_loop(lambda step, _: step < self.num_steps, body, (0, start))
         return tf.stop_gradient(self.clip(found, images, scale))
