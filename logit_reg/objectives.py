@@ -400,6 +400,11 @@ class Objective:
         """Whether it compares the logits with those of the images before the attack."""
         return wants_clean_logits(self.reg, self.centre)
 
+    @property
+    def is_flat_at_clean(self) -> bool:
+        """Whether moving the logits away from the clean ones changes nothing at first."""
+        return self.wants_clean_logits and self.reg != "alp"
+
     def __call__(self, logits, labels, clean_logits=None, *, beta_scale=1.0) -> LossTerms:
         """Evaluate the objective on a batch.
 

@@ -259,6 +259,12 @@ def check_settings(settings: RunSettings) -> None:
             f"the logits of adversarial images with those of the clean ones; give an --adversary "
             f"({', '.join(name for name in ADVERSARIES if name != 'none')})."
         )
+    if settings.objective.is_flat_at_clean and settings.training_adversary.learns:
+        raise ValueError(
+            f"--adversary={settings.adversary} follows the gradient of the loss from no perturbation "
+            f"on, where that of reg {settings.reg!r} is 0: it would stay where it starts. Choose "
+            f"--reg=alp or another adversary."
+        )
     _ = settings.learning_rate
     if settings.challenge.paper.width and settings.width < 1:
         raise ValueError(f"width must be at least 1; got {settings.width}.")

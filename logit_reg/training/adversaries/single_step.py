@@ -69,9 +69,10 @@ class SingleStepAdversary(Adversary):
             ValueError: if the rest is a challenge's config.json, which has a training of its own.
         """
         if is_challenge_config:
+            name = given["adversary"]
             raise ValueError(
-                f"--config trains as the challenge does; --adversary={given['adversary']} comes with "
-                f"a training of its own: leave one of them out."
+                f"--config trains as the challenge does; --adversary={name} comes with a training of "
+                f"its own: leave one of them out."
             )
         return {
             **default_ramp(challenge, given, is_challenge_config=is_challenge_config),
