@@ -261,8 +261,8 @@ def check_settings(settings: RunSettings) -> None:
         )
     if settings.objective.is_flat_at_clean and settings.training_adversary.learns:
         raise ValueError(
-            f"--adversary={settings.adversary} follows the gradient of the loss from no perturbation "
-            f"on, where that of reg {settings.reg!r} is 0: it would stay where it starts. Choose "
+            f"--adversary={settings.adversary} starts at no perturbation, where reg "
+            f"{settings.reg!r} has no gradient to follow: it would stay where it starts; choose "
             f"--reg=alp or another adversary."
         )
     _ = settings.learning_rate

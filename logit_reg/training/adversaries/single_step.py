@@ -71,8 +71,8 @@ class SingleStepAdversary(Adversary):
         if is_challenge_config:
             name = given["adversary"]
             raise ValueError(
-                f"--config trains as the challenge does; --adversary={name} comes with a training of "
-                f"its own: leave one of them out."
+                f"--config trains as the challenge does; --adversary={name} comes with a training "
+                f"of its own: leave one of them out."
             )
         return {
             **default_ramp(challenge, given, is_challenge_config=is_challenge_config),
