@@ -196,7 +196,18 @@ class _TorchNetwork:
     """A `Framework` of a PyTorch module."""
 
     def __init__(self, module, eval_mode):
+        import torch
+
         self._module, self._eval_mode = module, eval_mode
+        kinds = torch.nn.modules.batchnorm._BatchNorm
+        moving = [part for part in module.modules() if isinstance(part, kinds) and part.training]
+        if moving and not eval_mode:
+            warnings.warn(
+                f"{len(moving)} normalisation layers are in training mode: every pass moves their "
+                "statistics, and verdicts depend on the batch. Call module.eval(), then train() of "
+                "what is meant to be random alone.",
+                stacklevel=3,
+            )
 
     def forward(self, images):
         import torch

@@ -6,7 +6,9 @@ from exact_margins import LinearClassifier, check_closed_form, check_stays_withi
 from scipy.optimize import minimize
 
 from logit_reg.attacks import (
+    DDN,
     FAB,
+    FMN,
     MD,
     ODI,
     PGD,
@@ -202,6 +204,8 @@ def test_protocol_is_the_published_cascade(dataset, epsilon):
     [
         (SPSA, "SPSA is defined in linf and l2; got norm 'l1'"),
         (HopSkipJump, "HopSkipJump is defined in linf and l2"),
+        (FMN, "FMN is defined in linf and l2"),
+        (DDN, "DDN is defined in l2; got norm 'l1'"),
         (lambda threat: AutoAttack(threat, "plus"), 'AutoAttack "plus" is defined in linf and l2'),
         (
             lambda threat: audit(curved, threat, np.zeros((1, 6, 6, 1)), [0], claim=0.5),

@@ -234,7 +234,7 @@ def test_one_search_for_the_nearest_class_is_the_published_attack():
         (FMN, {"step_size": 0.0}, "step_size must be above 0; got 0.0"),
         (FMN, {"gamma": 1.0}, "gamma must be between 0 and 1; got 1.0"),
         (DDN, {"initial_norm": 0.0}, "initial_norm must be above 0; got 0.0"),
-        (DDN, {"threat": LINF}, "DDN is for norm l2; got linf: use FMN"),
+        (DDN, {"threat": LINF}, "DDN is defined in l2; got norm 'linf'"),
         (MinimumNorm, {"num_targets": 0}, "num_targets must be at least 1; got 0"),
         (MinimumNorm, {"num_steps": 0}, "num_steps must be at least 1; got 0"),
     ],

@@ -203,8 +203,8 @@ class CurveSettings:
 
     def _searches(self) -> list[ClosestAttack]:
         """The attacks whose closest images count."""
-        kinds = (FMN, MinimumNorm) if self.threat.norm == "linf" else (FMN, DDN, MinimumNorm)
-        return [kind(self.threat, num_targets=self.num_targets) for kind in kinds]
+        kinds = {"linf": (FMN, MinimumNorm), "l2": (FMN, DDN, MinimumNorm), "l1": (MinimumNorm,)}
+        return [kind(self.threat, num_targets=self.num_targets) for kind in kinds[self.threat.norm]]
 
 
 def accuracy_against_epsilon(

@@ -47,8 +47,7 @@ class DDN(RadiusSearch):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.threat.norm != "l2":
-            raise ValueError(f"DDN is for norm l2; got {self.threat.norm}: use FMN.")
+        self.threat.check_norm("DDN", "l2")
         if not self.initial_norm > 0:
             raise ValueError(f"initial_norm must be above 0; got {self.initial_norm}.")
 

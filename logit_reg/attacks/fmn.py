@@ -43,6 +43,10 @@ class FMN(RadiusSearch):
     gamma: float = 0.05
     """Relative change of the radius in the first step; 0.001 in the last."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.threat.check_norm("FMN", "linf", "l2")
+
     def _first_radius(self, seen):
         return seen.length + linear_distance(self.threat, seen)
 

@@ -569,7 +569,7 @@ def _binarization(evidence: Evidence) -> Outcome:
         "replaced": list(found.replaced),
     }
     at_random = f"random draws {percent(found.found_at_random[found.is_set_up])}"
-    if found.random_success.value > _MOST_AT_RANDOM:
+    if decision.status != "fail" and found.random_success.value > _MOST_AT_RANDOM:
         reason = f"{at_random}: too easy to tell; {names} find {percent(found.success.value)}"
         return Outcome("report", reason, figure)
     reason = f"of {num_set_up} planted adversarial examples {names} find {decision}; {at_random}"
@@ -589,8 +589,8 @@ BINARIZATION = Diagnostic(
     "Binarisation",
     f"On the features with a binary read-out, where an adversarial example is known to exist, the "
     f"claimant's attacks (the audit's where none is known) find one for at least "
-    f"{100 * _LEAST_FOUND:g} % of the images; random draws for at most "
-    f"{100 * _MOST_AT_RANDOM:g} %.",
+    f"{100 * _LEAST_FOUND:g} % of the images. Where random draws find more than "
+    f"{100 * _MOST_AT_RANDOM:g} % (a limit of ours), success says nothing.",
     _binarization,
     threshold_origin="src",
     budget="standard",

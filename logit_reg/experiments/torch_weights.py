@@ -13,6 +13,7 @@ from logit_reg.evaluation.run import network_hash
 from logit_reg.experiments.sources import Model
 from logit_reg.files import atomic_path
 from logit_reg.messages import UsageError, notice
+from madry_compat.challenges import IMAGE_SETS
 
 FILE = "weights.safetensors"
 
@@ -58,7 +59,11 @@ def export_torch(model: Model, output_dir: Path) -> None:
     except ModuleNotFoundError:
         notice(f"parity: not checked, PyTorch is not installed ({_INSTALL})")
         return
-    images = np.random.default_rng(0).uniform(size=(_NUM_COMPARED, *network.input_shape[1:]))
+    shape = tuple(network.input_shape[1:])
+    # The pixel range of the challenge whose images these are, else [0, 1].
+    known = [record.challenge for record in IMAGE_SETS.values()]
+    highest = next((one.upper for one in known if one.image_shape == shape), 1.0)
+    images = np.random.default_rng(0).uniform(0, highest, (_NUM_COMPARED, *shape))
     images = images.astype(np.float32)
     found, expected = torch_logits(network, load_file(path), images), clean_logits(network, images)
     difference, largest = np.abs(found - expected).max(), np.abs(expected).max()

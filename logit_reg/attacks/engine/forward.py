@@ -115,12 +115,11 @@ def _keeps_random_layers(network):
     """Whether a functional model was built with random layers, as Dropout, always in training."""
     if not hasattr(network, "operations") or not network.built:
         return False
+    # Not by `get_config`, which layers of somebody's own may not have.
     return any(
-        call.get("kwargs", {}).get("training") is True
-        and _is_random(network.get_layer(entry["name"]))
-        for entry in network.get_config().get("layers", ())
-        for call in entry.get("inbound_nodes", ())
-        if isinstance(call, Mapping)
+        node.arguments.kwargs.get("training") is True and _is_random(layer)
+        for layer in network.operations
+        for node in getattr(layer, "_inbound_nodes", ())
     )
 
 
