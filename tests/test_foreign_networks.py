@@ -56,6 +56,29 @@ def negated_array(defence):
     defence.weights *= -1
 
 
+class Mask(keras.layers.Layer):
+    """A layer of somebody's own that Keras cannot describe."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def call(self, images):
+        return images * self.mask
+
+
+def test_a_network_with_a_layer_that_has_no_config_is_attacked():
+    inputs = keras.Input(SHAPE)
+    x = Mask(np.ones(SHAPE, np.float32))(inputs)
+    logits = keras.layers.Dense(NUM_CLASSES, use_bias=False)(keras.layers.Flatten()(x))
+    network = keras.Model(inputs, logits)
+    network.layers[-1].kernel.assign(WEIGHTS)
+    with pytest.raises(NotImplementedError):
+        network.get_config()
+    labels = np.argmax(network(IMAGES), axis=-1)
+    assert quietly(network, SMALL, IMAGES, labels).clean.all()
+
+
 @pytest.mark.parametrize(
     ("part", "negate"),
     [("function", negated_array), ("object", negated_number), ("method", negated_array)],
