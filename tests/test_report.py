@@ -181,6 +181,29 @@ def demo(tmp_path_factory):
 # Loading
 
 
+def test_the_evaluation_over_more_passes_counts_and_says_so(tmp_path):
+    save_run(tmp_path / "run", "run", counts=(490, 400, 300, 250))
+    once = tmp_path / "run/evaluations/paper-mnist"
+    source = once if once.exists() else next((tmp_path / "run").rglob("paper-mnist*"))
+    more = source.with_name("averaged")
+    save_evaluation(
+        more,
+        first(495, 500),
+        {name: first(100, 500) for name in ATTACKS},
+    )
+    result = read_json(more / "result.json")
+    result["settings"]["eot"] = 4
+    write_json(more / "result.json", result)
+    run = load_run(tmp_path / "run")
+    assert accuracy_under(run, ["pgd40-cw"]).percent == 20
+    columns = [" ".join(column.split()) for column in results_table([run]).columns]
+    assert any(name.startswith("PGD-40 CW") and "eot 4" in name for name in columns)
+    labels = {e.label for e in run.evaluations.values()}
+    assert {"paper-mnist", "paper-mnist-eot4"} <= {label[: len(label)] for label in labels} or any(
+        label.endswith("-eot4") for label in labels
+    )
+
+
 def test_a_run_is_read_back_whole(tmp_path):
     run = load_run(save_run(tmp_path / "a", "squeeze beta=2", minutes=2.5))
 

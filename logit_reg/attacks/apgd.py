@@ -55,11 +55,11 @@ class _AutoPGD(ActiveSetAttack):
         backwards = (self.num_steps + num_begins) * self.num_targets
         forwards = backwards + 1
         if self.num_samples > 1:
-            # At most two looks after each period and at the start.
-            looks = sum(1 for _ in periods(self.num_steps)) + 1
+            # One look at the start, two after each period, in l1 at most after each step.
+            num_periods = sum(1 for _ in periods(self.num_steps))
             if self.threat.norm == "l1":
-                looks = sparse_stages(self.num_steps)[-1][1] + 1
-            forwards += 2 * looks * self.num_targets
+                num_periods = sparse_stages(self.num_steps)[-1][1]
+            forwards += (2 * num_periods + 1) * self.num_targets
         return self.num_samples * forwards, self.num_samples * backwards
 
     @property
@@ -98,8 +98,9 @@ class _AutoPGD(ActiveSetAttack):
 class APGD(_AutoPGD):
     """Auto-PGD on the cross-entropy or on the difference of logits ratio (DLR).
 
-    An image is left once it is fooled, at any iterate, unless repeated passes judge. In l1 a step moves few values, and the run
-    goes through balls of 3, 2 and 1 times epsilon; only the iterates in the last one count.
+    An image is left once it is fooled, at any iterate, unless repeated passes judge. In l1 a step
+    moves few values, and the run goes through balls of 3, 2 and 1 times epsilon; only the iterates
+    in the last one count.
 
     Source:
         Croce and Hein 2020, arXiv:2003.01690, Algorithm 1, Eq. 6 (DLR), and its public code. l1:

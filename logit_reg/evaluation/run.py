@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -194,7 +194,7 @@ def evaluate(
         found, cost = _check(logits_fn, attacks, first_examples, batch_size, eot)
         findings += found
         warn(findings)
-    is_repeated = eot > 1 or any(map(_is_for_randomised, attacks.values()))
+    is_repeated = decided_by_repeats(attacks.values(), eot)
     judge = _Judge(logits_fn, NUM_VERDICT_PASSES if is_repeated else 1)
     attacked_fn = copy_for_inference(logits_fn, first_examples.images[:batch_size])
     run = _Run(judge, attacked_fn, examples, batch_size, state, show_progress, eot)
@@ -237,6 +237,11 @@ def evaluate(
         cost_of_checks=cost,
         share_right=worst.share_right if is_repeated else None,
     )
+
+
+def decided_by_repeats(attacks: Iterable[Attack], eot: int) -> bool:
+    """Whether several passes decide on an image: with `eot` above 1, or where an attack asks."""
+    return eot > 1 or any(map(_is_for_randomised, attacks))
 
 
 def predict(logits_fn, images, *, batch_size: int = 200) -> np.ndarray:
@@ -535,8 +540,8 @@ class _Run:
             description += f" {examples.gradient_logits_fn!r}"
         if self._eot > 1:
             description += f" eot {self._eot}"
-        # Who goes on depends on the judgement: with repeated passes a killed or shared evaluation
-        # has to find the same one.
+        # Who is attacked next depends on the judgement. Repeated passes would not give the same one
+        # again, and a killed or shared evaluation would not find its batches.
         names = _SAVED | (_JUDGED if self._is_repeated else set())
         arrays = self._kept(
             description, names, lambda: self._compute(name, attack, examples), wait=wait
