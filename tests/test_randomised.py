@@ -255,7 +255,7 @@ DUALS = {"linf": np.abs(DIFFERENCE).sum(), "l1": np.abs(DIFFERENCE).max()}
         ("linf", lambda t: Restarts(PGD(t, num_steps=8, step_size=t.epsilon / 3), 2), 8),
         ("linf", lambda t: AutoAttack(t, "rand", num_steps=10), 1),
         ("l1", lambda t: AutoAttack(t, "rand", num_steps=20), 1),
-        ("linf", lambda t: FAB(t, num_steps=5), 8),
+        pytest.param("linf", lambda t: FAB(t, num_steps=5), 8, marks=pytest.mark.slow),
     ],
     ids=["pgd", "early stop", "restarts", "rand", "rand in l1", "fab"],
 )
@@ -290,7 +290,9 @@ def test_an_interrupted_randomised_evaluation_goes_on_with_the_same_verdicts(tmp
 
     network, names = RANDOM["tf.random"](), ("one", "two")
     # The second attacks what is left of the first.
-    attacks = {name: PGD(ThreatModel("linf", 0.02), num_steps=2 + i) for i, name in enumerate(names)}
+    attacks = {
+        name: PGD(ThreatModel("linf", 0.02), num_steps=2 + i) for i, name in enumerate(names)
+    }
     options = {"eot": 2, "batch_size": 4, "worst_case_only": True}
     with pytest.raises(KeyboardInterrupt):
         quietly(network, attacks, IMAGES, LABELS, state=Fragile(tmp_path, "key"), **options)

@@ -117,9 +117,7 @@ def test_joined_slices_of_a_randomised_network_speak_of_all_images(tmp_path):
     images = keras.Input(TEST.images.shape[1:])
     noisy = keras.layers.GaussianNoise(0.3)(images, training=True)
     network = keras.Model(images, keras.layers.Dense(4)(keras.layers.Flatten()(noisy)))
-    test = dataclasses.replace(
-        TEST, labels=network.predict(TEST.images, verbose=0).argmax(axis=1)
-    )
+    test = dataclasses.replace(TEST, labels=network.predict(TEST.images, verbose=0).argmax(axis=1))
     protocols = {"one": {"pgd": PGD(LINF, num_steps=3)}}
     for begin in (0, 6):
         folder = tmp_path / str(begin)
