@@ -250,9 +250,9 @@ DUALS = {"linf": np.abs(DIFFERENCE).sum(), "l1": np.abs(DIFFERENCE).max()}
 @pytest.mark.parametrize(
     ("norm", "make", "eot"),
     [
-        ("linf", lambda t: PGD(t, num_steps=10, step_size=t.epsilon / 3), 8),
-        ("linf", lambda t: PGD(t, num_steps=10, step_size=t.epsilon / 3, early_stop=True), 8),
-        ("linf", lambda t: Restarts(PGD(t, num_steps=8, step_size=t.epsilon / 3), 2), 8),
+        ("linf", lambda t: PGD(t, num_steps=20, step_size=t.epsilon / 12), 8),
+        ("linf", lambda t: PGD(t, num_steps=20, step_size=t.epsilon / 12, early_stop=True), 8),
+        ("linf", lambda t: Restarts(PGD(t, num_steps=20, step_size=t.epsilon / 12), 2), 8),
         ("linf", lambda t: AutoAttack(t, "rand", num_steps=10), 1),
         ("l1", lambda t: AutoAttack(t, "rand", num_steps=20), 1),
         pytest.param("linf", lambda t: FAB(t, num_steps=5), 8, marks=pytest.mark.slow),

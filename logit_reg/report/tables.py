@@ -481,7 +481,9 @@ def _groups(runs) -> list[_Group]:
             # FGSM has a column of its own.
             if evaluation.is_slice or not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
                 name = evaluation.derived_name if folder == "." else folder.rpartition("/")[2]
-                entry = (run, name + evaluation.named_images, evaluation)
+                # A name of somebody's own need not tell the passes.
+                passes = "" if evaluation.eot_suffix in name else evaluation.eot_suffix
+                entry = (run, name + passes + evaluation.named_images, evaluation)
                 found.setdefault(evaluation.label, []).append(entry)
     groups = []
     for label, entries in found.items():
