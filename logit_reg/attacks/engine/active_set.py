@@ -81,7 +81,7 @@ class ActiveSet:
         return ~self.fooled[rows]
 
     def _keep_lowest(self, rows, candidates):
-        if not len(rows):
+        if not len(rows) or self._repeated is None or self._labels is None:
             return
         margins = clean_margin(clean_logits(self._repeated, candidates), self._labels[rows])
         self.count(len(rows), forwards=1)
