@@ -12,8 +12,8 @@ class Finding:
 
     name: str
     """"not_finite", "probabilities", "decisions", "randomised", "frozen", "not_randomised",
-    "repeated_passes", "dynamic", "zero_gradients", "square_lowers", "num_targets" or
-    "num_classes"."""
+    "repeated_passes", "unconfirmed", "dynamic", "zero_gradients", "square_lowers", "num_targets"
+    or "num_classes"."""
     message: str
     """One line: what was seen, what it may mean and what to do."""
     value: float

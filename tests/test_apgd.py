@@ -142,8 +142,9 @@ def test_counts_passes_of_images_that_still_stand():
     np.testing.assert_array_equal(result.adversarial[:2], images[:2])
     assert (result.forwards, result.backwards) == (6 + 4 * 11, 4 * 11)
     averaged = APGD(threat, num_steps=10, num_samples=3).run(curved, images, labels, seed=0)
-    assert (averaged.forwards, averaged.backwards) == (6 + 4 * 33, 4 * 33)
-    assert APGD(threat, num_steps=10, num_samples=3).cost() == (34, 33)
+    # Nobody is left, and what stands at the start and after each of 9 periods is judged again.
+    assert (averaged.forwards, averaged.backwards) == (6 * 3 * (1 + 11 + 19), 6 * 33)
+    assert APGD(threat, num_steps=10, num_samples=3).cost() == (93, 33)
 
 
 def test_directions_may_come_from_another_network():

@@ -139,6 +139,14 @@ def test_attacks_with_other_settings_or_a_shared_active_set_are_not_compared(tmp
     assert list(compare(a, b).differences) == ["clean", "worst case, each of its own attacks"]
 
 
+def test_attacks_over_other_numbers_of_passes_are_not_compared(tmp_path):
+    a, b = evaluation(tmp_path / "a"), evaluation(tmp_path / "b")
+    b[1]["settings"]["eot"] = 4
+    assert list(compare(a, b).differences) == ["clean", "worst case, each of its own attacks"]
+    a[1]["settings"]["eot"] = 4
+    assert "pgd40-cw" in compare(a, b).differences
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -70,6 +70,8 @@ WITHOUT_EFFECT = {
         (("--attack_file=a.npy", "--protocol=paper-mnist"), "without --attack_file"),
         (("--attack_file=a.npy", "--store_adv_path=b.npy"), "without --attack_file"),
         (("--attack_file=a.npy", "--num_eval_examples=3"), "without --attack_file"),
+        (("--attack_file=a.npy", "--trial"), "without --attack_file"),
+        (("--merge=a,b", "--output_dir=o", "--eot=5"), "without --merge"),
         (("--protocol=autoattack", "--step_size=0.1"), "a protocol is frozen"),
         (("--protocol=paper-mnist", "--restarts=1"), "a protocol is frozen"),
         (("--loss_func=xent", "--confidence=0"), "--loss_func=cw"),

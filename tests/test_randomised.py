@@ -10,13 +10,25 @@ import pytest
 import tensorflow as tf
 from commands import command
 
-from logit_reg import APGD, FAB, PGD, AttackWarning, AutoAttack, Square, ThreatModel, evaluate
+from logit_reg import (
+    APGD,
+    FAB,
+    PGD,
+    AttackWarning,
+    AutoAttack,
+    Restarts,
+    Square,
+    ThreatModel,
+    evaluate,
+)
 from logit_reg.attacks.engine.checks import check_network
 from logit_reg.attacks.engine.forward import call_logits, clean_logits
 from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import attack_loss
-from logit_reg.attacks.engine.repeated_passes import RepeatedPasses
+from logit_reg.attacks.engine.low_precision import LowPrecision
+from logit_reg.attacks.engine.repeated_passes import RepeatedPasses, repeated
 from logit_reg.evaluation.run import NUM_VERDICT_PASSES
+from logit_reg.evaluation.state import EvaluationState
 
 THREAT = ThreatModel("linf", 0.1)
 SHAPE, NUM_CLASSES = (8, 8, 1), 4
@@ -193,7 +205,8 @@ def test_most_passes_decide_and_the_share_is_reported():
     passes = NUM_VERDICT_PASSES * found.share_right
     np.testing.assert_allclose(passes, passes.round(), atol=1e-9)
     record = found.records["pgd"]
-    assert (record.forwards, record.backwards) == (8 * 6 * 3, 8 * 6 * 2)
+    # What is returned is judged by passes of its own.
+    assert (record.forwards, record.backwards) == (8 * 6 * (3 + 1), 8 * 6 * 2)
 
 
 def masked(images):
@@ -227,6 +240,89 @@ def test_every_kind_of_attack_takes_repeated_passes(attack):
     assert set(found.share_right[found.robust]) <= {1.0}
 
 
+DIFFERENCE = WEIGHTS[:, 1] - WEIGHTS[:, 0]
+NUM_MANY = 60
+MANY = np.random.default_rng(1).uniform(0.2, 0.8, (NUM_MANY, *SHAPE)).astype(np.float32)
+PLAIN = linear(MANY).numpy()[:, :2]
+DUALS = {"linf": np.abs(DIFFERENCE).sum(), "l1": np.abs(DIFFERENCE).max()}
+
+
+@pytest.mark.parametrize(
+    ("norm", "make", "eot"),
+    [
+        ("linf", lambda t: PGD(t, num_steps=20, step_size=t.epsilon / 12), 8),
+        ("linf", lambda t: PGD(t, num_steps=20, step_size=t.epsilon / 12, early_stop=True), 8),
+        ("linf", lambda t: Restarts(PGD(t, num_steps=20, step_size=t.epsilon / 12), 2), 8),
+        ("linf", lambda t: AutoAttack(t, "rand", num_steps=10), 1),
+        ("l1", lambda t: AutoAttack(t, "rand", num_steps=20), 1),
+        pytest.param("linf", lambda t: FAB(t, num_steps=5), 8, marks=pytest.mark.slow),
+    ],
+    ids=["pgd", "early stop", "restarts", "rand", "rand in l1", "fab"],
+)
+def test_a_noisy_linear_network_keeps_no_more_than_its_closed_form(norm, make, eot):
+    """Two classes with noise: right in most passes if the margin is above what epsilon takes."""
+
+    def noisy(images):
+        logits = linear(images)[:, :2]
+        return logits + tf.random.normal(tf.shape(logits), stddev=0.3)
+
+    margins = np.abs(PLAIN[:, 1] - PLAIN[:, 0])
+    epsilon = float(np.quantile(margins, 0.6) / DUALS[norm])
+    threat = ThreatModel(norm, epsilon)
+    exact = (margins > epsilon * DUALS[norm]).mean()
+    tf.random.set_seed(0)
+    found, findings = quietly(noisy, {"it": make(threat)}, MANY, PLAIN.argmax(axis=1), eot=eot)
+    assert 0.3 < exact < 0.5
+    assert found.robust.mean() <= exact + 0.05
+    unconfirmed = findings["unconfirmed"].value if "unconfirmed" in findings else 0
+    assert unconfirmed <= found.records["it"].unconfirmed
+
+
+def test_an_interrupted_randomised_evaluation_goes_on_with_the_same_verdicts(tmp_path):
+    class Fragile(EvaluationState):
+        num_left = 4
+
+        def save(self, description, arrays):
+            if not self.num_left:
+                raise KeyboardInterrupt
+            self.num_left -= 1
+            super().save(description, arrays)
+
+    network, names = RANDOM["tf.random"](), ("one", "two")
+    # The second attacks what is left of the first.
+    attacks = {
+        name: PGD(ThreatModel("linf", 0.02), num_steps=2 + i) for i, name in enumerate(names)
+    }
+    options = {"eot": 2, "batch_size": 4, "worst_case_only": True}
+    with pytest.raises(KeyboardInterrupt):
+        quietly(network, attacks, IMAGES, LABELS, state=Fragile(tmp_path, "key"), **options)
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    state = EvaluationState(tmp_path, "key")
+    found, _ = quietly(network, attacks, IMAGES, LABELS, state=state, **options)
+    assert len(kept) == 4 and all(path.read_bytes() == held for path, held in kept.items())
+    num_files = len(list(tmp_path.glob("*.npz")))
+    again, _ = quietly(network, attacks, IMAGES, LABELS, state=state, **options)
+    assert len(list(tmp_path.glob("*.npz"))) == num_files
+    for name in ("robust", "clean", "share_right", "adversarial"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+
+
+def test_a_lower_precision_is_left_out_of_repeated_passes():
+    network = small(keras.layers.Flatten(), keras.layers.Dense(8))
+    low = bfloat16_stand_in(network)
+    judging, followed = repeated((network, low), 4)
+    assert followed is judging
+    assert repeated((network, low), 1) == (network, low)
+    assert repeated((network, linear), 4)[1].logits_fn is linear
+
+
+def bfloat16_stand_in(network):
+    """A `LowPrecision` whose agreement nobody measured."""
+    low = object.__new__(LowPrecision)
+    low._network, low.tolerance = network, 0.1
+    return low
+
+
 def test_the_version_for_randomised_networks_decides_by_repeated_passes():
     network = RANDOM["tf.random"]()
     rand = AutoAttack(THREAT, "rand", num_steps=3)
@@ -258,7 +354,7 @@ def test_what_is_followed_is_what_is_checked_for_vanishing_gradients():
     assert found.robust.sum() < blind.robust.sum()
     both, _ = quietly(quantised, attacks, IMAGES, labels, eot=2, **hook)
     assert both.robust.tolist() == found.robust.tolist()
-    assert both.records["pgd"].forwards == 2 * found.records["pgd"].forwards
+    assert both.records["pgd"].forwards == 2 * (found.records["pgd"].forwards + len(IMAGES))
 
 
 @pytest.mark.slow

@@ -29,7 +29,13 @@ from logit_reg.report.sweep_figures import (
     sweep_points,
     sweep_table,
 )
-from logit_reg.report.tables import Table, load_run, replace_marked_section, results_table
+from logit_reg.report.tables import (
+    Table,
+    accuracy_under,
+    load_run,
+    replace_marked_section,
+    results_table,
+)
 from madry_compat.challenges import CIFAR10, MNIST
 
 PROTOCOLS = ("paper-fgsm", "paper-mnist")
@@ -179,6 +185,27 @@ def demo(tmp_path_factory):
 
 
 # Loading
+
+
+def test_the_evaluation_over_more_passes_counts_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    save_run(folder, "run", counts=(490, 400, 300, 250))
+    # Fewer images do not outweigh more passes.
+    save_evaluation(folder / "averaged", first(99, 100), {a: first(20, 100) for a in ATTACKS})
+    result = read_json(folder / "averaged/result.json")
+    result["settings"]["eot"] = 4
+    write_json(folder / "averaged/result.json", result)
+
+    run = load_run(folder)
+
+    assert accuracy_under(run, ["pgd40-cw"]).percent == 20
+    table = results_table([run])
+    cells = dict(zip((" ".join(c.split()) for c in table.columns), table.rows[0], strict=True))
+    assert cells["PGD-40 CW n = 100 eot 4"] == "20.0"
+    label = run.evaluations["evaluation"].label
+    assert run.evaluations["averaged"].label == f"{label}-eot4"
+    titles = [name for name in cells if name.startswith("worst case")]
+    assert len(titles) == 2 and any("averaged-eot4" in title for title in titles)
 
 
 def test_a_run_is_read_back_whole(tmp_path):

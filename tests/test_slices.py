@@ -1,8 +1,10 @@
 """Slices of an evaluation: the same rows as one run, joined only where they fit together."""
 
+import csv
 import dataclasses
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -39,7 +41,9 @@ def right_labels(test):
     return dataclasses.replace(test, labels=predicted)
 
 
-def evaluate_part(folder, begin, end, *, network=None, test=None, seed=0, protocols=PROTOCOLS):
+def evaluate_part(
+    folder, begin, end, *, network=None, test=None, seed=0, protocols=PROTOCOLS, **options
+):
     test = test or right_labels(TEST)
     return evaluate_protocols(
         network or tiny(),
@@ -50,6 +54,7 @@ def evaluate_part(folder, begin, end, *, network=None, test=None, seed=0, protoc
         seed=seed,
         settings={"model": "tiny"},
         show_progress=False,
+        **options,
     )[1]
 
 
@@ -108,6 +113,37 @@ def test_an_interrupted_slice_goes_on_and_its_name_tells_its_images(parts, tmp_p
     assert any("images 6 to 11" in message for message in notices)
 
 
+def test_joined_slices_of_a_randomised_network_speak_of_all_images(tmp_path):
+    images = keras.Input(TEST.images.shape[1:])
+    noisy = keras.layers.GaussianNoise(0.3)(images, training=True)
+    network = keras.Model(images, keras.layers.Dense(4)(keras.layers.Flatten()(noisy)))
+    test = dataclasses.replace(TEST, labels=network.predict(TEST.images, verbose=0).argmax(axis=1))
+    protocols = {"one": {"pgd": PGD(LINF, num_steps=3)}}
+    for begin in (0, 6):
+        folder = tmp_path / str(begin)
+        evaluate_part(
+            folder, begin, begin + 6, network=network, test=test, protocols=protocols, eot=4
+        )
+        result = read_json(folder / "result.json")
+        result["notices"].append({"name": "unconfirmed", "message": "some", "value": 2})
+        write_json(folder / "result.json", result)
+    merge_slices([tmp_path / "0", tmp_path / "6"], tmp_path / "joined")
+    joined = read_json(tmp_path / "joined/result.json")
+    values: dict[str, list] = {}
+    for notice in joined["notices"]:
+        values.setdefault(notice["name"], []).append(notice["value"])
+    with (tmp_path / "joined/ledger.csv").open() as file:
+        shares = [float(row["share_right"]) for row in csv.DictReader(file)]
+    assert len(shares) == 12 and values["repeated_passes"] == [pytest.approx(np.mean(shares))]
+    own = [
+        notice["value"]
+        for begin in (0, 6)
+        for notice in read_json(tmp_path / str(begin) / "result.json")["notices"]
+        if notice["name"] == "unconfirmed"
+    ]
+    assert values["unconfirmed"] == [sum(own)]
+
+
 def edited(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "edited")
     path = tmp_path / "edited/ledger.csv"
@@ -123,7 +159,7 @@ def other(tmp_path, begin=6, end=12, **changes):
 OTHER_START = np.concatenate([1 - TEST.images[:1], TEST.images[1:]])
 REFUSED = {
     "gap": (lambda t: None, "images 6 to 11 are missing between"),
-    "overlap": (lambda t: other(t, 5, 12), "images 5 to 5 are in"),
+    "overlap": (lambda t: other(t, 5, 12), "image 5 is in"),
     "seed": (lambda t: other(t, seed=1), "random_seed 0 -> 1"),
     "network": (lambda t: other(t, network=tiny(1)), "other network"),
     "protocol": (lambda t: other(t, protocols={"one": PROTOCOLS["one"]}), "attacks "),

@@ -14,7 +14,7 @@ from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
 from logit_reg.attacks.engine.random_numbers import example_noise, random_direction
-from logit_reg.attacks.engine.repeated_passes import repeated
+from logit_reg.attacks.engine.repeated_passes import RepeatedPasses, with_repeats
 from logit_reg.threat import ThreatModel
 
 LOSSES = ("xent", "dlr")
@@ -52,12 +52,32 @@ class _AutoPGD(ActiveSetAttack):
     def cost(self):
         """Return the most forwards and backwards that one image can take."""
         num_begins = len(sparse_stages(self.num_steps)) if self.threat.norm == "l1" else 1
-        passes = (self.num_steps + num_begins) * self.num_samples * self.num_targets
-        return passes + 1, passes
+        backwards = (self.num_steps + num_begins) * self.num_targets
+        forwards = backwards + 1
+        if self.num_samples > 1:
+            # One look at the start, two after each period, in l1 at most after each step.
+            num_periods = sum(1 for _ in periods(self.num_steps))
+            if self.threat.norm == "l1":
+                num_periods = sparse_stages(self.num_steps)[-1][1]
+            forwards += (2 * num_periods + 1) * self.num_targets
+        return self.num_samples * forwards, self.num_samples * backwards
+
+    @property
+    def for_randomised(self) -> bool:
+        """Whether it averages over several passes."""
+        return self.num_samples > 1
+
+    def _run(self, logits_fn, examples):
+        found = super()._run(*with_repeats(logits_fn, examples, self.num_samples))
+        return dataclasses.replace(
+            found,
+            forwards=self.num_samples * found.forwards,
+            backwards=self.num_samples * found.backwards,
+        )
 
     def _ascent(self, loss: str) -> "_Ascent | _SparseAscent":
         kind = _SparseAscent if self.threat.norm == "l1" else _Ascent
-        return kind(self.threat, loss, self.num_steps, self.num_samples)
+        return kind(self.threat, loss, self.num_steps)
 
     def _starts(self, active) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
         """For each run the names of its random stream, and the targets."""
@@ -78,8 +98,9 @@ class _AutoPGD(ActiveSetAttack):
 class APGD(_AutoPGD):
     """Auto-PGD on the cross-entropy or on the difference of logits ratio (DLR).
 
-    An image is left once it is fooled, at any iterate. In l1 a step moves few values, and the run
-    goes through balls of 3, 2 and 1 times epsilon; only the iterates in the last one count.
+    An image is left once it is fooled, at any iterate, unless repeated passes judge. In l1 a step
+    moves few values, and the run goes through balls of 3, 2 and 1 times epsilon; only the iterates
+    in the last one count.
 
     Source:
         Croce and Hein 2020, arXiv:2003.01690, Algorithm 1, Eq. 6 (DLR), and its public code. l1:
@@ -239,7 +260,6 @@ class _Run:
     threat: ThreatModel
     loss: str
     num_steps: int
-    num_samples: int
 
     def _judge(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
         """Logits that judge, the loss to rank by, the unscaled gradient, the number of rechecks."""
@@ -269,18 +289,19 @@ class _Ascent(_Run):
         rows, given, functions = active.rows, active.examples, active.functions
         if not len(rows):
             return
-        functions = repeated(functions, self.num_samples)
         examples = take((given.images, given.labels, targets, given.indices), rows)
         # Another network's logits may judge the iterates: one more forward each.
-        passes = self.num_samples * num_forwards(*functions)
+        passes = num_forwards(*functions)
         state, fooled, num_again = self.begin(
             functions, examples, stream=stream, restart=given.restart
         )
-        active.count(len(rows), forwards=passes, backwards=self.num_samples)
+        active.count(len(rows), forwards=passes, backwards=1)
         active.count(num_again, forwards=1)
         candidates = state.current
         is_first = True
         for steps in (*periods(self.num_steps), 0):
+            if active.is_repeated and not is_first:
+                active.record(rows, state.best, fooled)
             keep = active.record(rows, candidates, fooled)
             rows, examples, state = rows[keep], take(examples, keep), _State(*take(state, keep))
             if not len(rows) or not steps:
@@ -289,7 +310,7 @@ class _Ascent(_Run):
                 *examples[:3], state, steps, is_first
             )
             candidates, fooled, num_again = (tensor.numpy() for tensor in found)
-            active.count(len(rows), forwards=steps * passes, backwards=steps * self.num_samples)
+            active.count(len(rows), forwards=steps * passes, backwards=steps)
             active.count(int(num_again), forwards=1)
             is_first = False
 
@@ -344,7 +365,7 @@ class _Ascent(_Run):
             logits, loss, gradient, again = self._judge(
                 logits_fn, gradient_logits_fn, current, labels, targets, fooled
             )
-            candidates = tf.where(_per_image(fooled), candidates, current)
+            candidates = _candidates(logits_fn, candidates, current, fooled)
             fooled = tf.logical_or(fooled, is_fooled(logits, labels))
             increases += tf.cast(loss > state.last_loss, tf.float32)
             improved = loss > state.best_loss
@@ -381,15 +402,14 @@ class _SparseAscent(_Run):
 
     def run(self, active, targets, *, stream):
         """Attack who is still robust; `targets` are those of all."""
-        rows, given = active.rows, active.examples
-        functions = repeated(active.functions, self.num_samples)
+        rows, given, functions = active.rows, active.examples, active.functions
         image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
         start = compiled(self, "_start", (), (image, numbers, scalar, scalar))
         examples = take((given.images, given.labels, targets), rows)
         point = start(examples[0], given.indices[rows], stream, given.restart)
         # Another network's logits may judge the iterates: one more forward each.
-        passes = self.num_samples * num_forwards(*functions)
+        passes = num_forwards(*functions)
         for scale, num_steps in sparse_stages(self.num_steps):
             if not len(rows):
                 return
@@ -398,9 +418,11 @@ class _SparseAscent(_Run):
             state, fooled, num_again = self._begun(functions, *examples, point, scale)
             candidates, num_done, steps = state.current, 0, 1
             while True:
-                active.count(len(rows), forwards=steps * passes, backwards=steps * self.num_samples)
+                active.count(len(rows), forwards=steps * passes, backwards=steps)
                 active.count(int(num_again), forwards=1)
                 if scale == _SCALES[-1]:
+                    if active.is_repeated and num_done:
+                        active.record(rows, np.asarray(state[2]), fooled.numpy())
                     keep = active.record(rows, candidates.numpy(), fooled.numpy())
                     rows, examples, state = rows[keep], take(examples, keep), take(state, keep)
                 state = _SparseState(*state)
@@ -482,7 +504,7 @@ class _SparseAscent(_Run):
             logits, loss, gradient, again = self._judge(
                 logits_fn, gradient_logits_fn, current, labels, targets, fooled
             )
-            candidates = tf.where(_per_image(fooled), candidates, current)
+            candidates = _candidates(logits_fn, candidates, current, fooled)
             fooled = tf.logical_or(fooled, is_fooled(logits, labels))
             improved = loss > state.best_loss
             state = state._replace(
@@ -539,6 +561,13 @@ def _rank_loss(loss, logits, labels, targets):
 def _zero_loss(loss):
     """What `_rank_loss` is where the loss is 0."""
     return tf.constant(-np.inf if loss == "xent" else 0.0, tf.float64)
+
+
+def _candidates(logits_fn, candidates, current, fooled):
+    """The first iterate that fools; where repeated passes judge, the last one."""
+    if isinstance(logits_fn, RepeatedPasses):
+        return current
+    return tf.where(_per_image(fooled), candidates, current)
 
 
 def _per_image(numbers):

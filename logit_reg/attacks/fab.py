@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
+from logit_reg.attacks.engine.closest import outermost
 from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient, usable_gradient
 from logit_reg.attacks.engine.losses import is_fooled
@@ -54,7 +55,7 @@ class _FastBoundary(ActiveSetAttack):
             )
             stream = active.examples.stream(self, *names)
             search.run(closest, targets, stream=stream, early_stop=self.early_stop)
-        closest.record(self.threat.epsilon)
+        closest.record(self.threat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,13 +217,15 @@ class _Closest:
         self.images = active.examples.images.copy()
         self.distance = np.full(len(self.images), np.inf, np.float32)
 
-    def record(self, epsilon):
+    def record(self, threat):
         """Return the images that are close enough, the attacked ones elsewhere."""
         rows = self.active.rows
-        fooled = self.distance[rows] <= epsilon
+        fooled = self.distance[rows] <= threat.epsilon
         found = np.where(
             fooled[:, None, None, None], self.images[rows], self.active.adversarial[rows]
         )
+        if self.active.is_repeated:
+            found = outermost(threat, self.images[rows], self.active.examples.images[rows])
         self.active.record(rows, found, fooled)
 
 

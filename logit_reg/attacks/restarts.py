@@ -31,7 +31,7 @@ class Restarts(ImageAttack):
         return self.attack.threat
 
     def _run(self, logits_fn, examples):
-        active = ActiveSet(examples.images.copy())
+        active = ActiveSet(examples.images.copy(), logits_fn, examples.labels)
         for number in range(self.num_restarts):
             rows = active.rows
             if not len(rows):

@@ -54,7 +54,15 @@ EVALUATION = (
             *("model_dir", "model", "bounds", "config", "dataset", "data", "data_dir", "data_path"),
             *("download", "protocol", "trial", "attack_file", "pred_path", "num_eval_examples"),
             *("first_eval_example", "eval_batch_size", "random_seed", "worst_case_only"),
-            *("attack_dtype", *THREAT_FLAGS, *PGD_FLAGS, "num_workers", "runner", "num_cpus"),
+            *(
+                "attack_dtype",
+                "eot",
+                *THREAT_FLAGS,
+                *PGD_FLAGS,
+                "num_workers",
+                "runner",
+                "num_cpus",
+            ),
             *("num_gpus", "worker", "progress"),
         ),
         lambda v: not v["merge"],
@@ -75,6 +83,7 @@ EVALUATION = (
     Effect(
         (
             "protocol",
+            "trial",
             "norm",
             *PGD_FLAGS,
             "num_eval_examples",
@@ -87,6 +96,8 @@ EVALUATION = (
             "output_dir",
             "num_workers",
             "runner",
+            "worker",
+            "progress",
         ),
         lambda v: not v["attack_file"],
         "without --attack_file, which is scored as it is",

@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -27,7 +26,7 @@ from logit_reg.attacks.engine.checks import (
 from logit_reg.attacks.engine.examples import Examples, check_examples, within_bounds
 from logit_reg.attacks.engine.forward import Classifier, Judgement, count_classes, forget_if_changed
 from logit_reg.attacks.engine.inference_copy import copy_for_inference
-from logit_reg.attacks.engine.repeated_passes import repeated
+from logit_reg.attacks.engine.repeated_passes import with_repeats
 from logit_reg.attacks.pgd import PGD
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.progress import Progress
@@ -37,6 +36,8 @@ from logit_reg.threat import ThreatModel
 _RELATIVE_SLACK = 1e-6
 # What is kept of a finished batch.
 _SAVED = {"adversarial", "fooled", "last", "counts"}
+# What is kept of a judgement by repeated passes: others would not be the same.
+_JUDGED = {"prediction", "share_right"}
 
 NUM_VERDICT_PASSES = 20
 """Passes that decide on an image of a randomised network."""
@@ -193,17 +194,18 @@ def evaluate(
         found, cost = _check(logits_fn, attacks, first_examples, batch_size, eot)
         findings += found
         warn(findings)
-    is_repeated = eot > 1 or any(map(_is_for_randomised, attacks.values()))
+    is_repeated = decided_by_repeats(attacks.values(), eot)
     judge = _Judge(logits_fn, NUM_VERDICT_PASSES if is_repeated else 1)
-    judgement, share_right = judge.judge(images, labels, batch_size)
+    attacked_fn = copy_for_inference(logits_fn, first_examples.images[:batch_size])
+    run = _Run(judge, attacked_fn, examples, batch_size, state, show_progress, eot)
+    judgement, share_right = run.judge_clean()
     clean = ~judgement.fooled
     not_finite = judgement.not_finite
     worst = _WorstCase(images, clean, share_right)
+    unconfirmed = np.zeros(len(images), bool)
     records: dict[str, AttackRecord] = {}
     done: dict[Attack, str] = {}
 
-    attacked_fn = copy_for_inference(logits_fn, first_examples.images[:batch_size])
-    run = _Run(judge, attacked_fn, examples, batch_size, state, show_progress, eot)
     for name, attack in attacks.items():
         if attack in done and not worst_case_only:
             # Another protocol asks for the very same attack: same settings, seed and examples.
@@ -214,10 +216,12 @@ def evaluate(
         worst.credit(name, attacked.fooled)
         records[name] = attacked.as_record()
         not_finite |= attacked.not_finite
+        unconfirmed |= attacked.is_unconfirmed
         done[attack] = name
     late = check_finite(not_finite) + run.findings
     if is_repeated:
-        late.append(_repeated_finding(worst.share_right))
+        late.append(repeated_finding(worst.share_right))
+        late += unconfirmed_findings(int((worst.robust & unconfirmed).sum()))
     warn(late)
     return Evaluation(
         labels=labels,
@@ -233,6 +237,11 @@ def evaluate(
         cost_of_checks=cost,
         share_right=worst.share_right if is_repeated else None,
     )
+
+
+def decided_by_repeats(attacks: Iterable[Attack], eot: int) -> bool:
+    """Whether several passes decide on an image: with `eot` above 1, or where an attack asks."""
+    return eot > 1 or any(map(_is_for_randomised, attacks))
 
 
 def predict(logits_fn, images, *, batch_size: int = 200) -> np.ndarray:
@@ -423,6 +432,8 @@ class _Attacked(ActiveSet):
         self.last_iterate_fooled = ~attacked
         self.not_finite = np.zeros(len(attacked), bool)
         """(N,) bool: whom logits that are not finite fool."""
+        self.is_unconfirmed = np.zeros(len(attacked), bool)
+        """(N,) bool: whom the attack called fooled and the returned image does not fool."""
         self.unconfirmed = 0
         self.seconds = 0.0
 
@@ -468,8 +479,22 @@ class _Run:
         self._show_progress = show_progress
         arrays = (examples.images, examples.labels, examples.indices)
         self._data_key = content_hash(*arrays) if state else ""
+        self._is_repeated = judge.num_passes > 1
         self.findings: list[Finding] = []
         """What the attacks show of the network."""
+
+    def judge_clean(self) -> tuple[Judgement, np.ndarray]:
+        """What the judge says of the images themselves."""
+        examples = self._examples
+
+        def judge():
+            return self._judge.judge(examples.images, examples.labels, self._batch_size)
+
+        if not self._is_repeated:
+            return judge()
+        description = f"{self._data_key} clean, {self._judge.num_passes} passes"
+        arrays = self._kept(description, _JUDGED, lambda: _judged(*judge()), wait=True)
+        return _judgement(arrays)
 
     def attack(self, name, attack, attacked):
         """Attack the active set of an attack, and record there what is found.
@@ -515,58 +540,84 @@ class _Run:
             description += f" {examples.gradient_logits_fn!r}"
         if self._eot > 1:
             description += f" eot {self._eot}"
-        arrays = self._saved(description)
+        # Who is attacked next depends on the judgement. Repeated passes would not give the same one
+        # again, and a killed or shared evaluation would not find its batches.
+        names = _SAVED | (_JUDGED if self._is_repeated else set())
+        arrays = self._kept(
+            description, names, lambda: self._compute(name, attack, examples), wait=wait
+        )
         if arrays is None:
-            claim = self._state.claim(description, wait=wait) if self._state else nullcontext(True)
-            with claim as is_mine:
-                if not is_mine:
-                    return False
-                # Another worker may have finished it meanwhile.
-                arrays = self._saved(description)
-                if arrays is None:
-                    arrays = self._compute(attack, examples)
-                    if self._state:
-                        self._state.save(description, arrays)
+            return False
         forwards, backwards, seconds = arrays["counts"]
         found = AttackResult(
             arrays["adversarial"], arrays["fooled"], arrays["last"], int(forwards), int(backwards)
         )
         check_threat(name, found.adversarial, examples.images, examples.indices, attack.threat)
-        self._confirm(attacked, batch, found)
+        judged = _judgement(arrays) if self._is_repeated else None
+        self._confirm(attacked, batch, found, judged)
         attacked.seconds += float(seconds)
         return True
 
-    def _saved(self, description):
-        arrays = self._state.load(description) if self._state else None
-        return arrays if arrays is not None and arrays.keys() >= _SAVED else None
+    def _kept(self, description, names, compute, *, wait):
+        """Arrays from the state, else computed and kept there; None while another worker does."""
+        if self._state is None:
+            return compute()
+        if (arrays := self._saved(description, names)) is not None:
+            return arrays
+        with self._state.claim(description, wait=wait) as is_mine:
+            if not is_mine:
+                return None
+            # Another worker may have finished it meanwhile.
+            arrays = self._saved(description, names)
+            if arrays is None:
+                arrays = compute()
+                self._state.save(description, arrays)
+            return arrays
 
-    def _compute(self, attack, examples):
+    def _saved(self, description, names):
+        arrays = self._state.load(description)
+        return arrays if arrays is not None and arrays.keys() >= names else None
+
+    def _compute(self, name, attack, examples):
         started = time.monotonic()
-        judging, followed = repeated(examples.functions(self._attacked_fn), self._eot)
-        if examples.gradient_logits_fn is not None:
-            examples = dataclasses.replace(examples, gradient_logits_fn=followed)
-        found = run_attack(attack, judging, examples)
+        found = run_attack(attack, *with_repeats(self._attacked_fn, examples, self._eot))
         seconds = time.monotonic() - started
+        judged = {}
+        if self._is_repeated:
+            check_threat(name, found.adversarial, examples.images, examples.indices, attack.threat)
+            judged = _judged(*self._judge_again(found.adversarial, examples.labels))
         return {
+            **judged,
             "adversarial": found.adversarial,
             "fooled": found.fooled,
             "last": found.last_iterate_fooled,
             "counts": np.array([self._eot * found.forwards, self._eot * found.backwards, seconds]),
         }
 
-    def _confirm(self, attacked, batch, found):
-        """Record an image as fooled only if it is so when read back, in another batch size."""
-        # Of a randomised network, repeated passes decide on all of them.
-        candidates = np.flatnonzero(found.fooled | (self._judge.num_passes > 1))
+    def _judge_again(self, images, labels):
+        """Judge what an attack returned, in another batch size."""
         other_size = max(1, self._batch_size // 2) if self._batch_size > 1 else 2
-        images, labels = found.adversarial[candidates], self._examples.labels[batch[candidates]]
-        judgement, share_right = self._judge.judge(images, labels, other_size)
+        return self._judge.judge(images, labels, other_size)
+
+    def _confirm(self, attacked, batch, found, judged):
+        """Record an image as fooled only if it is so when read back.
+
+        Of a randomised network, repeated passes decide on all of them, in `judged`.
+        """
+        candidates = np.flatnonzero(found.fooled | self._is_repeated)
+        if judged is None:
+            labels = self._examples.labels[batch[candidates]]
+            judgement, share_right = self._judge_again(found.adversarial[candidates], labels)
+        else:
+            judgement, share_right = judged
         fooled = found.fooled.copy()
         fooled[candidates] = judgement.fooled
         last = found.last_iterate_fooled & fooled
-        attacked.unconfirmed += int((found.fooled & ~fooled).sum())
+        is_unconfirmed = found.fooled & ~fooled
+        attacked.is_unconfirmed[batch] |= is_unconfirmed
+        attacked.unconfirmed += int(is_unconfirmed.sum())
         attacked.not_finite[batch[candidates]] = judgement.not_finite
-        if self._judge.num_passes > 1:
+        if self._is_repeated:
             found = attacked.weakest(batch, found, share_right)
         attacked.add(batch, dataclasses.replace(found, fooled=fooled, last_iterate_fooled=last))
 
@@ -590,7 +641,8 @@ class _Judge:
         predictions = np.stack([found.prediction for found in passes])
         classes = np.arange(-1, predictions.max(initial=0) + 1)
         votes = (predictions[..., None] == classes).sum(axis=0)
-        return Judgement(classes[votes.argmax(axis=1)], share_right <= 0.5), share_right
+        prediction = classes[votes.argmax(axis=1)]
+        return _judgement({"prediction": prediction, "share_right": share_right})
 
     def _pass(self, images, labels, batch_size) -> Judgement:
         judgement = Judgement(np.zeros(len(images), np.int64), np.zeros(len(images), bool))
@@ -602,20 +654,51 @@ class _Judge:
         return judgement
 
 
+def _judged(judgement, share_right) -> dict[str, np.ndarray]:
+    """What is kept of a judgement by repeated passes."""
+    return {"prediction": judgement.prediction, "share_right": share_right}
+
+
+def _judgement(arrays) -> tuple[Judgement, np.ndarray]:
+    """A judgement by repeated passes, from what is kept of it; a tie counts as wrong."""
+    share_right = arrays["share_right"]
+    return Judgement(arrays["prediction"], share_right <= 0.5), share_right
+
+
 def _is_for_randomised(attack) -> bool:
     return getattr(attack, "for_randomised", False)
 
 
-def _repeated_finding(share_right) -> Finding:
-    """What the verdicts over repeated passes leave out."""
+def repeated_finding(share_right) -> Finding:
+    """What the verdicts over repeated passes leave out.
+
+    Args:
+        share_right: (N,) the share of passes that are right on each image.
+    """
     mean, always = float(np.mean(share_right)), float(np.mean(share_right == 1))
     return Finding(
         "repeated_passes",
         f"an image counts as right if most of {NUM_VERDICT_PASSES} passes are; under the attacks "
         f"{100 * mean:.1f} % of the passes are right on average, and {100 * always:.1f} % of the "
-        "images in every pass, which is what an attacker leaves who may try again.",
+        "images in every pass, all that survives an attacker who can retry.",
         mean,
     )
+
+
+def unconfirmed_findings(count: int) -> list[Finding]:
+    """What to say of images that an attack fooled and most of further passes do not call fooled.
+
+    Args:
+        count: how many of them count as right in the end.
+    """
+    if not count:
+        return []
+    message = (
+        f"{count} {'image that counts' if count == 1 else 'images that count'} as right fooled the "
+        f"passes of an attack, but not most of {NUM_VERDICT_PASSES} further ones: on the boundary "
+        "the verdict is chance."
+    )
+    return [Finding("unconfirmed", message, count)]
 
 
 def _check(logits_fn, attacks, examples, batch_size, eot):

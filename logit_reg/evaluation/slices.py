@@ -18,6 +18,7 @@ from logit_reg.evaluation.ledger import (
     read_rows,
     told_differences,
 )
+from logit_reg.evaluation.run import repeated_finding, unconfirmed_findings
 from logit_reg.evaluation.statistics import Proportion
 from logit_reg.files import one_line
 
@@ -32,9 +33,9 @@ _DATA = ("images_sha256", "labels_sha256")
 # What slices of one evaluation differ in.
 _OWN = ("first_eval_example", "num_eval_examples", "images", "labels")
 # Notices about all examples together: made anew from those of the joined ledger.
-_OF_ALL = ("not_finite", "square_lowers")
+_OF_ALL = ("not_finite", "square_lowers", "repeated_passes", "unconfirmed")
 # Those that stand after them: of the threat model, the steps and the training.
-_LATE = ("budget_large", "budget_small", "step_size", "unfinished_run")
+_LATE = ("budget_large", "budget_small", "step_size", "unfinished_run", "stopped_run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +120,25 @@ def _read(folder) -> _Slice:
 def _check_order(parts):
     if parts[0].first:
         raise ValueError(
-            f"images 0 to {parts[0].first - 1} are missing: the first slice, {parts[0].folder}, "
-            f"begins at {parts[0].first}."
+            f"{_are(0, parts[0].first - 1)} missing: the first slice, {parts[0].folder}, begins at "
+            f"{parts[0].first}."
         )
     for before, part in zip(parts, parts[1:], strict=False):
         if part.first > before.end:
             raise ValueError(
-                f"images {before.end} to {part.first - 1} are missing between {before.folder} "
-                f"and {part.folder}."
+                f"{_are(before.end, part.first - 1)} missing between {before.folder} and "
+                f"{part.folder}."
             )
         if part.first < before.end:
             last = min(before.end, part.end) - 1
             raise ValueError(
-                f"images {part.first} to {last} are in {before.folder} and in {part.folder}; "
-                f"each may be in one slice only."
+                f"{_are(part.first, last)} in {before.folder} and in {part.folder}; each may be "
+                f"in one slice only."
             )
+
+
+def _are(first, last):
+    return f"image {first} is" if first == last else f"images {first} to {last} are"
 
 
 def _check_same(one, other):
@@ -189,10 +194,11 @@ def _joined(parts) -> dict:
         **_sums(part.result for part in parts),
         "slices": [entry for part in parts for entry in _entries(part, differing)],
     }
+    share_right = None
     if "passes" in result:
         share_right = np.array([float(row["share_right"]) for row in rows])
         result["passes"] |= pass_shares(share_right)
-    result["notices"] = _notices(parts, columns, clean)
+    result["notices"] = _notices(parts, columns, clean, share_right)
     if differing:
         message = (
             f"the slices differ in {', '.join(differing)}: result.json has each one's own in "
@@ -244,20 +250,23 @@ def _entries(part, differing):
     return part.result.get("slices") or [own]
 
 
-def _notices(parts, columns, clean):
+def _notices(parts, columns, clean, share_right):
     kept: dict[tuple, dict] = {}
-    num_broken = 0
+    counts = {"not_finite": 0, "unconfirmed": 0}
     for part in parts:
         for notice in part.result.get("notices", ()):
-            if notice["name"] == "not_finite":
-                num_broken += int(notice["value"])
+            if notice["name"] in counts:
+                counts[notice["name"]] += int(notice["value"])
             elif notice["name"] not in (*_OF_ALL, SLICE_NOTICE):
                 kept.setdefault((notice["name"], notice["message"]), notice)
-    found = check_finite(np.arange(len(clean)) < num_broken)
+    found = check_finite(np.arange(len(clean)) < counts["not_finite"])
     names = list(columns)
     for place, name in enumerate(names):
         if name.startswith("standing_after_") and name.endswith("square"):
             found += check_square(columns[names[place - 1]], [("square", columns[name])])
+    if share_right is not None:
+        found.append(repeated_finding(share_right))
+        found += unconfirmed_findings(counts["unconfirmed"])
     early = [notice for notice in kept.values() if notice["name"] not in _LATE]
     late = [notice for notice in kept.values() if notice["name"] in _LATE]
     return [*early, *map(dataclasses.asdict, found), *late]

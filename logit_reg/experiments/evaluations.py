@@ -436,7 +436,12 @@ def compute_batches(
 
 
 def read_attack_dtype(
-    attack_dtype: str, network: keras.Model, images: np.ndarray, batch_size: int
+    attack_dtype: str,
+    network: keras.Model,
+    images: np.ndarray,
+    batch_size: int,
+    *,
+    is_repeated: bool = False,
 ) -> LowPrecision | None:
     """What the attacks follow; says so unless that is the network itself for want of a choice.
 
@@ -445,10 +450,18 @@ def read_attack_dtype(
         network: images in pixel units -> logits.
         images: (N, H, W, C) float32, pixel units; a batch of them shows whether it bears bfloat16.
         batch_size: images sent through the network at once.
+        is_repeated: whether repeated passes decide, which leaves float32 only.
 
     Raises:
         UsageError: if bfloat16 is asked for and the network does not bear it.
     """
+    if is_repeated:
+        if attack_dtype == "bfloat16":
+            print(
+                "attacks follow float32: a randomised network's logits differ from pass to pass, "
+                "so that bfloat16 cannot be checked against them (--attack_dtype)"
+            )
+        return None
     try:
         lower, reason = precision.lower_precision(attack_dtype, network, images[:batch_size])
     except precision.PrecisionError as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from logit_reg.attacks.engine.low_precision import followed_dtype
 from logit_reg.evaluation.ledger import evaluation_identity, evaluation_name
+from logit_reg.evaluation.run import decided_by_repeats
 from logit_reg.evaluation.units import attack_notices
 from logit_reg.experiments.attack_choice import Protocols, is_strong
 from logit_reg.experiments.evaluations import (
@@ -170,7 +171,14 @@ def measure(
     """
     network, test = subject.network, subject.test
     batch_size = settings.batch_size or subject.batch_size
-    lower = read_attack_dtype(settings.attack_dtype, network, test.upto.images, batch_size)
+    attacks = [attack for named in protocols.values() for attack in named.values()]
+    lower = read_attack_dtype(
+        settings.attack_dtype,
+        network,
+        test.upto.images,
+        batch_size,
+        is_repeated=decided_by_repeats(attacks, settings.eot),
+    )
     what: dict[str, Any] = {
         "seed": settings.seed,
         "worst_case_only": settings.worst_case_only,
@@ -178,7 +186,6 @@ def measure(
         "eot": settings.eot,
     }
     how: dict[str, Any] = {"batch_size": batch_size, "show_progress": settings.show_progress}
-    attacks = [attack for named in protocols.values() for attack in named.values()]
     tell(attack_notices(attacks, test.images.shape[1:]))
     plan = plan_evaluation(network, test, protocols, **what)
     identity = evaluation_identity(plan)

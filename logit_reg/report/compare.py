@@ -193,10 +193,13 @@ def _attacks(result):
     if mapping(result.get("settings")).get("worst_case_only"):
         return {}
     try:
+        eot = mapping(result.get("settings")).get("eot", 1)
         return {
-            name: attack["settings"]
+            # Averaged over other numbers of passes it is another attack.
+            name: {"eot": eot, "settings": attack["settings"]}
             for protocol in result["protocols"].values()
             for name, attack in protocol["attacks"].items()
+            if attack["settings"] is not None
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(

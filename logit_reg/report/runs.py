@@ -95,8 +95,19 @@ class StoredEvaluation:
 
     @property
     def is_slice(self) -> bool:
-        """Whether it is of images from the midst of its data set."""
+        """Whether it is of a part that does not start at the first image of its data set."""
         return bool(self.result.get("first_example"))
+
+    @property
+    def eot(self) -> int:
+        """Passes over which gradients and verdicts were averaged; 1 for a plain evaluation."""
+        eot = self.settings.get("eot", 1)
+        return eot if isinstance(eot, int) else 1
+
+    @property
+    def eot_suffix(self) -> str:
+        """The number of passes in a name, as "-eot20"; empty for a plain evaluation."""
+        return "" if self.eot == 1 else f"-eot{self.eot}"
 
     @property
     def parts(self) -> set[str]:
@@ -107,16 +118,16 @@ class StoredEvaluation:
 
     @property
     def attack_name(self) -> str:
-        """The attacks, joined by " + "."""
-        return " + ".join(self.ledger.correct)
+        """The attacks, joined by " + ", with the number of passes."""
+        return " + ".join(self.ledger.correct) + self.eot_suffix
 
     @property
     def label(self) -> str:
-        """Protocols, on own data with the threat model, and the images of a slice.
+        """Protocols, on own data with the threat model, passes, and the images of a slice.
 
         See `evaluation_label`.
         """
-        return evaluation_label(self.result) + self.named_images
+        return evaluation_label(self.result) + self.eot_suffix + self.named_images
 
     @property
     def named_images(self) -> str:

@@ -133,18 +133,32 @@ def _cell_html(cell):
 
 
 def accuracy_under(run: Run, attacks: Sequence[str]) -> Proportion | None:
-    """Accuracy under the worst of some attacks, per example, in the largest evaluation of them.
+    """Accuracy under the worst of some attacks, per example.
 
     Args:
         run: the run.
         attacks: names of attacks of protocols; none for the clean accuracy.
 
     Returns:
-        The accuracy; None unless an evaluation ran every attack on all examples that are right
-        clean.
+        The accuracy, see `evaluation_under`; None if there is none.
+    """
+    found = evaluation_under(run, attacks)
+    return None if found is None else Proportion.of(found.ledger.right_under(attacks))
+
+
+def evaluation_under(run: Run, attacks: Sequence[str]) -> StoredEvaluation | None:
+    """The evaluation of some attacks that counts.
+
+    Args:
+        run: the run.
+        attacks: names of attacks of protocols; none for the clean accuracy.
+
+    Returns:
+        That over the most passes, as one pass flatters a randomised network; then that of the most
+        images. None unless an evaluation ran every attack on all examples that are right clean.
     """
     found = [
-        evaluation.ledger
+        evaluation
         for evaluation in shown_evaluations(run).values()
         if set(attacks) <= evaluation.ledger.correct.keys()
         # A part of the images would stand beside the whole of other runs.
@@ -152,10 +166,7 @@ def accuracy_under(run: Run, attacks: Sequence[str]) -> Proportion | None:
         # An attack of the flags may share its name with a protocol's, and not its settings.
         and not (attacks and (evaluation.shares_active_set or evaluation.is_of_flags))
     ]
-    if not found:
-        return None
-    ledger = max(found, key=lambda ledger: len(ledger.label))
-    return Proportion.of(ledger.right_under(attacks))
+    return max(found, key=lambda e: (e.eot, len(e.ledger.label)), default=None)
 
 
 def accuracy_under_pgd(run: Run, num_steps: int) -> Proportion | None:
@@ -184,11 +195,11 @@ def shown_evaluations(run: Run) -> dict[str, StoredEvaluation]:
 def strongest(run: Run) -> StoredEvaluation | None:
     """The evaluation under the strongest cascade that was run; None if none was.
 
-    AutoAttack, or better the adaptive attack; in linf before other norms; on the most images, no
-    slice.
+    AutoAttack, or better the adaptive attack; in linf before other norms; over the most passes; on
+    the most images, no slice.
     """
     found = [e for e in shown_evaluations(run).values() if _strength(e) and not e.is_slice]
-    return max(found, key=lambda e: (_rank(e), len(e.ledger.label)), default=None)
+    return max(found, key=lambda e: (_rank(e), e.eot, len(e.ledger.label)), default=None)
 
 
 def strong_accuracy(run: Run) -> Proportion | None:
@@ -253,7 +264,7 @@ def results_table(runs: Sequence[Run]) -> Table:
     labels = _labels(kept)
     columns = [
         _Column("run", lambda run: labels[id(run)]),
-        _accuracy_column("clean", kept, lambda run: accuracy_under(run, ())),
+        _column_under("clean", kept, ()),
         *_attack_columns(kept),
         *_evaluation_columns(kept),
         *_published_columns(kept),
@@ -360,6 +371,18 @@ def _accuracy_column(title, runs, measure, *, with_interval=False, describe=None
     return _Column("\n".join(filter(None, (title, shared))), cell)
 
 
+def _column_under(title, runs, attacks) -> _Column:
+    """A column of accuracies under the worst of some attacks; passes above one are told."""
+
+    def describe(run, found):
+        evaluation = evaluation_under(run, attacks)
+        passes = f"\neot {evaluation.eot}" if evaluation and evaluation.eot > 1 else ""
+        return f"n = {found.num_examples:,}{passes}"
+
+    measure = functools.partial(accuracy_under, attacks=attacks)
+    return _accuracy_column(title, runs, measure, describe=describe)
+
+
 def _labels(runs):
     """What to call each run, by its identity: runs of a sweep may share their name."""
     shared = [run for run in runs if sum(other.name == run.name for other in runs) > 1]
@@ -418,10 +441,7 @@ def _attack_columns(runs):
         columns.append((f"{title}\n{match['loss'].replace('cw', 'CW')}", (name,)))
     others = [name for name in names if name not in matches and name not in FGSM_ATTACKS]
     columns += [(name, (name,)) for name in others]
-    return [
-        _accuracy_column(title, runs, functools.partial(accuracy_under, attacks=attacks))
-        for title, attacks in columns
-    ]
+    return [_column_under(title, runs, attacks) for title, attacks in columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,7 +481,9 @@ def _groups(runs) -> list[_Group]:
             # FGSM has a column of its own.
             if evaluation.is_slice or not set(evaluation.ledger.correct) <= set(FGSM_ATTACKS):
                 name = evaluation.derived_name if folder == "." else folder.rpartition("/")[2]
-                entry = (run, name + evaluation.named_images, evaluation)
+                # A name of somebody's own need not tell the passes.
+                passes = "" if evaluation.eot_suffix in name else evaluation.eot_suffix
+                entry = (run, name + passes + evaluation.named_images, evaluation)
                 found.setdefault(evaluation.label, []).append(entry)
     groups = []
     for label, entries in found.items():
@@ -489,9 +511,9 @@ def _strong_groups(groups):
 
 
 def _name_of_strong(evaluation):
-    """The attacks, and the threat model where it is not the protocol's own."""
-    name = evaluation.attack_name
-    return evaluation.label if evaluation.label.startswith(name) else name
+    """The attacks and passes, and the threat model where it is not the protocol's own."""
+    name, own = evaluation.attack_name, evaluation.attack_name.removesuffix(evaluation.eot_suffix)
+    return evaluation.label if evaluation.label.startswith(own) else name
 
 
 def _evaluation_columns(runs):

@@ -7,6 +7,7 @@ import numpy as np
 from logit_reg.attacks.engine.attack import Attack, AttackResult, ImageAttack, run_attack
 from logit_reg.attacks.engine.examples import Examples, check_classes
 from logit_reg.attacks.engine.forward import LogitsFn, clean_logits
+from logit_reg.attacks.engine.repeated_passes import RepeatedPasses
 
 
 class ActiveSet:
@@ -14,14 +15,28 @@ class ActiveSet:
 
     Rows are places in the batch. An attack keeps its own state for the rows it works on and
     drops the others from it, between calls of its compiled steps: `rows = rows[keep]`.
+
+    Where `RepeatedPasses` judge, the first iterate that fools lies on the boundary, and as many
+    further passes would be right on it as wrong. There nobody is dropped, so that an attack goes
+    on to its last step, and of what is recorded that stays which further passes are worst on.
     """
 
-    def __init__(self, adversarial: np.ndarray):
+    def __init__(
+        self,
+        adversarial: np.ndarray,
+        logits_fn: LogitsFn | None = None,
+        labels: np.ndarray | None = None,
+    ):
         """Begin with all of N examples.
 
         Args:
             adversarial: (N, H, W, C) float32 what to return where nothing is recorded; written to.
+            logits_fn: what judges; counts where it makes repeated passes.
+            labels: (N,) int, of use with it.
         """
+        self._repeated = logits_fn if isinstance(logits_fn, RepeatedPasses) else None
+        self._labels = labels
+        self._lowest = np.full(len(adversarial), np.inf)
         self.adversarial = adversarial
         """(N, H, W, C) float32: what was recorded last."""
         self.fooled = np.zeros(len(adversarial), bool)
@@ -37,25 +52,43 @@ class ActiveSet:
         """(M,) int rows of those that are still robust, in order."""
         return np.flatnonzero(~self.fooled)
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether repeated passes judge."""
+        return self._repeated is not None
+
     def record(self, rows, candidates, fooled, last_iterate_fooled=None) -> np.ndarray:
         """Take what was found for some rows.
 
         Args:
             rows: (M,) int rows that were still robust.
             candidates: (M, H, W, C) float32 what to return for them.
-            fooled: (M,) bool whether it fools.
+            fooled: (M,) bool whether it fools; where repeated passes judge, further ones decide.
             last_iterate_fooled: (M,) bool; `fooled` if None, as where an image is left once it is
                 fooled.
 
         Returns:
             (M,) bool who goes on.
         """
-        self.adversarial[rows] = candidates
-        self.fooled[rows] = fooled
         self.last_iterate_fooled[rows] = (
             fooled if last_iterate_fooled is None else last_iterate_fooled
         )
+        if self.is_repeated:
+            self._keep_lowest(rows, candidates)
+            return np.ones(len(rows), bool)
+        self.adversarial[rows] = candidates
+        self.fooled[rows] = fooled
         return ~self.fooled[rows]
+
+    def _keep_lowest(self, rows, candidates):
+        if not len(rows) or self._repeated is None or self._labels is None:
+            return
+        margins = clean_margin(clean_logits(self._repeated, candidates), self._labels[rows])
+        self.count(len(rows), forwards=1)
+        is_lower = margins < self._lowest[rows]
+        self.adversarial[rows[is_lower]] = candidates[is_lower]
+        self._lowest[rows[is_lower]] = margins[is_lower]
+        self.fooled[rows] = ~(self._lowest[rows] > 0)
 
     def add(self, rows: np.ndarray, found: AttackResult) -> None:
         """Record what an attack found for some rows, with its passes."""
@@ -84,7 +117,7 @@ class ActiveExamples(ActiveSet):
 
     def __init__(self, logits_fn: LogitsFn, examples: Examples):
         """Send the clean images through the network: who is misclassified there is done."""
-        super().__init__(examples.images.copy())
+        super().__init__(examples.images.copy(), logits_fn, examples.labels)
         self.logits_fn, self.examples = logits_fn, examples
         self.clean_logits = clean_logits(logits_fn, examples.images)
         """(N, K) float."""
@@ -131,6 +164,9 @@ class ActiveSetAttack(ImageAttack):
 
     def _run(self, logits_fn, examples):
         active = ActiveExamples(logits_fn, examples)
+        if active.is_repeated:
+            # A few passes that are wrong on the image itself do not decide.
+            active.fooled[:] = False
         self._attack(active)
         return active.result()
 

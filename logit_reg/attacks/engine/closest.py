@@ -14,6 +14,7 @@ from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import is_fooled, margin
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.attacks.engine.random_numbers import random_direction
+from logit_reg.attacks.engine.repeated_passes import RepeatedPasses
 from logit_reg.threat import ThreatModel
 
 # Length of the last step, as a share of the first.
@@ -66,6 +67,8 @@ class ClosestAttack(ImageAttack):
         found = self._closest(logits_fn, examples)
         fooled = found.distance <= self.threat.epsilon
         adversarial = np.where(fooled[:, None, None, None], found.adversarial, examples.images)
+        if isinstance(logits_fn, RepeatedPasses):
+            adversarial = outermost(self.threat, found.adversarial, examples.images)
         return AttackResult(adversarial, fooled, fooled.copy(), found.forwards, found.backwards)
 
     def _closest(self, logits_fn, examples):
@@ -97,6 +100,22 @@ class ClosestAttack(ImageAttack):
     def _search(self, active: ActiveExamples) -> None:
         """Write the closest image that fools into `active.adversarial`, where one is found."""
         raise NotImplementedError
+
+
+def outermost(threat, points: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Points in the same directions from the images, as far out as the threat model allows.
+
+    The closest image that fools lies on the boundary, where as many of repeated passes are right
+    as wrong; beyond it more of them are wrong.
+
+    Args:
+        threat: norm, budget and pixel range.
+        points: (N, H, W, C) float32, pixel units; one that is the image itself stays.
+        images: (N, H, W, C) float32.
+    """
+    scale = tf.math.divide_no_nan(threat.epsilon, threat.distance(points, images))
+    moved = images + per_image(tf.cast(scale, images.dtype)) * (points - images)
+    return threat.project(moved, images).numpy()
 
 
 def accuracy_curve(distance, epsilons) -> np.ndarray:

@@ -18,7 +18,8 @@ from logit_reg.attacks.engine.random_numbers import example_noise, uniform_in_ba
 from logit_reg.attacks.engine.repeats import Repeats
 from logit_reg.threat import ThreatModel
 
-# With early_stop, how many steps pass before images that are fooled are taken out.
+# How many steps pass before images that are fooled are taken out, with early_stop, or before
+# repeated passes judge.
 _STEPS_PER_CHUNK = 10
 # Share of the steps, the last ones, that leave a lower precision: it cannot follow fine changes.
 _PRECISE_SHARE = 0.25
@@ -99,7 +100,10 @@ class ActiveGradientAttack(GradientAttack, ActiveSetAttack):
 
 @dataclasses.dataclass(frozen=True)
 class GradientLoop:
-    """Every iterate is judged, the start and the last one included; the first that fools stays."""
+    """Every iterate is judged, the start and the last one included; the first that fools stays.
+
+    Where repeated passes judge, every image goes on to the last step; see `ActiveSet`.
+    """
 
     attack: GradientAttack
     num_steps: int
@@ -134,18 +138,20 @@ class GradientLoop:
         functions = examples.functions(logits_fn)
         passes = num_forwards(*functions)
         current = start(images, examples.indices, stream, examples.restart).numpy()
-        active, repeats = ActiveSet(current.copy()), Repeats(len(images))
-        rows = active.rows
-        for begin, end, pair in self._chunks(*functions):
+        active = ActiveSet(current.copy(), functions[0], examples.labels)
+        rows, repeats = active.rows, Repeats(len(images))
+        stops = self.early_stop and not active.is_repeated
+        chunk = _STEPS_PER_CHUNK if stops or active.is_repeated else self.num_steps
+        for begin, end, pair in self._chunks(chunk, *functions):
             is_last = end == self.num_steps
             advance = compiled(self, "_advance", pair, signature)
             awake = repeats.awake(rows, begin)
-            if self.early_stop and self.attack.same_steps and not is_screened(pair[1]):
+            if stops and self.attack.same_steps and not is_screened(pair[1]):
                 awake = repeats.look(advance, awake, current[awake], begin, self.num_steps)
             # Iterates that are known count like those that are computed.
             steps = end - begin
             active.count(len(rows), forwards=steps * passes + is_last, backwards=steps)
-            if is_last and self.early_stop:
+            if is_last and stops:
                 # Of those who sleep; the others' follow.
                 active.adversarial[rows] = current[rows]
             if not len(awake):
@@ -161,18 +167,18 @@ class GradientLoop:
             current[awake], adversarial, fooled, last_fooled, num_again = (
                 tensor.numpy() for tensor in moved
             )
-            last_fooled = fooled if self.early_stop else last_fooled
-            active.record(awake, adversarial, fooled, last_fooled)
+            last_fooled = fooled if stops else last_fooled
+            candidates = current[awake] if active.is_repeated else adversarial
+            active.record(awake, candidates, fooled, last_fooled)
             active.count(int(num_again), forwards=1)
-            if self.early_stop:
+            if stops:
                 rows = active.rows
                 if not len(rows):
                     break
         return active.result()
 
-    def _chunks(self, logits_fn, gradient_logits_fn):
+    def _chunks(self, chunk, logits_fn, gradient_logits_fn):
         """(first step, last step + 1, the two functions) of stretches in one compiled call."""
-        chunk = _STEPS_PER_CHUNK if self.early_stop else self.num_steps
         switch = self.num_steps
         if is_screened(gradient_logits_fn):
             switch -= math.ceil(_PRECISE_SHARE * self.num_steps)

@@ -6,7 +6,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from logit_reg.attacks.engine.examples import Examples
 from logit_reg.attacks.engine.forward import LogitsFn, call_logits, isolated
+from logit_reg.attacks.engine.low_precision import is_screened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,28 @@ def repeated(functions: tuple[LogitsFn, LogitsFn], num_passes: int) -> tuple[Log
         num_passes: at least 1, where they stay as they are.
 
     Returns:
-        Two functions; one and the same if they were.
+        Two functions; one and the same if they were. A lower precision is left out: its margin of
+        doubt was measured on single passes.
     """
     if num_passes == 1:
         return functions
     judging: Any = RepeatedPasses(functions[0], num_passes)
-    followed = RepeatedPasses(functions[1], num_passes)
-    return judging, judging if functions[1] is functions[0] else followed
+    is_same = functions[1] is functions[0] or is_screened(functions[1])
+    return judging, judging if is_same else RepeatedPasses(functions[1], num_passes)
+
+
+def with_repeats(
+    logits_fn: LogitsFn, examples: Examples, num_passes: int
+) -> tuple[LogitsFn, Examples]:
+    """A network and what is attacked of it, with several passes for each; see `repeated`.
+
+    Args:
+        logits_fn: the network.
+        examples: with what the attack follows.
+        num_passes: at least 1, where both stay as they are.
+    """
+    judging, followed = repeated(examples.functions(logits_fn), num_passes)
+    if num_passes > 1:
+        hook = None if followed is judging else followed
+        examples = dataclasses.replace(examples, gradient_logits_fn=hook)
+    return judging, examples
