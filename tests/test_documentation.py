@@ -73,11 +73,11 @@ def python_examples(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(5))]
+    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(6))]
 )
 def test_the_python_examples_run(page, number, tmp_path, monkeypatch):
     examples = python_examples((ROOT / page).read_text())
-    assert len(examples) == (1 if page == "README.md" else 5)
+    assert len(examples) == (1 if page == "README.md" else 6)
     monkeypatch.chdir(tmp_path)
     network = keras.Sequential(
         [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(4)]
