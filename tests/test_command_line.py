@@ -111,7 +111,7 @@ def test_the_bare_evaluation_command_takes_the_newest_run(bare):
         ("train", ["--beta=much"], ["--beta=much"]),
         ("train", ["--betta=2"], ["betta"]),
         ("train", ["squeeze"], ["unexpected argument 'squeeze'"]),
-        ("eval_challenge", ["--norm=l1"], ["--norm=l1", "linf|l2"]),
+        ("eval_challenge", ["--norm=l3"], ["--norm=l3", "linf|l2|l1"]),
         ("eval_challenge", ["--eval_batch_size=0"], ["--eval_batch_size=0", "positive"]),
         ("attack", ["--eval_batch_size=0"], ["--eval_batch_size=0", "positive"]),
     ],

@@ -817,6 +817,16 @@ OFF = {
     "attack_batch_norm": "training",
     "train_dtype": "float32",
     "max_to_keep": 3,
+    "matrix_norm": "frobenius",
+    "centre": "zero",
+    "beta_schedule": ((0, 1.0),),
+    "beta_ramp_steps": 0,
+    "start_noise": 0.0,
+    "learning_rate_schedule": "steps",
+    "ema": False,
+    "ema_momentum": 0.999,
+    "num_robustness_steps": -1,
+    "stop_on_overfitting": False,
 }
 MNIST_TRAINING = OFF | {
     "dataset": "mnist",
