@@ -112,6 +112,7 @@ def test_the_worked_example_runs(capsys, monkeypatch):
         ("results/README.md", "results-beta-3000", "beta-3000"),
         ("results/README.md", "results-sigma-3000", "sigma-3000"),
         ("results/README.md", "results-objectives-3000", "objectives-3000"),
+        ("results/README.md", "results-cheap-defences", "cheap-defences"),
         ("results/README.md", "results-cifar10-narrow", "cifar10-narrow"),
     ],
 )
