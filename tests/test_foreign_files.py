@@ -272,7 +272,8 @@ def test_a_budget_in_other_units_stands_in_the_terminal_and_in_the_result(files,
         process = command(
             "eval_challenge", *own, "--epsilon=0.1", f"--protocol={name}", cwd=tmp_path
         )
-        assert_one_line_error(process, "autoattack, autoattack-each, autoattack-rand, adaptive", words)
+        choices = "autoattack, autoattack-each, autoattack-rand, adaptive"
+        assert_one_line_error(process, choices, words)
         assert "leave out" not in process.stderr
     label = own_images(tmp_path, labels=np.array([0, 1, 7, 1, 2, 9]))[0]
     outside = command("eval_challenge", *own, "--epsilon=0.1", cwd=label.parent)
