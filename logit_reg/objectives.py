@@ -121,24 +121,20 @@ def paired_logit_distance(logits):
     return ops.mean(ops.square(logits[:half] - logits[half : 2 * half]))
 
 
-def squared_probability_distance(logits, clean_logits):
-    """Mean over the images of ||p~ - p||_2^2, the term of guided adversarial training (GAT).
+def probability_distances(logits, clean_logits):
+    """||p~ - p||_2^2 of each image, the term of guided adversarial training (GAT), which minimises
+    its mean.
 
     Args:
         logits: (B, K) float, of the images that are trained on.
         clean_logits: (B, K) float, of the same images before the attack.
 
     Returns:
-        () float in [0, 2].
+        (B,) float in [0, 2].
 
     Source:
         Sriramanan et al., NeurIPS 2020.
     """
-    return ops.mean(probability_distances(logits, clean_logits))
-
-
-def probability_distances(logits, clean_logits):
-    """(B,) squared distances; see `squared_probability_distance`."""
     difference = ops.softmax(logits, axis=-1) - ops.softmax(clean_logits, axis=-1)
     return ops.sum(ops.square(difference), axis=-1)
 
@@ -456,7 +452,7 @@ class Objective:
         elif self.reg == "nuat":
             penalty = batch_matrix_norm(logits, clean, "nuclear")
         elif self.reg == "gat":
-            penalty = squared_probability_distance(logits, clean)
+            penalty = ops.mean(probability_distances(logits, clean))
         elif self.reg == "trades":
             penalty = ops.mean(kl_divergences(logits, clean))
         elif self.reg == "alp":

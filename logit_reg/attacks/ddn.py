@@ -5,7 +5,6 @@ import dataclasses
 import tensorflow as tf
 
 from logit_reg.attacks.engine.closest import RadiusSearch, linear_distance, per_image
-from logit_reg.threat import ThreatModel
 
 # Largest norm of the first step, in distances of the linearised boundary.
 _FARTHEST_START = 10.0
@@ -29,18 +28,6 @@ class DDN(RadiusSearch):
         256 levels; the last iterate is judged, too; a tie fools.
     """
 
-    threat: ThreatModel
-    """l2, budget and pixel range. Epsilon bounds what `run` returns, not the search."""
-    num_steps: int = 110
-    """Number of updates of a search. 110 for each of 9 targets take 1,994 passes, forward and
-    backward."""
-    num_targets: int | None = 9
-    """Target classes to search for, one after the other, those with the largest clean logits
-    first, cut to the number of wrong classes; None for one search, as published."""
-    step_size: float = 2.0
-    """Length of the first step, in radii; the last is a hundredth of it."""
-    gamma: float = 0.05
-    """Relative change of the norm in a step."""
     initial_norm: float = 2.0
     """Norm of the first step, as a share of the pixel range; at most ten times the distance of
     the linearised boundary, from where a hundred steps get down to it."""

@@ -5,7 +5,6 @@ import dataclasses
 import tensorflow as tf
 
 from logit_reg.attacks.engine.closest import RadiusSearch, linear_distance, per_image
-from logit_reg.threat import ThreatModel
 
 # Gamma at the end, as published.
 _LAST_GAMMA = 0.001
@@ -29,19 +28,6 @@ class FMN(RadiusSearch):
         fool grows by gamma at least; where the gradient vanishes, a step goes in a random
         direction; the last iterate is judged, too; a tie fools.
     """
-
-    threat: ThreatModel
-    """Norm, budget and pixel range. Epsilon bounds what `run` returns, not the search."""
-    num_steps: int = 110
-    """Number of updates of a search. 110 for each of 9 targets take 1,994 passes, forward and
-    backward."""
-    num_targets: int | None = 9
-    """Target classes to search for, one after the other, those with the largest clean logits
-    first, cut to the number of wrong classes; None for one search, as published."""
-    step_size: float = 2.0
-    """Length of the first step, in radii; the last is a hundredth of it."""
-    gamma: float = 0.05
-    """Relative change of the radius in the first step; 0.001 in the last."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,11 +2,9 @@
 
 import dataclasses
 
-import tensorflow as tf
-
 from logit_reg.attacks.engine.examples import check_examples
 from logit_reg.attacks.engine.gradient_loop import GradientAttack, GradientLoop, check_steps
-from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
+from logit_reg.attacks.engine.gradients import ascend
 from logit_reg.attacks.engine.losses import attack_loss, check_loss
 from logit_reg.threat import ThreatModel
 
@@ -69,21 +67,16 @@ class PGD(GradientAttack):
         Returns:
             (B, H, W, C) float32 within ball and range.
         """
-        current = images
+        start = images
         if self.random_start:
-            current = self.threat.random_start(images, noise, radius, scale)
+            start = self.threat.random_start(images, noise, radius, scale)
 
-        def body(step, current):
-            _, gradient = logits_and_gradient(
-                logits_fn,
-                current,
-                lambda logits: self.step_loss(step, logits, labels, labels),
-            )
-            length = self.step_size * scale
-            return step + 1, gradient_step(self.threat, current, gradient, images, length, scale)
+        def loss(logits):
+            return attack_loss(self.loss, logits, labels, self.confidence)
 
-        _, current = tf.while_loop(lambda step, _: step < self.num_steps, body, (0, current))
-        return tf.stop_gradient(current)
+        return ascend(
+            logits_fn, start, images, loss, self.threat, self.num_steps, self.step_size, scale
+        )
 
     def step_loss(self, step, logits, labels, loss_inputs):
         """See `GradientAttack.step_loss`; the same at every step, without further inputs."""

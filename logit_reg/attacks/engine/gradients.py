@@ -133,3 +133,29 @@ def gradient_step(threat: ThreatModel, current, gradient, images, step_length, s
     gradient = threat.without_stopped(gradient, current, images)
     direction = threat.ascent_direction(gradient)
     return threat.project(current + step_length * direction, images, scale)
+
+
+def ascend(logits_fn, start, images, loss, threat: ThreatModel, num_steps, step_size, scale=1.0):
+    """Steps of one length up a gradient, for training: inside a traced step, with nothing tracked.
+
+    Args:
+        logits_fn: images -> logits, in the mode that training wants.
+        start: (N, H, W, C) float, pixel units.
+        images: (N, H, W, C) float centres of the balls.
+        loss: (N, K) logits -> (N,) losses.
+        threat: norm, budget and pixel range.
+        num_steps: number of steps.
+        step_size: length of one, pixel units.
+        scale: () fraction of epsilon and of the step size, for a ramp.
+
+    Returns:
+        (N, H, W, C) float, the last iterate.
+    """
+
+    def body(step, current):
+        _, gradient = logits_and_gradient(logits_fn, current, loss)
+        length = step_size * scale
+        return step + 1, gradient_step(threat, current, gradient, images, length, scale)
+
+    _, current = tf.while_loop(lambda step, _: step < num_steps, body, (0, start))
+    return tf.stop_gradient(current)

@@ -19,8 +19,8 @@ class FGSMRSAdversary(SingleStepAdversary):
         Wong et al., ICLR 2020, and the authors' `train_mnist.py` and `train_fgsm.py`. Deviations:
         the noisy images are clipped to the pixel range on MNIST as well (the authors do so on
         CIFAR only); a ramp of epsilon on MNIST; on CIFAR the rate rises over 2/5 of the training
-        (theirs over 1/2); weight decay of kernels alone; crops of 2
-        pixels (theirs 4).
+        (theirs over 1/2); weight decay of kernels alone;
+        crops of 2 pixels (theirs 4).
     """
 
     description = "FGSM-RS"

@@ -66,5 +66,5 @@ class GATAdversary(GuidedAdversary):
     def loss(self, batch: Batch, logits: Any) -> Any:
         """See `SingleStepAdversary.loss`."""
         clean = tf.cast(batch.clean_logits, logits.dtype)
-        weight = self.weight * tf.cast(batch.beta_scale, logits.dtype)
-        return super().loss(batch, logits) + weight * probability_distances(logits, clean)
+        distances = probability_distances(logits, clean)
+        return super().loss(batch, logits) + self.pair_weight(batch, logits.dtype) * distances

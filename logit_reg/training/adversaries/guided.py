@@ -47,3 +47,7 @@ class GuidedAdversary(SingleStepAdversary):
         """Return random signs."""
         noise = super().start(batch)
         return tf.where(noise < 0, -tf.ones_like(noise), tf.ones_like(noise))
+
+    def pair_weight(self, batch: Batch, dtype: Any) -> Any:
+        """() weight of the pair term in this step."""
+        return self.weight * tf.cast(batch.beta_scale, dtype)

@@ -19,8 +19,8 @@ class NFGSMAdversary(SingleStepAdversary):
 
     Source:
         de Jorge et al., NeurIPS 2022, and the authors' `train.py`. Deviation: the rate rises over
-        2/5 of the training (theirs over 1/2); weight decay of kernels alone; crops of 2
-        pixels (theirs 4). Nothing is published for MNIST: the ramp of epsilon
+        2/5 of the training (theirs over 1/2); weight decay of kernels alone;
+        crops of 2 pixels (theirs 4). Nothing is published for MNIST: the ramp of epsilon
         and the rate there are ours.
     """
 

@@ -69,8 +69,7 @@ class NuATAdversary(GuidedAdversary):
     def loss(self, batch: Batch, logits: Any) -> Any:
         """See `SingleStepAdversary.loss`."""
         clean = tf.cast(batch.clean_logits, logits.dtype)
-        with_term = tf.cast(batch.step % 2, logits.dtype)
-        weight = self.weight * tf.cast(batch.beta_scale, logits.dtype) * with_term
+        weight = self.pair_weight(batch, logits.dtype) * tf.cast(batch.step % 2, logits.dtype)
         num_images = tf.cast(tf.shape(logits)[0], logits.dtype)
         norm = num_images * batch_matrix_norm(logits, clean, "nuclear")
         return tf.reduce_sum(super().loss(batch, logits)) + weight * norm

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from logit_reg.attacks.engine.forward import call_logits
 from logit_reg.attacks.engine.gradient_loop import check_steps
-from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
+from logit_reg.attacks.engine.gradients import ascend
 from logit_reg.objectives import kl_divergences
 from logit_reg.training.adversaries.protocol import Batch
 from logit_reg.training.adversaries.recipes import Recipe
@@ -98,14 +98,11 @@ class TRADESAdversary(SingleStepAdversary):
         scale = batch.ramp(self.ramp_steps)
         images = batch.images
         clean = tf.stop_gradient(call_logits(batch.state, images))
-
-        def body(step, current):
-            _, gradient = logits_and_gradient(
-                batch.state, current, lambda logits: kl_divergences(logits, clean)
-            )
-            length = self.step_size * scale
-            return step + 1, gradient_step(self.threat, current, gradient, images, length, scale)
-
         start = self._within_range(images + scale * self.start_noise * self.start(batch))
-        _, found = tf.while_loop(lambda step, _: step < self.num_steps, body, (0, start))
-        return tf.stop_gradient(self.clip(found, images, scale))
+
+        def loss(logits):
+            return kl_divergences(logits, clean)
+
+        return ascend(
+            batch.state, start, images, loss, self.threat, self.num_steps, self.step_size, scale
+        )
