@@ -3,6 +3,7 @@ from .attacks import DDN as DDN
 from .attacks import FAB as FAB
 from .attacks import FGSM as FGSM
 from .attacks import FMN as FMN
+from .attacks import GAMA as GAMA
 from .attacks import MD as MD
 from .attacks import ODI as ODI
 from .attacks import PGD as PGD

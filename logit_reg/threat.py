@@ -203,6 +203,26 @@ class ThreatModel:
         total = tf.reduce_sum(tf.abs(vectors), axis=axes, keepdims=True)
         return tf.math.divide_no_nan(vectors, total)
 
+    def slope(self, gradient):
+        """By how much a step of length 1 can raise a linear function: the dual norm.
+
+        Args:
+            gradient: (N, H, W, C) float of that function.
+
+        Returns:
+            (N,) float.
+        """
+        # Divided by its largest value first, as in `unit`.
+        axes = tf.range(1, tf.rank(gradient))
+        largest = tf.reduce_max(tf.abs(gradient), axis=axes, keepdims=True)
+        scaled = tf.math.divide_no_nan(gradient, largest)
+        largest = tf.reshape(largest, (-1,))
+        if self.norm == "linf":
+            return largest * tf.reduce_sum(tf.abs(scaled), axis=axes)
+        if self.norm == "l2":
+            return largest * tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes))
+        return largest
+
     def random_start(self, images, noise, radius, scale=1.0):
         """A point drawn uniformly from the ball, clipped to the pixel range.
 

@@ -90,6 +90,7 @@ SMALL: dict[str, Attack] = {
     "FABTargeted": attacks.FABTargeted(THREAT),
     "FGSM": attacks.FGSM(THREAT),
     "FMN": attacks.FMN(THREAT),
+    "GAMA": attacks.GAMA(THREAT),
     "HopSkipJump": attacks.HopSkipJump(THREAT),
     "MD": attacks.MD(THREAT),
     "MinimumNorm": attacks.MinimumNorm(THREAT),

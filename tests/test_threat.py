@@ -58,6 +58,16 @@ def test_a_zero_gradient_gives_no_direction(threat):
     assert not threat.ascent_direction(gradient).numpy().any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    ("threat", "slope"), list(zip(THREATS, [7.0, 5.0, 4.0], strict=True)), ids=IDS
+)
+def test_slope_is_the_dual_norm(threat, slope, scale):
+    gradient = (scale * np.array([[3.0, -4.0], [0.0, 0.0]])).astype(np.float32)
+    found = threat.slope(tf.constant(gradient.reshape(2, 1, 2, 1))).numpy()
+    np.testing.assert_allclose(found, [scale * slope, 0.0], rtol=1e-6)
+
+
 def test_random_starts_are_uniform_in_the_ball():
     """The radius of a uniform point of an n-ball has the distribution r^n."""
     rng = np.random.default_rng(0)

@@ -17,6 +17,7 @@ from logit_reg.attacks.fab import FAB as FAB
 from logit_reg.attacks.fab import FABTargeted as FABTargeted
 from logit_reg.attacks.fgsm import FGSM as FGSM
 from logit_reg.attacks.fmn import FMN as FMN
+from logit_reg.attacks.gama import GAMA as GAMA
 from logit_reg.attacks.hop_skip_jump import HopSkipJump as HopSkipJump
 from logit_reg.attacks.logit_scaling import ScaledPGD as ScaledPGD
 from logit_reg.attacks.md import MD as MD

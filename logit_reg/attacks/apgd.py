@@ -15,9 +15,11 @@ from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
 from logit_reg.attacks.engine.random_numbers import example_noise, random_direction
 from logit_reg.attacks.engine.repeated_passes import RepeatedPasses, with_repeats
+from logit_reg.attacks.engine.target_distances import MOST_CANDIDATES, class_distances
 from logit_reg.threat import ThreatModel
 
 LOSSES = ("xent", "dlr")
+TARGET_ORDERS = ("logits", "distance")
 
 # Share of the new step; the rest repeats the last one.
 _STEP_SHARE = 0.75
@@ -139,11 +141,13 @@ class APGD(_AutoPGD):
 class APGDTargeted(_AutoPGD):
     """Auto-PGD on the targeted DLR, one target class after the other.
 
-    Targets are the wrong classes with the largest clean logits. Needs at least 4 classes.
+    Targets are the wrong classes with the largest clean logits, or the nearest. Needs at least 4
+    classes.
 
     Source:
         APGD-T of AutoAttack: Croce and Hein 2020, arXiv:2003.01690, Eq. 7, and its public code.
-        Deviations as for `APGD`.
+        Deviations as for `APGD`. The nearest first: Melamed et al. 2024, arXiv:2407.02240 (MALT),
+        see `class_distances`.
     """
 
     threat: ThreatModel
@@ -155,9 +159,26 @@ class APGDTargeted(_AutoPGD):
     num_samples: int = 1
     """Passes over which gradients and verdicts are averaged, see `RepeatedPasses`; above 1 for
     randomised networks only."""
+    target_order: str = "logits"
+    """Which classes come first: "logits", those with the largest, or "distance", those that are
+    nearest if the network is linear; it takes one more gradient for each wrong class."""
 
     def __post_init__(self):
         _check_counts(self, "num_targets", "num_steps", "num_samples")
+        if self.target_order not in TARGET_ORDERS:
+            orders = ", ".join(TARGET_ORDERS)
+            raise ValueError(f"target_order must be one of {orders}; got {self.target_order!r}.")
+
+    def cost(self, num_classes: int = 10):
+        """Return the most forwards and backwards that one image can take.
+
+        Args:
+            num_classes: K; counts with `target_order` "distance" only.
+        """
+        forwards, backwards = super().cost()
+        looks = self.num_samples * min(num_classes - 1, MOST_CANDIDATES)
+        looks *= self.target_order == "distance"
+        return forwards + looks, backwards + looks
 
     @property
     def _followed_loss(self):
@@ -165,7 +186,10 @@ class APGDTargeted(_AutoPGD):
 
     def _starts(self, active):
         _check_num_classes("targeted DLR", 4, active)
-        for name, targets in active.targets(self.num_targets):
+        distances = None
+        if self.target_order == "distance":
+            distances = class_distances(active, self.threat)
+        for name, targets in active.targets(self.num_targets, distances):
             yield (name,), targets
 
 

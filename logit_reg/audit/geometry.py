@@ -95,9 +95,7 @@ def _linearity(evidence: Evidence) -> Outcome:
     threat, rows = evidence.threat, np.arange(len(evidence.images))
     # Of the plain logits: the precise ones have a gradient of another length.
     gradient = evidence.gradient("cw", evidence.images, rows, evidence.logits_fn)
-    gradient = gradient.reshape(len(rows), -1)
-    # The dual norm: by how much a step of length 1 changes the margin.
-    slope = np.abs(gradient).sum(1) if threat.norm == "linf" else np.linalg.norm(gradient, axis=1)
+    slope = threat.slope(gradient).numpy()
     predicted = evidence.clean & (
         clean_margin(evidence.logits, evidence.labels) > threat.epsilon * slope
     )

@@ -140,11 +140,15 @@ class ActiveExamples(ActiveSet):
         """Run another attack on some rows and record what it finds."""
         self.add(rows, run_attack(attack, self.logits_fn, self.examples.take(rows)))
 
-    def targets(self, num_targets: int) -> Iterator[tuple[str, np.ndarray]]:
+    def targets(
+        self, num_targets: int, distances: np.ndarray | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """One target class after the other, the wrong ones with the largest clean logits first.
 
         Args:
             num_targets: how many classes, cut to K - 1.
+            distances: (N, K) float; if given, the classes with the smallest come first, and of
+                those that are as far those with the largest logits.
 
         Yields:
             A name for random streams, and the (N,) int64 targets of that rank.
@@ -152,9 +156,11 @@ class ActiveExamples(ActiveSet):
         Source:
             The targets of AutoAttack's APGD-T and FAB-T (Croce and Hein 2020).
         """
-        others = self.clean_logits.astype(np.float64)
-        others[np.arange(len(others)), self.examples.labels] = -np.inf
-        order = np.argsort(-others, axis=1, kind="stable").astype(np.int64)
+        lowest = -self.clean_logits.astype(np.float64)
+        keys = [lowest] if distances is None else [lowest, distances]
+        keys.append(np.arange(self.num_classes) == self.examples.labels[:, None])
+        # The last key counts first: the true class comes last.
+        order = np.lexsort(keys, axis=1).astype(np.int64)
         for rank in range(min(num_targets, self.num_classes - 1)):
             yield f"target {rank}", order[:, rank]
 

@@ -211,14 +211,7 @@ def direction_of(threat, gradient, *, stream, indices, restart):
 
 def linear_distance(threat, seen: Seen):
     """(N,) how far the boundary is if the loss is linear; infinite where it has no slope."""
-    axes = (1, 2, 3)
-    largest = tf.reduce_max(tf.abs(seen.gradient), axis=axes)
-    # Divided first, so that squares of tiny or huge gradients stay in range.
-    scaled = tf.math.divide_no_nan(seen.gradient, per_image(largest))
-    if threat.norm == "linf":
-        slope = largest * tf.reduce_sum(tf.abs(scaled), axis=axes)
-    else:
-        slope = largest * tf.sqrt(tf.reduce_sum(tf.square(scaled), axis=axes))
+    slope = threat.slope(seen.gradient)
     return tf.where(slope > 0, tf.math.divide_no_nan(tf.abs(seen.loss), slope), np.inf)
 
 

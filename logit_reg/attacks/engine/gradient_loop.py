@@ -71,6 +71,8 @@ class ActiveGradientAttack(GradientAttack, ActiveSetAttack):
         def step_size(self) -> float | None: ...
 
     random_start = True
+    starts_far = False
+    """Whether a random start is as far from the image as epsilon allows: see `GradientLoop`."""
 
     def step_length(self, step):
         """See `GradientAttack.step_length`."""
@@ -90,7 +92,7 @@ class ActiveGradientAttack(GradientAttack, ActiveSetAttack):
         raise NotImplementedError
 
     def _attack(self, active):
-        loop = GradientLoop(self, self._num_updates, self.random_start)
+        loop = GradientLoop(self, self._num_updates, self.random_start, starts_far=self.starts_far)
         for names, loss_inputs in self._starts(active):
             if len(rows := active.rows):
                 examples, stream = active.examples.take(rows), active.examples.stream(self, *names)
@@ -114,6 +116,8 @@ class GradientLoop:
     start_stddev: float | None = None
     """Standard deviation, pixel units, of Gaussian noise that a random start adds and cuts to ball
     and pixel range; uniform in the ball if None."""
+    starts_far: bool = False
+    """Start at distance epsilon, in linf at a random corner of the ball."""
 
     def run(self, logits_fn, examples: Examples, loss_inputs, *, stream: int) -> AttackResult:
         """Ascend from one start.
@@ -193,6 +197,10 @@ class GradientLoop:
         if not self.random_start:
             return tf.identity(images)
         threat, draw = self.attack.threat, {"indices": indices, "restart": restart}
+        if self.starts_far:
+            distribution = "uniform" if threat.norm == "linf" else "normal"
+            noise = example_noise(distribution, images.shape[1:], stream=stream, **draw)
+            return threat.project(images + threat.epsilon * threat.ascent_direction(noise), images)
         if self.start_stddev is None:
             return uniform_in_ball(threat, images, stream=stream, **draw)
         noise = example_noise("normal", images.shape[1:], stream=stream, **draw)

@@ -49,6 +49,30 @@ def margin_terms(logits, labels):
     return true_logit, other
 
 
+def probability_margin_terms(logits, labels):
+    """The terms of the margin in probabilities, of use however sure the network is.
+
+    The margin p_other - p_true is the largest wrong probability plus the sum of the wrong ones,
+    less 1. In this form nothing is lost where p_true rounds to 1.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) int.
+
+    Returns:
+        (N,) float64 each: p_true - 1 and p_other, both over p_other as a constant, so that
+        gradients keep their direction and a size near 1.
+    """
+    logits = tf.convert_to_tensor(logits)
+    num_classes = logits.shape[-1] or tf.shape(logits)[-1]
+    is_label = tf.one_hot(labels, num_classes, True, False, dtype=bool)
+    log_probability = tf.nn.log_softmax(tf.cast(logits, tf.float64))
+    wrong = tf.where(is_label, log_probability.dtype.min, log_probability)
+    largest = tf.reduce_max(tf.stop_gradient(wrong), axis=-1, keepdims=True)
+    wrong = tf.exp(wrong - largest)
+    return -tf.reduce_sum(wrong, axis=-1), tf.reduce_max(wrong, axis=-1)
+
+
 def is_fooled(logits, labels):
     """Where the prediction is wrong: a tie, or a logit that is not finite, counts as wrong.
 
