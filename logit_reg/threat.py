@@ -141,8 +141,9 @@ class ThreatModel:
             (N, H, W, C) float; zero where the gradient is zero.
 
         Source:
-            l1: Tramer and Boneh 2019, arXiv:1904.13000 (SLIDE), and the public code of Croce and
-            Hein 2021, arXiv:2103.01208, for the rounding.
+            l1: Tramer and Boneh 2019, arXiv:1904.13000 (SLIDE). Deviation: the share is rounded to
+            the nearest number; the public code of Croce and Hein 2021, arXiv:2103.01208, rounds
+            up, so that its Auto-PGD never gets from two values to one.
         """
         if self.norm == "linf":
             return tf.sign(gradient)
@@ -151,8 +152,8 @@ class ThreatModel:
         flat = (tf.shape(gradient)[0], -1)
         size = tf.reshape(tf.abs(gradient), flat)
         count = tf.shape(size)[1]
-        place = tf.cast((1.0 - share) * tf.cast(count, tf.float32), tf.int32)
-        num_moved = tf.broadcast_to(tf.clip_by_value(count - place, 1, count), flat[:1])
+        wanted = tf.cast(tf.round(share * tf.cast(count, tf.float32)), tf.int32)
+        num_moved = tf.broadcast_to(tf.clip_by_value(wanted, 1, count), flat[:1])
         largest = tf.math.top_k(size, tf.reduce_max(num_moved)).values
         smallest = tf.gather(largest, num_moved - 1, batch_dims=1)
         is_large = tf.abs(gradient) >= tf.reshape(smallest, (-1, 1, 1, 1))
