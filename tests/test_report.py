@@ -20,7 +20,7 @@ from logit_reg.report.attack_names import attack_title, line_styles
 from logit_reg.report.leaderboard import leaderboard_tables, read_cards, write_leaderboard
 from logit_reg.report.published import PUBLISHED
 from logit_reg.report.run_page import write_page
-from logit_reg.report.style import LIGHT, narrow, to_svg
+from logit_reg.report.style import LIGHT, narrow, number, to_svg
 from logit_reg.report.sweep_figures import (
     ATTACK_STEPS,
     TRAINING_STEP,
@@ -36,6 +36,7 @@ from logit_reg.report.tables import (
     replace_marked_section,
     results_table,
 )
+from logit_reg.training.folder import Stop
 from madry_compat.challenges import CIFAR10, MNIST
 
 PROTOCOLS = ("paper-fgsm", "paper-mnist")
@@ -146,6 +147,11 @@ def save_training(folder, name, *, xent=0.3, norm=20.0, dataset="mnist_5k", minu
         writer.writerow(["step", "seconds", "examples_per_second"])
         for step in steps:
             writer.writerow([step, 60 * minutes * step / 1000, 2000])
+    with (folder / "robustness.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "clean_accuracy", "pgd_accuracy", "training_accuracy"])
+        for step in steps[1:]:
+            writer.writerow([step, 0.9 + step / 1e4, step / 2e3, 0.8])
     return folder
 
 
@@ -874,6 +880,7 @@ def draw_all(runs, theme=LIGHT):
     return {
         "bars": figures.accuracy_bars(runs, theme),
         "curves": figures.training_curves(runs, theme=theme),
+        "robustness": figures.robustness_curves(runs, theme),
         "grid": figures.adversarial_grid(runs, theme=theme),
     }
 
@@ -883,12 +890,12 @@ def drawn(demo):
     return draw_all(demo)
 
 
-@pytest.mark.parametrize("name", ["bars", "curves", "grid"])
+@pytest.mark.parametrize("name", ["bars", "curves", "robustness", "grid"])
 def test_no_text_overlaps_or_is_cut_off(drawn, name):
     assert_readable(drawn[name])
 
 
-@pytest.mark.parametrize("name", ["bars", "curves", "grid"])
+@pytest.mark.parametrize("name", ["bars", "curves", "robustness", "grid"])
 def test_a_narrow_figure_is_readable_at_the_width_of_a_telephone(demo, name):
     figure = draw_all(demo, narrow(LIGHT))[name]
 
@@ -945,6 +952,28 @@ def test_curves_are_those_of_the_log_and_the_reference_is_ln_k(demo):
         np.testing.assert_array_equal(line.get_xydata()[:, 1], run.log["xent"])
     assert upper.lines[-1].get_ydata() == pytest.approx([4.60517, 4.60517])
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), demo[0].log["mean_logit_norm"])
+
+
+def test_robustness_curves_are_those_of_the_table_and_a_stop_is_marked(tmp_path):
+    whole = load_run(save_training(tmp_path / "whole", "whole"))
+    stopped = dataclasses.replace(whole, name="stopped", stop=Stop(1000, 600))
+    (axes,) = figures.robustness_curves([whole, stopped]).axes
+
+    for clean, pgd in (axes.lines[:2], axes.lines[2:4]):
+        np.testing.assert_allclose(clean.get_ydata(), 100 * whole.robustness["clean_accuracy"])
+        np.testing.assert_allclose(pgd.get_ydata(), 100 * whole.robustness["pgd_accuracy"])
+    (cross,) = axes.lines[4:]
+    assert cross.get_xydata().tolist() == [[1000, 50]]
+    assert "A cross is where" in figures.robustness_curves_caption([whole, stopped])
+    assert "A cross is where" not in figures.robustness_curves_caption([whole])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.05, "0.05"), (999, "999"), (10000, "10,000"), (1234.5, "1234.5"), (-2000, "−2,000")],
+)
+def test_numbers_on_axes_read_as_in_the_text(value, text):
+    assert number(value) == text
 
 
 @pytest.mark.parametrize("norms", [(20.0, 21.0), (4.0, 40.0), (0.01, 30.0)])
@@ -1005,7 +1034,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page):
     checker = check_html(page)
 
     assert all(r.startswith("data:image/svg+xml;base64,") for r in checker.references)
-    assert checker.tags.count("img") == 3
+    assert checker.tags.count("img") == 4
     assert "script" not in checker.tags and "link" not in checker.tags
     without_data = re.sub(r"data:[^\"]*", "", page.read_text())
     assert not re.search(r"https?:|@import|url\(", without_data)
@@ -1043,8 +1072,8 @@ def test_a_page_of_contaminated_runs_only_has_no_bars(tmp_path):
 
     write_page(tmp_path / "report.html", "Left out", [load_run(folder)])
 
-    # The training curves.
-    assert check_html(tmp_path / "report.html").tags.count("img") == 1
+    # The training and the robustness curves.
+    assert check_html(tmp_path / "report.html").tags.count("img") == 2
 
 
 def many_columns(num_columns, num_rows):

@@ -24,6 +24,7 @@ from logit_reg.report.style import (
     literal,
     log_ticks,
     mix,
+    number,
     percent_bars,
     whiskers,
 )
@@ -38,6 +39,7 @@ from logit_reg.report.tables import (
     strong_accuracy,
     strongest,
 )
+from logit_reg.training.overfitting import NUM_EXAMPLES, NUM_PROBE_STEPS
 
 _LEAST_NORM = 1e-3
 
@@ -136,8 +138,7 @@ def training_curves(runs: Sequence[Run], num_classes: int = 10, theme: Theme = L
         lower.set_yscale("log")
         log_ticks(lower.yaxis)
         lower.set_ylabel("mean l2 norm of the logits")
-        lower.set_xlabel("training step")
-        lower.set_xlim(left=0)
+        _step_axis(lower)
         for axes in (upper, lower):
             axes.grid(color=theme.rule, linewidth=0.5)
         handles = [
@@ -166,6 +167,56 @@ def training_curves_caption(runs: Sequence[Run], num_classes: int = 10) -> str:
         "norm that sinks towards 0 while the cross-entropy stays at that line is a collapse; a "
         "small one is what the regularisers ask for and no evidence of robustness. Norms below "
         f"{_LEAST_NORM:g} are drawn there."
+    )
+
+
+def robustness_curves(runs: Sequence[Run], theme: Theme = LIGHT) -> Figure:
+    """Accuracy under PGD in training against the training step, with that on clean images.
+
+    Args:
+        runs: those whose robustness was not watched are left out.
+        theme: neutral colours.
+
+    Returns:
+        The figure: a full and a pale line for each run; a cross where it was stopped.
+    """
+    watched = [(color, style, run) for color, style, run in _styled(runs) if run.robustness]
+    num_columns = 1 if theme.is_narrow else 2
+    height = 2.6 + 0.17 * math.ceil(len(watched) / num_columns)
+    with drawn(theme, height) as figure:
+        axes = figure.subplots()
+        handles = []
+        for color, style, run in watched:
+            step, label = run.robustness["step"], literal(run.name, 34)
+            pgd = 100 * run.robustness["pgd_accuracy"]
+            axes.plot(
+                step,
+                100 * run.robustness["clean_accuracy"],
+                color=mix(color, theme.paper, 0.4),
+                linestyle=style,
+                linewidth=0.8,
+            )
+            axes.plot(step, pgd, color=color, linestyle=style, linewidth=1.3)
+            handles.append(Line2D([], [], color=color, linestyle=style, label=label))
+            if run.stop is not None:
+                axes.plot(step[-1], pgd[-1], color=color, marker="x", clip_on=False)
+        _step_axis(axes)
+        axes.set_ylabel("images classified right (%)")
+        axes.set_ylim(0, 100)
+        axes.grid(color=theme.rule, linewidth=0.5)
+        legend(figure, handles, num_columns)
+    return figure
+
+
+def robustness_curves_caption(runs: Sequence[Run]) -> str:
+    """What `robustness_curves` shows, with n, and what a healthy run would show."""
+    stopped = any(run.robustness and run.stop is not None for run in runs)
+    cross = " A cross is where training was stopped." if stopped else ""
+    return (
+        f"Accuracy on {NUM_EXAMPLES} training images, always the same: under PGD of "
+        f"{NUM_PROBE_STEPS} steps at the full epsilon (full lines) and clean (pale).{cross} A "
+        "healthy run rises and stays; a full line that falls to nothing while the pale one stays "
+        "is catastrophic overfitting. PGD this short flatters: the strong attack decides."
     )
 
 
@@ -271,6 +322,12 @@ def _bar(axes, y, height, found, color, tint, theme):
         error_kw={"ecolor": theme.ink, "elinewidth": 0.8, "capsize": 1.5},
     )
     axes.text(found.percent_interval[1] + 1.5, y, f"{found.percent:.1f}", **text)
+
+
+def _step_axis(axes):
+    axes.set_xlabel("training step")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, place: number(value))
 
 
 def _grid_rows(runs, num_images):

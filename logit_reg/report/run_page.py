@@ -141,6 +141,13 @@ def _run_sections(runs, num_classes):
             "Curves: cross-entropy and mean logit norm of each run against the step.",
             num_classes,
         )
+    if any(run.robustness for run in runs):
+        add_figure(
+            "Robustness in training",
+            figures.robustness_curves,
+            figures.robustness_curves_caption,
+            "Curves: accuracy of each run under PGD and clean against the training step.",
+        )
     if figures.with_examples(runs):
         add_figure(
             "Images and their adversarial versions",

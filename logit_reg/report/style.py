@@ -78,8 +78,9 @@ def literal(text: str, width: int) -> str:
 
 
 def number(value: float) -> str:
-    """A number as text, with a minus sign and not a hyphen."""
-    return f"{value:g}".replace("-", "−")
+    """A number as text, with a minus sign and not a hyphen, and commas at the thousands."""
+    text = f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 and value == round(value) else f"{value:g}"
+    return text.replace("-", "−")
 
 
 def log_ticks(axis) -> None:

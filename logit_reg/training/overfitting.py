@@ -26,8 +26,9 @@ that the step trained on, the adversary's."""
 NUM_EXAMPLES = 200
 """Images that are attacked; 2,200 forwards and backwards at most, as many as in two steps of 7-step
 adversarial training, or in eight of a single-step one, at a batch of 128."""
+NUM_PROBE_STEPS = 10
+"""Steps of PGD on them."""
 
-_NUM_STEPS = 10
 # Chance is half of it with ten classes: what was never learned cannot be lost.
 _LEAST_BEST = 0.2
 _REMAINING_SHARE = 0.2
@@ -60,7 +61,7 @@ class RobustnessProbe:
         self._labels = class_numbers(labels)[self._rows]
         self._network = network
         self._attack = PGD(
-            threat, "xent", _NUM_STEPS, 2.5 * threat.epsilon / _NUM_STEPS, early_stop=True
+            threat, "xent", NUM_PROBE_STEPS, 2.5 * threat.epsilon / NUM_PROBE_STEPS, early_stop=True
         )
 
     def measure(self) -> dict[str, float]:
