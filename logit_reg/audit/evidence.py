@@ -53,7 +53,8 @@ _LARGE_MARGIN = 200.0
 _MOST_DIVIDED = 10.0
 NUM_SAMPLED = 100
 """Images of the tests that need no statistics."""
-_NUM_PASSES = 5
+NUM_PASSES = 5
+"""Passes that tell whether a network is randomised."""
 # Passes that attacks on a randomised network average over, by budget.
 _EOT = (4, 20, 20)
 # Entries of the gradient of cross-entropy below which that of the true class is lost to rounding.
@@ -186,6 +187,10 @@ class Evidence:
         """What the logits are divided by before they are attacked; see `precise`."""
         self.precise = precise(self.logits_fn, self.divisor)
         """The logits in float64, for gradients that float32 would lose; see `precise`."""
+        self._followed, self._judged = self.precise, self.logits_fn
+        if self.is_randomised:
+            self._followed = RepeatedPasses(self.precise, self.num_passes)
+            self._judged = RepeatedPasses(self.logits_fn, self.num_passes)
         self.cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels, self.logits.astype(np.float64)
         ).numpy()
@@ -374,24 +379,29 @@ class Evidence:
         return cost
 
     def gradient(self, loss: str, points: np.ndarray, rows, logits_fn=None) -> np.ndarray:
-        """Gradient of an attacker's loss: (M, H, W, C) points of (M,) rows -> (M, H, W, C)."""
+        """Gradient of an attacker's loss: (M, H, W, C) points of (M,) rows -> (M, H, W, C).
+
+        Of `logits_fn` if one is given, else of the audited model: of a randomised one the mean over
+        the passes of its attacks.
+        """
         gradients = LossGradient(loss)
-        function = logits_fn or self.precise
+        function = logits_fn or self._followed
         parts = [
             gradients(function, points[part], self.labels[rows[part]])
             for part in _parts(len(points), self.batch_size)
         ]
-        self.spend(len(points), len(points))
+        count = len(points) * (1 if logits_fn else self.num_passes)
+        self.spend(count, count)
         return np.concatenate(parts)
 
     def logits_of(self, points: np.ndarray) -> np.ndarray:
-        """Logits of any images: (M, H, W, C) -> (M, K)."""
-        self.spend(len(points))
-        return _in_batches(self.logits_fn, points, self.batch_size)
+        """Logits of any images, of a randomised model over its passes: (M, H, W, C) -> (M, K)."""
+        self.spend(len(points) * self.num_passes)
+        return _in_batches(self._judged, points, self.batch_size)
 
     def _spread_of_passes(self):
         images = self.images[:NUM_SAMPLED]
-        first, *others = (self.call(images) for _ in range(_NUM_PASSES))
+        first, *others = (self.call(images) for _ in range(NUM_PASSES))
         return max(normalised_spread(first, other) for other in others)
 
     def _state(self, network, precision):

@@ -209,7 +209,7 @@ def _behind(network, settings: AuditSettings, threat: ThreatModel, references):
     return kind.plant(network, **{name: given[name] for name in kind.takes})
 
 
-def _of_fake(audited: Audited, settings: AuditSettings) -> AuditSettings:
+def settings_of_fake(audited: Audited, settings: AuditSettings) -> AuditSettings:
     """The settings with what is claimed of a fake, and what is known to be left of it.
 
     The claimant's attacks follow the fake as it is, those behind the knowledge what is hidden.
@@ -226,7 +226,7 @@ def _of_fake(audited: Audited, settings: AuditSettings) -> AuditSettings:
         if claim is None:
             found = evaluate(fake, audited.attacks, *examples, **options)
             claim = float(found.robust.mean())
-            print(f"claim: {', '.join(audited.attacks)} leave {100 * claim:.2f} %", flush=True)
+            print(f"claim: {100 * claim:.2f} % under {', '.join(audited.attacks)}", flush=True)
         if known is None:
             num_classes = fake.network.output_shape[-1]
             found = evaluate(
@@ -239,7 +239,7 @@ def _of_fake(audited: Audited, settings: AuditSettings) -> AuditSettings:
                 **options,
             )
             known = float(found.robust.mean())
-            print(f"known: attacks on what is hidden leave {100 * known:.2f} %", flush=True)
+            print(f"known: {100 * known:.2f} % under attacks on what is hidden", flush=True)
     claimed_by = settings.claimed_by or ", ".join(audited.attacks)
     return dataclasses.replace(settings, claim=claim, claimed_by=claimed_by, known_accuracy=known)
 
@@ -265,7 +265,7 @@ def _name(settings: AuditSettings, threat: ThreatModel, usual: ThreatModel | Non
 
 def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
-    settings = _of_fake(audited, settings)
+    settings = settings_of_fake(audited, settings)
     if settings.claim is None:
         raise ValueError("an audit needs a claim; got none.")
     shape = audited.images.shape[1:]
