@@ -33,7 +33,7 @@ flag_groups.define_own_model_flags()
 flags.DEFINE_float("claim", None, "the claimed robust accuracy, per cent")
 flags.DEFINE_string("claimed_by", None, "the protocol that the claim rests on, as paper-mnist")
 flags.DEFINE_string(
-    "fake", None, "audit the network behind a planted fake, as temperature; see docs/protocols.md"
+    "fake", None, "audit the network behind a planted fake, as temperature; see docs/audit.md"
 )
 flags.DEFINE_float(
     "known_accuracy",
@@ -106,7 +106,8 @@ def main() -> None:
 
 
 def _fraction(name: str) -> float | None:
-    return None if FLAGS[name].value is None else FLAGS[name].value / 100
+    per_cent = FLAGS[name].value
+    return None if per_cent is None else per_cent / 100
 
 
 def run() -> None:
