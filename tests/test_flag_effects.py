@@ -109,6 +109,8 @@ WITHOUT_EFFECT = {
         (("--runs=a", "--section=results"), "--readme"),
         (("--compare=a,b", "--figure=f.svg"), "--runs"),
         (("--leaderboard=l.html", "--stamp"), "--runs"),
+        (("--audits=a", "--figure=f.svg"), "--runs"),
+        (("--compare=a,b", "--readme=r.md"), "--runs or --audits"),
         (("--runs=a", "--checkpoints=c"), "--leaderboard"),
     ],
     "sweep": [
@@ -142,9 +144,16 @@ WITH_EFFECT = {
         # What a worker of a shared evaluation is started with.
         ("--num_workers=2", "--runner=ray", "--num_workers=1", "--worker"),
     ],
-    "audit": [("--claim=50", "--budget=standard", "--controls=run", "--control_steps=100")],
+    "audit": [
+        ("--claim=50", "--budget=standard", "--controls=run", "--control_steps=100"),
+        ("--fake=temperature",),
+        ("--claim=50", "--known_accuracy=50"),
+    ],
     "landscape": [("--direction=pgd", "--num_steps=3"), ("--redraw=l.npz", "--output_dir=o")],
-    "report": [("--runs=a", "--page=p.html", "--title=T")],
+    "report": [
+        ("--runs=a", "--page=p.html", "--title=T"),
+        ("--audits=a", "--readme=r.md", "--section=s"),
+    ],
     "sweep": [(*SWEEP, "--grid=adversary=free;replays=2,4", "--num_parallel=2")],
 }
 
@@ -162,7 +171,7 @@ IMPOSSIBLE = {
         "--random_seed=4294967296",
     ],
     "attack": ["--store_adv_path=attack", "--store_adv_path=D.npy", "--store_adv_path=F/a.npy"],
-    "audit": ["--claim=nan", "--claim=150", "--claim=-1", "--output_dir=F"],
+    "audit": ["--claim=nan", "--claim=150", "--claim=-1", "--output_dir=F", "--known_accuracy=101"],
     "landscape": ["--extent=inf", "--output_dir=F", "--redraw="],
     "report": ["--figure=f.png", "--page=page", "--leaderboard=l.svg", "--export=F", "--runs="],
     "export_checkpoint": ["--zip=model.tar", "--output_dir=F", "--model_dir="],

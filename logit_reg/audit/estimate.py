@@ -55,6 +55,12 @@ def estimate(evidence: Evidence, diagnostics: Iterable[Diagnostic]) -> Cost:
                     continue
                 counted.add((attack, target))
                 forward, backward = _expected(attack, evidence.threat.epsilon, probe)
+                # Attacks on a randomised network go on to their end.
+                is_repeated = target is None and evidence.is_randomised
+                if is_repeated:
+                    forward, backward = (
+                        probe.clean * evidence.num_passes * count for count in attack.cost()
+                    )
                 forwards += num_images * forward
                 backwards += num_images * backward
     seconds = (forwards + backwards + passes) * probe.seconds_per_pass

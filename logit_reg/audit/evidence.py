@@ -14,7 +14,7 @@ import tensorflow as tf
 from logit_reg.attacks import Transfer
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.attack import Attack
-from logit_reg.attacks.engine.checks import Probabilities, probabilities
+from logit_reg.attacks.engine.checks import SAME_LOGITS, Probabilities, probabilities
 from logit_reg.attacks.engine.examples import attack_inputs, check_classes, within_bounds
 from logit_reg.attacks.engine.forward import (
     LogitsFn,
@@ -25,8 +25,10 @@ from logit_reg.attacks.engine.forward import (
 )
 from logit_reg.attacks.engine.gradients import logits_and_gradient
 from logit_reg.attacks.engine.losses import attack_loss
+from logit_reg.attacks.engine.repeated_passes import RepeatedPasses
 from logit_reg.audit.records import Cost, Curve, SqueezeDiagnostics
 from logit_reg.evaluation.run import (
+    NUM_VERDICT_PASSES,
     Evaluation,
     ThreatModelError,
     evaluate,
@@ -49,6 +51,12 @@ _STEP_SHARE = 1 / 4
 # Logits whose median margin is larger are divided before they are attacked, at most by so much.
 _LARGE_MARGIN = 200.0
 _MOST_DIVIDED = 10.0
+NUM_SAMPLED = 100
+"""Images of the tests that need no statistics."""
+NUM_PASSES = 5
+"""Passes that tell whether a network is randomised."""
+# Passes that attacks on a randomised network average over, by budget.
+_EOT = (4, 20, 20)
 # Entries of the gradient of cross-entropy below which that of the true class is lost to rounding.
 _SATURATED = 1e-13
 
@@ -150,16 +158,25 @@ class Evidence:
         self._state_dir = None if state_dir is None else Path(state_dir)
         self._show_progress = show_progress
 
+        self._forwards = self._backwards = 0
         self.outputs = _in_batches(logits_fn, images, batch_size)
         """(N, K) what `logits_fn` returns for the clean images."""
         check_classes(labels, self.outputs.shape[1])
         self.probabilities = probabilities(self.outputs)
         """How the outputs are made of probabilities, None where they are logits."""
         self.logits_fn, self.logits = logits_fn, self.outputs
-        """Logits: the logarithm of the probabilities where the outputs are made of these."""
+        """Logits: the logarithm of the probabilities where the outputs are made of these; of a
+        randomised network `logits_fn` is one pass, `logits` are those of the mean probabilities."""
         if self.probabilities is not None:
             self.logits_fn = log_of(logits_fn, self.probabilities)
             self.logits = self.probabilities.logarithm(self.outputs).numpy()
+        self.spread = self._spread_of_passes()
+        """Largest difference of an image's normalised logits between passes; NaN counts as one."""
+        self.num_passes = 1 if self.spread <= SAME_LOGITS else self.pick(*_EOT)
+        """Passes that attacks average over; most of 20 then decide whether an image is right."""
+        if self.is_randomised:
+            repeated = RepeatedPasses(self.logits_fn, NUM_VERDICT_PASSES)
+            self.logits = _in_batches(repeated, images, batch_size)
         ordered = np.sort(self.logits[np.isfinite(self.logits).all(axis=1)], axis=1)
         margins = ordered[:, -1] - ordered[:, -2]
         self.median_margin = float(np.median(margins)) if len(margins) else math.nan
@@ -170,6 +187,10 @@ class Evidence:
         """What the logits are divided by before they are attacked; see `precise`."""
         self.precise = precise(self.logits_fn, self.divisor)
         """The logits in float64, for gradients that float32 would lose; see `precise`."""
+        self._followed, self._judged = self.precise, self.logits_fn
+        if self.is_randomised:
+            self._followed = RepeatedPasses(self.precise, self.num_passes)
+            self._judged = RepeatedPasses(self.logits_fn, self.num_passes)
         self.cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels, self.logits.astype(np.float64)
         ).numpy()
@@ -192,7 +213,6 @@ class Evidence:
         """What was found of attacks that left their threat model."""
         self._done: dict[Attack, np.ndarray] = {}
         self._controls: dict[Control, LogitsFn] = {}
-        self._forwards = self._backwards = 0
         self._started = time.monotonic()
 
     @property
@@ -204,6 +224,11 @@ class Evidence:
     def num_examples(self) -> int:
         """N."""
         return len(self.images)
+
+    @property
+    def is_randomised(self) -> bool:
+        """Whether the network's logits differ between passes."""
+        return self.num_passes > 1
 
     @property
     def has_wide_ball(self) -> bool:
@@ -282,6 +307,11 @@ class Evidence:
             self.robust &= correct
             self.accuracy_by_attack[name] = float(np.mean(correct))
 
+    def call(self, images: np.ndarray) -> np.ndarray:
+        """One eager call of the function as it was given: what a trace would freeze is seen."""
+        self.spend(len(images))
+        return call_logits(self.given_logits_fn, tf.convert_to_tensor(images)).numpy()
+
     def evaluate(
         self, logits_fn, attacks, *, rows=None, network=None, precision="precise"
     ) -> Evaluation:
@@ -306,6 +336,8 @@ class Evidence:
             state=self._state(network or self.given_logits_fn, precision),
             show_progress=self._show_progress,
             with_checks=False,
+            # Controls are not randomised.
+            eot=self.num_passes if network is None else 1,
         )
         self.spend(found.forwards, found.backwards)
         return found
@@ -347,20 +379,30 @@ class Evidence:
         return cost
 
     def gradient(self, loss: str, points: np.ndarray, rows, logits_fn=None) -> np.ndarray:
-        """Gradient of an attacker's loss: (M, H, W, C) points of (M,) rows -> (M, H, W, C)."""
+        """Gradient of an attacker's loss: (M, H, W, C) points of (M,) rows -> (M, H, W, C).
+
+        Of `logits_fn` if one is given, else of the audited model: of a randomised one the mean over
+        the passes of its attacks.
+        """
         gradients = LossGradient(loss)
-        function = logits_fn or self.precise
+        function = logits_fn or self._followed
         parts = [
             gradients(function, points[part], self.labels[rows[part]])
             for part in _parts(len(points), self.batch_size)
         ]
-        self.spend(len(points), len(points))
+        count = len(points) * (1 if logits_fn else self.num_passes)
+        self.spend(count, count)
         return np.concatenate(parts)
 
     def logits_of(self, points: np.ndarray) -> np.ndarray:
-        """Logits of any images: (M, H, W, C) -> (M, K)."""
-        self.spend(len(points))
-        return _in_batches(self.logits_fn, points, self.batch_size)
+        """Logits of any images, of a randomised model over its passes: (M, H, W, C) -> (M, K)."""
+        self.spend(len(points) * self.num_passes)
+        return _in_batches(self._judged, points, self.batch_size)
+
+    def _spread_of_passes(self):
+        images = self.images[:NUM_SAMPLED]
+        first, *others = (self.call(images) for _ in range(NUM_PASSES))
+        return max(normalised_spread(first, other) for other in others)
 
     def _state(self, network, precision):
         key = known_hash(network)
@@ -446,6 +488,29 @@ def in_float64(network: keras.Model) -> LogitsFn | None:
         return call_logits(wide, tf.cast(images, tf.float64))
 
     return float64_logits
+
+
+def normalised_spread(first: np.ndarray, second: np.ndarray) -> float:
+    """Largest l2 distance between two versions of the images' logits, each scaled to length 1.
+
+    The mean of an image's logits, on which no decision depends, is taken off before: behind a
+    large one a difference would not show.
+
+    Args:
+        first: (N, K) logits.
+        second: (N, K) logits of the same images.
+    """
+    return float(np.linalg.norm(unit(first) - unit(second), axis=1).max(initial=0.0))
+
+
+def unit(logits: np.ndarray) -> np.ndarray:
+    """Logits (N, K) without their mean, of length 1; zeros where one is not finite."""
+    logits = logits.astype(np.float64)
+    # What is not finite is another finding: here it differs from finite logits alone.
+    logits = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits, 0.0)
+    logits = logits - logits.mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(logits, axis=1, keepdims=True)
+    return logits / np.where(lengths > 0, lengths, 1.0)
 
 
 def log_of(logits_fn: LogitsFn, form: Probabilities) -> LogitsFn:

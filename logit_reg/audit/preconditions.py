@@ -10,23 +10,28 @@ import tensorflow as tf
 from logit_reg.attacks import PGD
 from logit_reg.attacks.engine.active_set import clean_margin
 from logit_reg.attacks.engine.checks import SAME_LOGITS
-from logit_reg.attacks.engine.forward import call_logits
 from logit_reg.attacks.engine.random_numbers import uniform_in_ball
 from logit_reg.audit.decisions import as_points, decide, overall, percent
 from logit_reg.audit.evidence import (
+    NUM_PASSES,
+    NUM_SAMPLED,
     Diagnostic,
     Evidence,
     Outcome,
     finite,
     in_float64,
     is_within,
+    normalised_spread,
+    unit,
 )
 from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 from logit_reg.evaluation.units import threat_notices
 
-_NUM_PASSES = 5
-# Images of the tests that need no statistics.
-_SAMPLE = 100
+_SAMPLE = NUM_SAMPLED
+# Of a randomised network: passes of each of two means, and how much further apart than these the
+# means of different batches may lie.
+_NUM_MEAN_PASSES = 8
+_MOST_OF_NOISE = 2.0
 # Of ln K: the cross-entropy above which the logits say next to nothing.
 _COLLAPSED = 0.9
 _PRECISION_GAP = 0.005
@@ -34,19 +39,6 @@ _SIGN_AGREEMENT = 0.99
 _PRECISION_STEPS = 20
 # Share of the pixel range that images of one scale do not fill by far on another's.
 _LEAST_SPAN = 0.05
-
-
-def normalised_spread(first: np.ndarray, second: np.ndarray) -> float:
-    """Largest l2 distance between two versions of the images' logits, each scaled to length 1.
-
-    The mean of an image's logits, on which no decision depends, is taken off before: behind a
-    large one a difference would not show.
-
-    Args:
-        first: (N, K) logits.
-        second: (N, K) logits of the same images.
-    """
-    return float(np.linalg.norm(_unit(first) - _unit(second), axis=1).max(initial=0.0))
 
 
 def _logits_not_probabilities(evidence: Evidence) -> Outcome:
@@ -61,16 +53,12 @@ def _logits_not_probabilities(evidence: Evidence) -> Outcome:
 
 
 def _determinism(evidence: Evidence) -> Outcome:
-    images = evidence.images[:_SAMPLE]
-    # Called as they are: what a trace would freeze is seen, too.
-    passes = [_call(evidence, images) for _ in range(_NUM_PASSES)]
-    evidence.spend(_NUM_PASSES * len(images))
-    spread = max(normalised_spread(passes[0], other) for other in passes[1:])
-    figure = {"passes": _NUM_PASSES, "spread": finite(spread)}
-    if not spread <= SAME_LOGITS:
+    spread = evidence.spread
+    figure = {"spread": finite(spread), "eot": evidence.num_passes}
+    if evidence.is_randomised:
         reason = (
             f"normalised logits of the same images differ by {spread:.1e} between passes: noise "
-            f"or dropout is on at inference"
+            f"or dropout is on at inference; attacks average over {evidence.num_passes} passes"
         )
         return Outcome("fail", reason, figure)
     return Outcome("pass", f"normalised logits differ by at most {spread:.1e}", figure)
@@ -90,11 +78,21 @@ def _nonzero_gradients(evidence: Evidence) -> Outcome:
             useless = ~np.any(flat, axis=1) | ~np.isfinite(flat).all(axis=1)
             zero[f"{loss}_{place}"] = int(np.sum(useless & is_right))
     worst = max(zero, key=zero.__getitem__)
-    figure = {"images": len(rows), "zero_gradients": zero}
+    figure: dict[str, Any] = {"images": len(rows), "zero_gradients": zero}
     if zero[worst]:
         loss_and_place = worst.replace("_", ", ")
         reason = f"{zero[worst]} of {len(rows)} images have no gradient ({loss_and_place})"
         return Outcome("fail", reason, figure)
+    if not evidence.is_randomised:
+        twice = (evidence.gradient("cw", evidence.images[rows], rows) for _ in range(2))
+        same = _agreement(*map(np.sign, twice)).value
+        figure["sign_agreement"] = same
+        if same < _SIGN_AGREEMENT:
+            reason = (
+                f"two gradients of the same images agree in {percent(same)} of their signs, "
+                f"although the logits are the same: the backward pass is random"
+            )
+            return Outcome("fail", reason, figure)
     return Outcome("pass", f"all of {len(rows)} images have one, for every loss", figure)
 
 
@@ -209,39 +207,65 @@ def _batch_independence(evidence: Evidence) -> Outcome:
     images, labels = evidence.images[rows], evidence.labels[rows]
     # A fixed order: it need not be random, only another one.
     shuffled = np.random.default_rng(evidence.seed).permutation(len(rows))
-    together = np.empty_like(evidence.logits[rows])
-    together[shuffled] = _call(evidence, images[shuffled])
-    alone = np.concatenate([_call(evidence, images[i : i + 1]) for i in range(len(rows))])
-    own_class = np.empty_like(together)
-    for label in np.unique(labels):
-        own_class[labels == label] = _call(evidence, images[labels == label])
-    evidence.spend(3 * len(rows))
+    by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    batches = {
+        "alone": [rows[i : i + 1] for i in rows],
+        "shuffled": [shuffled],
+        "own_class": by_class,
+    }
+    if evidence.is_randomised:
+        return _batch_independence_of_means(evidence, images, batches)
+    alone, together, own_class = (_in_parts(evidence, images, parts) for parts in batches.values())
     spreads = [normalised_spread(alone, other) for other in (together, own_class)]
     names = ("alone_or_shuffled", "alone_or_own_class")
     figure = dict(zip(names, map(finite, spreads), strict=True))
     spread = max(spreads)
     if not spread <= SAME_LOGITS:
-        cause = "batch statistics are in use at inference"
-        again = normalised_spread(_call(evidence, images), _call(evidence, images))
-        if not again <= SAME_LOGITS:
-            cause = "but they differ between passes of one batch, too (test 2)"
-        reason = f"normalised logits of an image change by {spread:.1e} with its batch: {cause}"
+        reason = (
+            f"normalised logits of an image change by {spread:.1e} with its batch: batch "
+            f"statistics are in use at inference"
+        )
         return Outcome("fail", reason, figure)
     return Outcome("pass", f"normalised logits change by at most {spread:.1e}", figure)
 
 
-def _unit(logits):
-    logits = logits.astype(np.float64)
-    # What is not finite is another finding: here it differs from finite logits alone.
-    logits = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits, 0.0)
-    logits = logits - logits.mean(axis=1, keepdims=True)
-    lengths = np.linalg.norm(logits, axis=1, keepdims=True)
-    return logits / np.where(lengths > 0, lengths, 1.0)
+def _batch_independence_of_means(evidence, images, batches) -> Outcome:
+    """Of a randomised network: what the batch changes beyond what another pass changes."""
+    halves = {
+        name: [
+            np.mean(
+                [unit(_in_parts(evidence, images, parts)) for _ in range(_NUM_MEAN_PASSES)], axis=0
+            )
+            for _ in range(2)
+        ]
+        for name, parts in batches.items()
+    }
+
+    def apart(first, second):
+        return float(np.linalg.norm(first - second, axis=1).mean())
+
+    noise = {name: apart(*pair) for name, pair in halves.items()}
+    pairs = {
+        name: (apart(halves["alone"][0], halves[name][1]), np.hypot(noise["alone"], noise[name]))
+        for name in ("shuffled", "own_class")
+    }
+    of_batches, of_passes = max(pairs.values(), key=lambda pair: pair[0] / (pair[1] or 1.0))
+    of_passes = float(of_passes / np.sqrt(2))
+    figure = {"between_batches": of_batches, "between_passes": of_passes}
+    said = f"{of_batches:.1e} with the batch, {of_passes:.1e} from pass to pass"
+    if of_batches > _MOST_OF_NOISE * of_passes:
+        reason = f"mean normalised logits change by {said}: batch statistics are in use"
+        return Outcome("fail", reason, figure)
+    reason = f"the network is random (test 2); its mean normalised logits change by {said}"
+    return Outcome("not_applicable", reason, figure)
 
 
-def _call(evidence, images):
-    """One eager call of the function as it was given."""
-    return call_logits(evidence.given_logits_fn, tf.convert_to_tensor(images)).numpy()
+def _in_parts(evidence, images, parts) -> np.ndarray:
+    """Logits of images that go through the network in parts of these rows."""
+    found = np.empty((len(images), evidence.num_classes), np.float64)
+    for rows in parts:
+        found[rows] = evidence.call(images[rows])
+    return found
 
 
 def random_start(evidence: Evidence, rows: np.ndarray) -> np.ndarray:
@@ -264,7 +288,7 @@ def _nothing_right():
 
 
 def _passes_of_gradients(evidence: Evidence) -> float:
-    return min(evidence.num_examples, _SAMPLE) * 2 * (1 + 3 * len(_losses(evidence)))
+    return min(evidence.num_examples, _SAMPLE) * (6 + 2 * (1 + 3 * len(_losses(evidence))))
 
 
 def _passes_of_precision(evidence: Evidence) -> float:
@@ -284,16 +308,17 @@ PRECONDITIONS = (
     Diagnostic(
         2,
         "Determinism and evaluation mode",
-        f"Normalised logits differ by at most {SAME_LOGITS:g} over {_NUM_PASSES} passes.",
+        f"Normalised logits differ by at most {SAME_LOGITS:g} over {NUM_PASSES} passes.",
         _determinism,
         threshold_origin="src",
-        passes=lambda evidence: _NUM_PASSES * min(evidence.num_examples, _SAMPLE),
+        passes=lambda evidence: NUM_PASSES * min(evidence.num_examples, _SAMPLE),
     ),
     Diagnostic(
         3,
         "Non-zero gradients",
         "No image has an exactly zero gradient of cross-entropy, margin or DLR (computed in "
-        "float64), at the image or at a random start.",
+        "float64), at the image or at a random start, and where logits are the same in two passes, "
+        f"so are {100 * _SIGN_AGREEMENT:g} % of the gradients' signs.",
         _nonzero_gradients,
         threshold_origin="src",
         passes=_passes_of_gradients,
@@ -332,7 +357,8 @@ PRECONDITIONS = (
         33,
         "Independence of the batch",
         f"Normalised logits of an image alone, among its own class and in a shuffled batch differ "
-        f"by at most {SAME_LOGITS:g}.",
+        f"by at most {SAME_LOGITS:g}; of a randomised network, their means by at most "
+        f"{_MOST_OF_NOISE:g} times what they differ by from pass to pass.",
         _batch_independence,
         passes=lambda evidence: 5 * min(evidence.num_examples, _SAMPLE),
     ),

@@ -258,8 +258,7 @@ def verdict(claim: float, worst_case: WorstCase, tests: tuple[TestRecord, ...]) 
     num_examples = len(worst_case.robust)
     claim_low, _ = wilson_interval(round(claim * num_examples), num_examples)
     separated = worst_case.interval[1] < claim_low
-    # A gap of exactly 10 points is none above 10, whatever the rounding says.
-    is_far = claim - accuracy > _REFUTING_GAP + 1e-9
+    is_far = _is_far(claim, accuracy)
     if (is_far and claim > worst_case.interval[1]) or (accuracy < claim / 2 and separated):
         return "REFUTED"
     decisive = [test for test in tests if test.decisive]
@@ -269,6 +268,16 @@ def verdict(claim: float, worst_case: WorstCase, tests: tuple[TestRecord, ...]) 
     if decisive and not failed and all(map(_is_decided, decisive)) and not is_far:
         return "HOLDS"
     return "NOT REFUTED"
+
+
+def overstates(claim: float, accuracy: float) -> bool:
+    """Whether a claim lies more than 10 points above an accuracy or is more than twice as high."""
+    return _is_far(claim, accuracy) or accuracy < claim / 2
+
+
+def _is_far(claim, accuracy):
+    # A gap of exactly 10 points is none above 10, whatever the rounding says.
+    return claim - accuracy > _REFUTING_GAP + 1e-9
 
 
 def _is_decided(test: TestRecord) -> bool:

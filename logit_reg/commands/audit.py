@@ -11,6 +11,10 @@ names, and on CIFAR, the word `train` asks for it, and `none` does without. --mo
 a network and images of your own. All values are in pixel units: [0, 1] for MNIST, [0, 255] for
 CIFAR.
 
+--fake audits the network behind one of the planted fakes of logit_reg.audit.fakes, whose
+robustness is none: a test of the audit itself. Without --claim, the claim is what the claimant's
+attack leaves of the fake, PGD with the challenge's steps where none is named.
+
 An interrupted audit goes on when the same command is given again.
 """
 
@@ -28,6 +32,16 @@ flag_groups.define_own_model_flags()
 
 flags.DEFINE_float("claim", None, "the claimed robust accuracy, per cent")
 flags.DEFINE_string("claimed_by", None, "the protocol that the claim rests on, as paper-mnist")
+flags.DEFINE_string(
+    "fake", None, "audit the network behind a planted fake, as temperature; see docs/audit.md"
+)
+flags.DEFINE_float(
+    "known_accuracy",
+    None,
+    "what is known to be left of the network, per cent; report.py --audits compares the verdict",
+    lower_bound=0,
+    upper_bound=100,
+)
 flags.DEFINE_enum("budget", "quick", ["quick", "standard", "full"], "how many tests to run")
 flags.DEFINE_list(
     "controls", [], "models of which the truth is known, as DIR or KIND:DIR; train; none"
@@ -45,7 +59,8 @@ flags.DEFINE_bool("progress", False, "draw a progress bar for each attack")
 
 def check_flags() -> None:
     """Refuse flags that are missing or have no effect."""
-    if FLAGS.claim is None or not 0 <= FLAGS.claim <= 100:
+    is_measured = FLAGS.claim is None and FLAGS.fake is not None
+    if not is_measured and (FLAGS.claim is None or not 0 <= FLAGS.claim <= 100):
         raise UsageError(
             f"--claim={FLAGS.claim}: give the claimed robust accuracy in per cent, as --claim=93.0."
         )
@@ -64,8 +79,10 @@ def main() -> None:
     from logit_reg.experiments.sources import dataset_for
 
     settings = AuditSettings(
-        claim=FLAGS.claim / 100,
+        claim=_fraction("claim"),
         claimed_by=FLAGS.claimed_by,
+        known_accuracy=_fraction("known_accuracy"),
+        fake=FLAGS.fake,
         attack=records.attack_choice(),
         budget=FLAGS.budget,
         seed=FLAGS.random_seed,
@@ -86,6 +103,11 @@ def main() -> None:
         flag_effects.refuse_without_effect(flag_effects.AUDIT, dataset=name)
         audited = audited_challenge(model, name, settings)
     run_audit(audited, settings)
+
+
+def _fraction(name: str) -> float | None:
+    per_cent = FLAGS[name].value
+    return None if per_cent is None else per_cent / 100
 
 
 def run() -> None:

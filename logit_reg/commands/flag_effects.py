@@ -171,9 +171,12 @@ LANDSCAPE = (
 
 REPORT = (
     Effect(
-        ("page", "export", "readme", "against", "figure", "stamp"),
-        lambda v: not (v["compare"] or v["leaderboard"]),
+        ("page", "export", "against", "figure", "stamp"),
+        lambda v: not (v["compare"] or v["audits"] or v["leaderboard"]),
         "with --runs",
+    ),
+    Effect(
+        ("readme",), lambda v: not (v["compare"] or v["leaderboard"]), "with --runs or --audits"
     ),
     Effect(("title",), lambda v: bool(v["page"]), "with --page"),
     Effect(("section",), lambda v: bool(v["readme"]), "with --readme"),

@@ -6,6 +6,9 @@ self-contained page with figures; --readme puts the table between the markers of
 --against draws a sweep instead: its accuracies against a setting of the training, such as beta,
 against training_step or against attack_steps.
 
+--audits takes folders of audits and shows the table of their verdicts beside what is known of each
+network (audit.py --known_accuracy).
+
 --compare takes two evaluations of the same images instead, as
 --compare=runs/a/strong,runs/b/strong; --leaderboard ranks the model cards in --checkpoints;
 --stamp adds the hash of each ledger to results of the first version.
@@ -31,6 +34,7 @@ flags.DEFINE_string(
     "figure", None, "write the sweep's figure, or the runs' bars, to this .svg file"
 )
 flags.DEFINE_list("compare", None, "two folders of evaluations, A and B")
+flags.DEFINE_list("audits", None, "folders of audits, or of folders of audits")
 flags.DEFINE_string("leaderboard", None, "write a page made from model cards to this .html file")
 flags.DEFINE_string("checkpoints", "checkpoints", "folder of the model cards of --leaderboard")
 flags.DEFINE_bool("stamp", False, "add the hash of ledger.csv to each result.json without one")
@@ -43,16 +47,24 @@ def check_flags() -> None:
 
 def main() -> None:
     """Report as the flags say."""
-    from logit_reg.experiments.reports import ReportSettings, compare_evaluations, write_report
+    from logit_reg.experiments.reports import (
+        ReportSettings,
+        compare_evaluations,
+        write_report,
+        write_verdicts,
+    )
     from logit_reg.report.leaderboard import write_leaderboard
 
-    wanted = [name for name in ("runs", "compare", "leaderboard") if FLAGS[name].value]
+    wanted = [n for n in ("runs", "compare", "audits", "leaderboard") if FLAGS[n].value]
     if len(wanted) > 1:
         raise UsageError(
-            "give one of --runs=runs/a,runs/b, --compare=A,B and --leaderboard=FILE.html."
+            "give one of --runs=runs/a,runs/b, --compare=A,B, --audits=A,B and "
+            "--leaderboard=FILE.html."
         )
     if FLAGS.compare:
         compare_evaluations(FLAGS.compare)
+    elif FLAGS.audits:
+        write_verdicts(FLAGS.audits, FLAGS.readme, FLAGS.section)
     elif FLAGS.leaderboard:
         write_leaderboard(FLAGS.leaderboard, existing_folder("checkpoints", FLAGS.checkpoints))
         print(f"page: {FLAGS.leaderboard}")

@@ -1,20 +1,22 @@
 """What an audit works on, and the audit from its announcement to the verdict."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from logit_reg.attacks import Attack
+from logit_reg.attacks import APGD, PGD, APGDTargeted, Attack, AttackWarning
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.evidence import CONTROL_KINDS
+from logit_reg.audit.fakes import FAKES, Fake, Kind
 from logit_reg.audit.run import check_audited
 from logit_reg.evaluation import units
 from logit_reg.evaluation.ledger import attack_settings, threat_word
 from logit_reg.evaluation.protocols import PROTOCOLS, protocol_attacks, threat_of
-from logit_reg.evaluation.run import content_hash, network_hash
+from logit_reg.evaluation.run import content_hash, evaluate, network_hash
 from logit_reg.evaluation.state import EvaluationState
 from logit_reg.experiments.attack_choice import AttackChoice
 from logit_reg.experiments.controls import (
@@ -44,14 +46,22 @@ from madry_compat.data import to_pixels
 # Of --controls, beside names of models: train what is missing, and train nothing.
 _TRAIN, _NONE = "train", "none"
 
+# Training images that a fake takes for reference.
+_NUM_REFERENCES = 1000
+# Passes that the attacks behind what is known of a randomised fake average over.
+_EOT = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class AuditSettings:
     """What is claimed, and how it is tested.
 
     Attributes:
-        claim: claimed robust accuracy, a fraction.
+        claim: claimed robust accuracy, a fraction; None for what the claimant's attacks leave of a
+            fake.
         claimed_by: the protocol that the claim rests on; None if none was named.
+        known_accuracy: what is known to be left of the network, a fraction; None if nothing is.
+        fake: audit the network behind this one of `logit_reg.audit.fakes`; as it is if None.
         attack: the claimant's attack, and the threat model.
         budget: "quick", "standard" or "full".
         seed: of the attacks.
@@ -66,8 +76,10 @@ class AuditSettings:
         show_progress: draw progress bars.
     """
 
-    claim: float
+    claim: float | None = None
     claimed_by: str | None = None
+    known_accuracy: float | None = None
+    fake: str | None = None
     attack: AttackChoice = AttackChoice()
     budget: str = "quick"
     seed: int = 0
@@ -85,7 +97,7 @@ class AuditSettings:
 class Audited:
     """A network with its images, its threat model and the claimant's attacks."""
 
-    network: keras.Model
+    network: keras.Model | Fake
     threat: ThreatModel
     images: np.ndarray
     labels: np.ndarray
@@ -115,15 +127,20 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
     threat = choice.threat(challenge)
     # Before controls are trained for it.
     check_audited(threat)
-    attacks = choice.attack(threat, challenge) if choice.describes_attack else {}
+    is_described = choice.describes_attack or (settings.fake and not claimed_by)
+    attacks = choice.attack(threat, challenge) if is_described else {}
     if claimed_by in PROTOCOLS:
         attacks |= protocol_attacks(claimed_by, challenge)
     elif claimed_by:
         _tell_record_only(claimed_by, f"none of this project's protocols, {', '.join(PROTOCOLS)}")
     folder = model.folder or RUNS / "audits" / network_name(model.path, model.network, name)
     best = record.published_ceiling(threat.norm, threat.epsilon)
+    references = None
+    if settings.fake and "references" in fake_kind(settings.fake).takes:
+        training = load_split(name, "train", settings.data_dir, download=settings.download)
+        references = to_pixels(training.images[:_NUM_REFERENCES], name)
     audited = Audited(
-        network=model.network,
+        network=_behind(model.network, settings, threat, references),
         threat=threat,
         images=to_pixels(dataset.images[:count], name),
         labels=dataset.labels[:count],
@@ -131,7 +148,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
         controls=_controls(model, name, settings),
         batch_size=settings.batch_size or challenge.eval_batch_size,
         output_dir=settings.output_dir
-        or folder / "audits" / _name(settings.budget, threat, threat_of("linf", challenge)),
+        or folder / "audits" / _name(settings, threat, threat_of("linf", challenge)),
         settings={
             "model": str(model.path),
             "method": model.run.description if model.run is not None else None,
@@ -155,26 +172,102 @@ def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
             settings.claimed_by, "no protocol whose attacks are run on data of your own"
         )
     return Audited(
-        network=own.network,
+        network=_behind(own.network, settings, own.threat, None),
         threat=own.threat,
         images=own.images,
         labels=own.labels,
-        attacks=choice.attack(own.threat, None) if choice.describes_attack else {},
+        attacks=choice.attack(own.threat, None) if choice.describes_attack or settings.fake else {},
         controls=_controls(None, None, settings),
         batch_size=settings.batch_size or 200,
         output_dir=settings.output_dir
-        or RUNS / "audits" / own.name / _name(settings.budget, own.threat, None),
+        or RUNS / "audits" / own.name / _name(settings, own.threat, None),
         settings={"model": str(own.model), "dataset": str(own.data)},
     )
 
 
-def _name(budget: str, threat: ThreatModel, usual: ThreatModel | None) -> str:
-    """The folder of an audit: its budget, and its threat model where that is not the usual one."""
-    return budget if threat == usual else f"{budget}-{threat_word(dataclasses.asdict(threat))}"
+def fake_kind(name: str) -> Kind:
+    """A kind of fake by its name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if name not in FAKES:
+        raise UsageError(f"--fake={name}: there is no such fake; choose from {', '.join(FAKES)}.")
+    return FAKES[name]
+
+
+def _behind(network, settings: AuditSettings, threat: ThreatModel, references):
+    """The network that is audited: as it is, or behind the fake that was asked for."""
+    if settings.fake is None:
+        return network
+    kind = fake_kind(settings.fake)
+    if "references" in kind.takes and references is None:
+        raise UsageError(
+            f"--fake={settings.fake} needs training images, and your own data have none."
+        )
+    given = {"bounds": (threat.lower, threat.upper), "references": references}
+    return kind.plant(network, **{name: given[name] for name in kind.takes})
+
+
+def settings_of_fake(audited: Audited, settings: AuditSettings) -> AuditSettings:
+    """The settings with what is claimed of a fake, and what is known to be left of it.
+
+    The claimant's attacks follow the fake as it is, those behind the knowledge what is hidden.
+    """
+    fake = audited.network
+    if not isinstance(fake, Fake):
+        return settings
+    examples = audited.images, audited.labels
+    options: dict[str, Any] = {"batch_size": audited.batch_size, "seed": settings.seed}
+    claim, known = settings.claim, settings.known_accuracy
+    with warnings.catch_warnings():
+        # The audit says itself what is amiss.
+        warnings.simplefilter("ignore", AttackWarning)
+        if claim is None:
+            found = evaluate(fake, audited.attacks, *examples, **options)
+            claim = float(found.robust.mean())
+            print(f"claim: {100 * claim:.2f} % under {', '.join(audited.attacks)}", flush=True)
+        if known is None:
+            num_classes = fake.network.output_shape[-1]
+            found = evaluate(
+                fake,
+                _that_see_through(audited.threat, num_classes),
+                *examples,
+                gradient_logits_fn=fake.followed,
+                worst_case_only=True,
+                eot=_EOT if fake.is_random else 1,
+                **options,
+            )
+            known = float(found.robust.mean())
+            print(f"known: {100 * known:.2f} % under attacks on what is hidden", flush=True)
+    claimed_by = settings.claimed_by or ", ".join(audited.attacks)
+    return dataclasses.replace(settings, claim=claim, claimed_by=claimed_by, known_accuracy=known)
+
+
+def _that_see_through(threat: ThreatModel, num_classes: int) -> dict[str, Attack]:
+    """Attacks for what a fake hides."""
+    attacks: dict[str, Attack] = {
+        "pgd100-cw": PGD(threat, "cw", 100, threat.epsilon / 10, early_stop=True),
+        "apgd-ce": APGD(threat),
+    }
+    if num_classes >= 4:
+        attacks["apgd-t"] = APGDTargeted(threat, min(num_classes - 1, 9))
+    return attacks
+
+
+def _name(settings: AuditSettings, threat: ThreatModel, usual: ThreatModel | None) -> str:
+    """The folder of an audit: its budget, its threat model if not the usual one, and the fake."""
+    name = settings.budget
+    if threat != usual:
+        name += f"-{threat_word(dataclasses.asdict(threat))}"
+    return f"{name}-{settings.fake}" if settings.fake else name
 
 
 def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
     """Audit a model, write `audit.json` and print the verdict as the last line."""
+    settings = settings_of_fake(audited, settings)
+    if settings.claim is None:
+        raise ValueError("an audit needs a claim; got none.")
     shape = audited.images.shape[1:]
     # A protocol of the claim's may have another threat model than the audit.
     told = dict.fromkeys(
@@ -204,6 +297,12 @@ def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
         batch_size=audited.batch_size,
         settings={
             **audited.settings,
+            **(
+                {"fake": {"name": f.name, **f.settings}}
+                if isinstance(f := audited.network, Fake)
+                else {}
+            ),
+            **({"known_accuracy": known} if (known := settings.known_accuracy) is not None else {}),
             **({"notices": [dataclasses.asdict(found) for found in told]} if told else {}),
             "versions": versions(),
             "commit": commit(),

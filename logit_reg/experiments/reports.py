@@ -15,7 +15,13 @@ from logit_reg.report.run_page import write_page
 from logit_reg.report.runs import Run, evaluation_folders, export_run, load_run, run_folders
 from logit_reg.report.style import to_svg
 from logit_reg.report.sweep_figures import sweep_figure, sweep_table
-from logit_reg.report.tables import replace_marked_section, results_table, split_by_dataset
+from logit_reg.report.tables import (
+    Table,
+    replace_marked_section,
+    results_table,
+    split_by_dataset,
+)
+from logit_reg.report.verdicts import audit_folders, verdicts_table
 from madry_compat.challenges import IMAGE_SETS
 
 
@@ -81,12 +87,38 @@ def write_report(settings: ReportSettings) -> list[Path] | None:
             temporary.write_bytes(to_svg(figure))
         print(f"figure: {settings.figure}")
     if settings.readme:
-        path = existing_path("readme", settings.readme)
         table = tables[0] if settings.against else results_table(runs)
-        text = replace_marked_section(path.read_text(), settings.section, table.to_markdown())
-        write_text(path, text)
-        print(f"table: {path}, section {settings.section}")
+        _into_page(existing_path("readme", settings.readme), settings.section, table)
     return pair_to_compare(list(zip(folders, runs, strict=True)))
+
+
+def write_verdicts(names: Sequence[str], readme: str | None, section: str) -> None:
+    """Print the table of verdicts of some audits, and put it into a page.
+
+    Args:
+        names: folders of audits, or of folders of audits.
+        readme: a Markdown file that gets the table, too.
+        section: name of the markers in it.
+
+    Raises:
+        UsageError: if there are no audits.
+        ValueError: if one cannot be read, or the page has no such section.
+    """
+    folders = []
+    for name in names:
+        found = audit_folders(existing_folder("audits", name))
+        if not found:
+            raise UsageError(f"--audits={name}: there is no audit.json at or below it.")
+        folders += found
+    table = verdicts_table(folders)
+    print(table.to_text())
+    if readme:
+        _into_page(existing_path("readme", readme), section, table)
+
+
+def _into_page(path: Path, section: str, table: Table) -> None:
+    write_text(path, replace_marked_section(path.read_text(), section, table.to_markdown()))
+    print(f"table: {path}, section {section}")
 
 
 def compare_evaluations(names: Sequence[str]) -> None:
