@@ -15,6 +15,7 @@ from logit_reg.attacks.engine.inference_copy import copy_for_inference
 from logit_reg.attacks.engine.random_numbers import example_noise, random_stream
 from logit_reg.audit.decisions import decide, percent
 from logit_reg.audit.evidence import Diagnostic, Evidence, Outcome, is_within, precise
+from logit_reg.audit.features import features_of
 from logit_reg.audit.strength import margin_attacks, strong_attacks
 from logit_reg.evaluation.run import ThreatModelError, distances, evaluate
 from logit_reg.evaluation.statistics import Proportion
@@ -41,7 +42,6 @@ _ROUNDING = 1e-3
 
 _FIT_STEPS = 1000
 _FIT_TOLERANCE = 1e-4
-_FIT_MEMORY = 10
 _CLASSIFIER = Classifier()
 
 
@@ -138,91 +138,8 @@ def binarization_test(
         points, where 999 leave random draws too much. Deviations: the scale is taken from 100 of
         the points, and the features are divided by their spread before the fit.
     """
-    return _binarize(
-        network,
-        network,
-        threat,
-        attacks,
-        images,
-        seed=seed,
-        num_inner=num_inner,
-        inner_radius=inner_radius,
-        closeness=closeness,
-        num_draws=num_draws,
-        batch_size=batch_size,
-    )
-
-
-def features_of(network: Any) -> keras.Model:
-    """What a network computes before its last dense layer: images (N, H, W, C) -> (N, F).
-
-    Raises:
-        ValueError: if it does not end in a dense layer, perhaps followed by layers that change
-            neither order nor number of the logits, or is no functional or Sequential network.
-    """
-    if not isinstance(network, keras.Model):
-        raise ValueError(
-            f"features can be cut off a functional or Sequential Keras network only; got "
-            f"{type(network).__name__}."
-        )
-    features = _features(network, None)
-    return keras.Model(network.inputs[0], features)
-
-
-def _features(network, given):
-    """The tensor before the last dense layer of a network.
-
-    Args:
-        network: a Keras model, perhaps the last layer of another one.
-        given: the tensor that it is applied to there; its own input if None.
-    """
-    outputs = getattr(network, "outputs", None)
-    if not outputs or len(outputs) != 1 or len(network.inputs) != 1:
-        raise ValueError(
-            f"features can be cut off a functional or Sequential Keras network with one input and "
-            f"one output only; {network.name} is none."
-        )
-    tensor = outputs[0]
-    while True:
-        layer, node_index, _ = tensor._keras_history
-        if isinstance(layer, keras.layers.InputLayer):
-            break
-        (tensor, *others) = layer._inbound_nodes[node_index].input_tensors
-        if others:
-            break
-        if isinstance(layer, keras.Model):
-            return _applied(network, _features(layer, tensor), given)
-        if isinstance(layer, keras.layers.Dense):
-            activation = keras.activations.serialize(layer.activation)
-            if activation not in _PASSED_ACTIVATIONS or len(tensor.shape) != 2:
-                break
-            return _applied(network, tensor, given)
-        if not _is_passed(layer):
-            break
-    raise ValueError(
-        f"features can be cut off a network only that ends in a dense layer of logits; "
-        f"{network.name} ends in {layer.name} ({type(layer).__name__})."
-    )
-
-
-_PASSED_ACTIVATIONS = ("linear", "softmax", "log_softmax")
-_PASSED_LAYERS = (
-    keras.layers.Dropout,
-    keras.layers.Identity,
-    keras.layers.Rescaling,
-    keras.layers.Softmax,
-)
-
-
-def _is_passed(layer):
-    if isinstance(layer, keras.layers.Activation):
-        return keras.activations.serialize(layer.activation) in _PASSED_ACTIVATIONS
-    return isinstance(layer, _PASSED_LAYERS)
-
-
-def _applied(network, tensor, given):
-    """A tensor of a network's graph, as it is where the network is applied to another tensor."""
-    return tensor if given is None else keras.Model(network.inputs[0], tensor)(given)
+    settings = _Settings(threat, seed, num_inner, inner_radius, closeness, num_draws, batch_size)
+    return _binarize(network, network, attacks, images, settings)
 
 
 class _BinaryNetwork:
@@ -276,13 +193,24 @@ class _Readout:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampler:
-    """The random points of an image."""
+class _Settings:
+    """See `binarization_test`; also the random points of an image."""
 
     threat: ThreatModel
-    seed: int
-    num_inner: int
-    inner_radius: float
+    seed: int = 0
+    num_inner: int = _NUM_INNER
+    inner_radius: float = _INNER_RADIUS
+    closeness: float = _CLOSENESS
+    num_draws: int | None = None
+    batch_size: int = 200
+
+    def __post_init__(self):
+        for name in ("num_inner", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("inner_radius", "closeness"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}.")
 
     def points(self, image, index: int) -> np.ndarray:
         """The image, its inner points, the boundary point: (H, W, C) -> (M, H, W, C) float32."""
@@ -326,34 +254,21 @@ class _Sampler:
 
 
 def _binarize(
-    network,
-    logits_fn,
-    threat,
-    attacks,
-    images,
-    *,
-    seed,
-    num_inner,
-    inner_radius,
-    closeness,
-    num_draws,
-    batch_size,
-    follow=lambda logits_fn: logits_fn,
+    network, logits_fn, attacks, images, settings, follow=lambda logits_fn: logits_fn
 ) -> Binarization:
     """See `binarization_test`.
 
     `logits_fn` gives the logits whose range the binary ones take, those of `network` or of what an
     audit makes of it; `follow` makes of the binary network what is attacked.
     """
-    images = _checked(threat, attacks, images, num_inner, inner_radius, closeness, batch_size)
+    threat, num_draws, batch_size = settings.threat, settings.num_draws, settings.batch_size
+    images = _checked(threat, attacks, images)
     if num_draws is None:
         num_draws = min(_MOST_DRAWS, max(attack.cost()[0] for attack in attacks.values()))
     cut = features_of(network)
     features = copy_for_inference(cut, images)
-    sampler = _Sampler(threat, seed, num_inner, inner_radius)
-    parts = {"features": features, "logits_fn": logits_fn, "batch_size": batch_size}
     readouts = [
-        _fit(sampler.points(image, index), closeness=closeness, **parts)
+        _fit(settings.points(image, index), features, logits_fn, settings)
         for index, image in enumerate(images)
     ]
     replacements = {name: _for_two_classes(attack) for name, attack in attacks.items()}
@@ -364,7 +279,8 @@ def _binarize(
     attacked = follow(binary)
     is_set_up = np.zeros(len(images), bool)
     found = {name: np.zeros(len(images), bool) for name in [*replacements, *at_random]}
-    passes = np.array([len(images) * (num_inner + 2 + min(_NUM_SCALED, num_inner + 2)), 0])
+    num_points = settings.num_inner + 2
+    passes = np.array([len(images) * (num_points + min(_NUM_SCALED, num_points)), 0])
     with_readout = np.flatnonzero([readout is not None for readout in readouts])
     for rows in _apart(images, with_readout, threat, min(batch_size, _MOST_TOGETHER)):
         held = [readouts[row] for row in rows]
@@ -379,8 +295,16 @@ def _binarize(
         if not len(rows):
             continue
         is_set_up[rows] = True
-        options = {"batch_size": batch_size, "seed": seed, "indices": rows, "with_checks": False}
-        result = evaluate(attacked, replacements | at_random, images[rows], inside, **options)
+        result = evaluate(
+            attacked,
+            replacements | at_random,
+            images[rows],
+            inside,
+            batch_size=batch_size,
+            seed=settings.seed,
+            indices=rows,
+            with_checks=False,
+        )
         for name, correct in result.correct.items():
             found[name][rows] = ~correct
         passes += (result.forwards, result.backwards)
@@ -388,7 +312,7 @@ def _binarize(
         is_set_up=is_set_up,
         found_by={name: found[name] for name in replacements},
         found_at_random=np.any([np.zeros_like(is_set_up), *(found[k] for k in at_random)], axis=0),
-        num_inner=num_inner,
+        num_inner=settings.num_inner,
         num_draws=num_draws,
         replaced=tuple(name for name in attacks if attacks[name] is not replacements[name]),
         forwards=int(passes[0]),
@@ -396,8 +320,9 @@ def _binarize(
     )
 
 
-def _fit(points, *, features, logits_fn, closeness, batch_size) -> _Readout | None:
+def _fit(points, features, logits_fn, settings) -> _Readout | None:
     """A read-out that tells the last point from all others; None where the fit finds none."""
+    batch_size = settings.batch_size
     found = np.concatenate(
         [
             clean_logits(features, points[start : start + batch_size])
@@ -415,7 +340,7 @@ def _fit(points, *, features, logits_fn, closeness, batch_size) -> _Readout | No
     # Two logits, one the negative of the other, span twice the largest.
     span = float(np.ptp(own)) if own.size else 0.0
     factor = (span or 1.0) / (2 * np.abs(logits).max())
-    return _Readout(factor * weights, factor * (bias - closeness * logits[-1]), points[-1])
+    return _Readout(factor * weights, factor * (bias - settings.closeness * logits[-1]), points[-1])
 
 
 def _logistic_regression(features):
@@ -423,9 +348,11 @@ def _logistic_regression(features):
 
     Without a penalty, by L-BFGS, until the gradient is at most 1e-4, as scikit-learn does.
     """
-    centre, spread = features.mean(axis=0), features.std()
-    inputs = (features - centre) / (spread if spread > 0 else 1.0)
-    inputs = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
+    # Here, since the import takes as long as that of all the rest but TensorFlow.
+    from scipy.optimize import minimize
+
+    centre, spread = features.mean(axis=0), features.std() or 1.0
+    inputs = np.hstack([(features - centre) / spread, np.ones((len(features), 1))])
     signs = np.where(np.arange(len(inputs)) == len(inputs) - 1, 1.0, -1.0)
 
     def loss_and_gradient(parameters):
@@ -433,43 +360,15 @@ def _logistic_regression(features):
         losses = np.logaddexp(0, -margins)
         return losses.sum(), -inputs.T @ (signs * np.exp(-margins - losses))
 
-    parameters = np.zeros(inputs.shape[1])
-    loss, gradient = loss_and_gradient(parameters)
-    pairs: list[tuple[np.ndarray, np.ndarray, float]] = []
-    for _ in range(_FIT_STEPS):
-        if np.abs(gradient).max() <= _FIT_TOLERANCE:
-            break
-        direction = _descent(gradient, pairs)
-        length = 1.0 if pairs else 1 / np.linalg.norm(gradient)
-        slope = gradient @ direction
-        for _ in range(30):
-            moved = parameters + length * direction
-            lower, next_gradient = loss_and_gradient(moved)
-            if lower <= loss + 1e-4 * length * slope:
-                break
-            length /= 2
-        else:
-            break
-        step, change = moved - parameters, next_gradient - gradient
-        if (product := step @ change) > 1e-12 * (change @ change):
-            pairs = [*pairs[1 - _FIT_MEMORY :], (step, change, product)]
-        parameters, loss, gradient = moved, lower, next_gradient
-    weights = parameters[:-1] / (spread if spread > 0 else 1.0)
-    return weights, float(parameters[-1] - centre @ weights)
-
-
-def _descent(gradient, pairs):
-    """The direction of L-BFGS (Nocedal and Wright 2006, Algorithm 7.4)."""
-    direction, shares = -gradient, []
-    for step, change, product in reversed(pairs):
-        shares.append(step @ direction / product)
-        direction = direction - shares[-1] * change
-    if pairs:
-        _, change, product = pairs[-1]
-        direction = direction * (product / (change @ change))
-    for step, change, product in pairs:
-        direction = direction + (shares.pop() - change @ direction / product) * step
-    return direction
+    found = minimize(
+        loss_and_gradient,
+        np.zeros(inputs.shape[1]),
+        jac=True,
+        method="L-BFGS-B",
+        options={"gtol": _FIT_TOLERANCE, "ftol": 0.0, "maxiter": _FIT_STEPS},
+    )
+    weights = found.x[:-1] / spread
+    return weights, float(found.x[-1] - centre @ weights)
 
 
 def _apart(images, rows, threat, most) -> Iterator[np.ndarray]:
@@ -498,7 +397,7 @@ def _for_two_classes(attack: Attack) -> Attack:
     return attack
 
 
-def _checked(threat, attacks, images, num_inner, inner_radius, closeness, batch_size):
+def _checked(threat, attacks, images):
     """The images as float32, within the bounds."""
     images = np.asarray(images)
     if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating) or not len(images):
@@ -511,12 +410,6 @@ def _checked(threat, attacks, images, num_inner, inner_radius, closeness, batch_
     for name, attack in attacks.items():
         if not is_within(attack.threat, threat):
             raise ValueError(f"{name} attacks in {attack.threat}, which is not within {threat}.")
-    for name, count in (("num_inner", num_inner), ("batch_size", batch_size)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1; got {count}.")
-    for name, share in (("inner_radius", inner_radius), ("closeness", closeness)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name} must be between 0 and 1; got {share}.")
     images = images.astype(np.float32, copy=False)
     return within_bounds(images, threat.lower, threat.upper)
 
@@ -537,15 +430,9 @@ def _binarization(evidence: Evidence) -> Outcome:
         found = _binarize(
             evidence.given_logits_fn,
             evidence.logits_fn,
-            evidence.threat,
             attacks,
             evidence.images[:_SAMPLE],
-            seed=evidence.seed,
-            num_inner=_NUM_INNER,
-            inner_radius=_INNER_RADIUS,
-            closeness=_CLOSENESS,
-            num_draws=None,
-            batch_size=evidence.batch_size,
+            _Settings(evidence.threat, evidence.seed, batch_size=evidence.batch_size),
             follow=lambda binary: precise(binary, evidence.divisor),
         )
     except (ThreatModelError, ValueError) as error:

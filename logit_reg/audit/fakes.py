@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from logit_reg.attacks.engine.forward import LogitsFn, call_logits, clean_logits
-from logit_reg.audit.binarization import features_of
+from logit_reg.audit.features import features_of
 from logit_reg.evaluation.run import content_hash, network_hash
 
 # Reference images that are sent through the network at once.
