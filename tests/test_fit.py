@@ -75,10 +75,12 @@ def wrapped(network, bounds=(0.0, 1.0), **settings):
     return model
 
 
-@functools.cache
 def dense_model(bounds=(0.0, 1.0)):
-    """A model for what is refused: its steps are traced once."""
     return wrapped(keras.Sequential([*FLAT, keras.layers.Dense(3)]), bounds)
+
+
+# For what is refused: its steps are traced once.
+shared_model = functools.cache(dense_model)
 
 
 def assert_same_weights(model, other, **tolerance):
@@ -130,7 +132,7 @@ def test_all_sources_of_data_train_alike():
 def test_a_label_that_is_no_class_is_named_and_moves_no_weight(source, wrong):
     labels = LABELS.astype(np.float32 if isinstance(wrong, float) else int)
     labels[3] = wrong
-    model = dense_model()
+    model = shared_model()
     before = model.network.get_weights()
     message = f"whole numbers from 0 to 2, for 3 logits; the first other one is {wrong:g}[.,]"
     for call, options in ((model.fit, {"shuffle": False}), (model.evaluate, {})):
@@ -143,7 +145,7 @@ def test_a_label_that_is_no_class_is_named_and_moves_no_weight(source, wrong):
 
 @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 2}])
 def test_wrong_batches_are_named_however_steps_are_executed(options):
-    model = wrapped(keras.Sequential([*FLAT, keras.layers.Dense(3)]))
+    model = dense_model()
     model.compile("sgd", **options)
     with pytest.raises(ValueError, match=r"the first other one is 3[.,]"):
         fit(model, as_dataset(IMAGES, LABELS + 1))
@@ -169,7 +171,7 @@ def test_labels_of_another_kind_are_refused_in_one_sentence(labels, message):
 def test_fewer_labels_than_images_are_refused():
     pairs = tf.data.Dataset.from_tensors((IMAGES, LABELS[:1]))
     with pytest.raises(ValueError, match="one an image; got 1 for 32 images"):
-        fit(dense_model(), pairs)
+        fit(shared_model(), pairs)
 
 
 def test_weights_of_images_and_classes_are_refused_in_one_sentence():
@@ -182,7 +184,7 @@ def test_weights_of_images_and_classes_are_refused_in_one_sentence():
     )
     for data, options in given:
         with pytest.raises(ValueError, match="sample_weight and class_weight are refused"):
-            dense_model().fit(*data, verbose=0, **options)
+            shared_model().fit(*data, verbose=0, **options)
 
 
 @pytest.mark.parametrize("name", ["loss", "metrics", "weighted_metrics", "loss_weights"])
@@ -203,7 +205,7 @@ def test_other_losses_and_metrics_are_refused(name):
 )
 def test_images_out_of_bounds_are_an_error_of_one_line(images, bounds, span):
     message = f"images span {span}"
-    model = dense_model(bounds)
+    model = shared_model(bounds)
     for source in ("arrays", "dataset"):
         for call in (model.fit, model.evaluate):
             with pytest.raises(ValueError, match=message) as caught:
@@ -629,13 +631,13 @@ def test_one_input_and_one_output_train_in_whatever_they_come(kind, adversary):
 def test_batches_of_another_structure_are_refused_in_one_line(change, message):
     batches = as_dataset(IMAGES, LABELS).map(change)
     with pytest.raises(ValueError, match=message) as caught:
-        fit(dense_model(), batches)
+        fit(shared_model(), batches)
     assert "\n" not in str(caught.value)
 
 
 def test_labels_that_are_strings_are_shown_as_such():
     with pytest.raises(ValueError, match=f"the first other one is '{LABELS[0]}', at place 0"):
-        fit(dense_model(), IMAGES, LABELS.astype(str))
+        fit(shared_model(), IMAGES, LABELS.astype(str))
 
 
 @pytest.mark.parametrize(
