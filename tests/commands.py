@@ -5,6 +5,7 @@ it once, before it has a thread or a device, and every command is a fork of that
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import re
@@ -18,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1", "TFDS_DATA_DIR": "", "HOME": "/none"}
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tensorflow", "keras", "tensorflow_datasets", "matplotlib.figure"])
+# No module of `logit_reg.commands`: each command defines its own flags.
+_SERVER.set_forkserver_preload(
+    [
+        "tensorflow",
+        "keras",
+        "tensorflow_datasets",
+        "matplotlib.figure",
+        "logit_reg.experiments.measure",
+        "logit_reg.experiments.runs",
+    ]
+)
 
 
 def command(
@@ -35,10 +46,7 @@ def command(
     arguments = [str(ROOT / "scripts" / f"{script}.py"), *map(str, flags)]
     environment = {**os.environ, **ENVIRONMENT, "LOGIT_REG_CACHE": str(Path(cwd) / "cache")}
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        process = _SERVER.Process(
-            target=_run, args=(arguments, str(cwd), environment, out.name, err.name)
-        )
-        process.start()
+        process = fork(_run, arguments, str(cwd), environment, out.name, err.name)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -53,9 +61,15 @@ def fork(function, *arguments):
 
     As `subprocess.Popen`, but TensorFlow is imported already.
     """
-    process = _SERVER.Process(target=function, args=arguments)
+    process = _SERVER.Process(target=_begin, args=(function, *arguments))
     process.start()
     return process
+
+
+def _begin(function, *arguments) -> None:
+    # A collection has nothing to look for among what the server imported.
+    gc.freeze()
+    function(*arguments)
 
 
 def fork_command(script: str, *flags: object, cwd: Path):

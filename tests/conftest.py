@@ -1,7 +1,9 @@
 """Fixtures shared by the tests."""
 
+import gc
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +17,33 @@ import pytest
 
 # A shell's background job ignores Ctrl-C, and so would all commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_OPTIMISER_OFF = "disable_meta_optimizer"
+# Set it to run every test as those that are marked so.
+_OPTIMISES = bool(os.environ.get("GRAPH_OPTIMISER"))
+
+
+def pytest_collection_finish():
+    """Keep all that was imported out of the garbage collections: tracing causes many of them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Leave TensorFlow's graph optimiser out, which takes longer than most tests' own work.
+
+    With it run the commands, as in a user's hands, the tests on real networks, and those marked
+    `graph_optimiser`: of fast paths, precision, repeatability and whole audits.
+    """
+    if "tensorflow" in sys.modules:
+        import tensorflow as tf
+
+        marks = ("graph_optimiser", "shared")
+        optimises = _OPTIMISES or any(map(item.get_closest_marker, marks))
+        if tf.config.optimizer.get_experimental_options().get(_OPTIMISER_OFF, False) == optimises:
+            tf.config.optimizer.set_experimental_options({_OPTIMISER_OFF: not optimises})
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -2,8 +2,7 @@
 
     python distributed_worker.py FOLDER STEPS KIND...
 
-with $TF_CONFIG for one of several workers, or with $REPLICAS for as many devices of one process.
-A first argument `supervised` puts a supervisor above it.
+with $TF_CONFIG. A first argument `supervised` puts a supervisor above it.
 """
 
 import os
@@ -119,6 +118,17 @@ def train_kinds(folder, steps, kinds, strategy, dtype="float64"):
         train(model, *tiny_data(), settings, own, show_progress=False)
 
 
+def work_on_devices(number, folder, steps, kinds):
+    """Train each kind on so many devices of this process, which has used none yet."""
+    import tensorflow as tf
+
+    device = tf.config.list_physical_devices("CPU")[0]
+    parts = [tf.config.LogicalDeviceConfiguration()] * number
+    tf.config.set_logical_device_configuration(device, parts)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(number)])
+    train_kinds(folder, steps, kinds, strategy)
+
+
 def main(arguments):
     if arguments[0] == "supervised":
         arguments = arguments[1:]
@@ -126,21 +136,12 @@ def main(arguments):
             sys.exit(supervisor.supervise([sys.executable, *sys.argv]))
         supervisor.follow_supervisor()
     folder, steps, kinds = Path(arguments[0]), int(arguments[1]), arguments[2:]
-    import tensorflow as tf
-
     from logit_reg.training.distribution import WorkerLost, make_strategy
 
     try:
-        if "REPLICAS" in os.environ:
-            number = int(os.environ["REPLICAS"])
-            device = tf.config.list_physical_devices("CPU")[0]
-            parts = [tf.config.LogicalDeviceConfiguration()] * number
-            tf.config.set_logical_device_configuration(device, parts)
-            strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(number)])
-        else:
-            strategy = make_strategy("multi_worker")
-            number = strategy.cluster_resolver.task_id
-            (folder / f"pid-{number}").write_text(str(os.getpid()))
+        strategy = make_strategy("multi_worker")
+        number = strategy.cluster_resolver.task_id
+        (folder / f"pid-{number}").write_text(str(os.getpid()))
         train_kinds(folder, steps, kinds, strategy)
     except WorkerLost:
         os._exit(supervisor.RESTART)

@@ -677,6 +677,7 @@ def linear_audit(tmp_path_factory):
     return found, lines, (network, images, labels, robust), kept, untouched
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_the_worst_case_of_a_linear_classifier_is_exact(linear_audit):
     found, _, (*_, robust), *_ = linear_audit
@@ -686,6 +687,7 @@ def test_the_worst_case_of_a_linear_classifier_is_exact(linear_audit):
     assert found.failed == ()
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_a_quick_audit_never_says_holds_and_names_what_did_not_run(linear_audit):
     found = linear_audit[0]
@@ -696,6 +698,7 @@ def test_a_quick_audit_never_says_holds_and_names_what_did_not_run(linear_audit)
     assert ran == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 23, 24, 33}
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_the_cost_stands_before_the_tests_and_is_true_within_a_factor_of_two(linear_audit):
     found, lines, *_ = linear_audit
@@ -704,18 +707,21 @@ def test_the_cost_stands_before_the_tests_and_is_true_within_a_factor_of_two(lin
     assert 0.5 < found.settings["estimate"]["backwards"] / found.cost.backwards < 2
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_a_killed_audit_goes_on_where_it_stopped(linear_audit):
     _, _, _, kept, untouched = linear_audit
     assert kept and kept == untouched
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_audit_json_follows_its_schema(linear_audit):
     path = Path(logit_reg.audit.__file__).with_name("audit.schema.json")
     jsonschema.validate(linear_audit[0].to_json(), json.loads(path.read_text()))
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_the_schema_names_what_an_audit_says(linear_audit):
     path = Path(logit_reg.audit.__file__).with_name("audit.schema.json")
@@ -726,6 +732,7 @@ def test_the_schema_names_what_an_audit_says(linear_audit):
     assert set(schema["$defs"]["test"]["properties"]) == set(value["tests"][0])
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_curves_fall_with_epsilon_and_meet_the_worst_case(linear_audit):
     curves = {curve.name: curve for curve in linear_audit[0].curves}
@@ -758,6 +765,7 @@ def natural_digits():
     return network, data.to_pixels(test.images[:60], "mnist_5k"), test.labels[:60]
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_a_natural_model_is_refuted_at_half_and_at_its_fgsm_accuracy():
     network, images, labels = natural_digits()
@@ -771,6 +779,7 @@ def test_a_natural_model_is_refuted_at_half_and_at_its_fgsm_accuracy():
     assert verdict(fgsm, found.worst_case, found.tests) == "REFUTED"
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.long
 def test_a_full_audit_uses_its_controls_and_holds_only_with_enough_images():
     network, images, labels, robust = keras_linear()
@@ -802,6 +811,7 @@ def test_the_golden_model_is_not_refuted_and_raises_no_false_alarm(shared, tfds_
     assert found.failed == ()
 
 
+@pytest.mark.graph_optimiser
 @pytest.mark.slow
 def test_the_command_writes_the_same_audit_and_a_page_and_ends_with_the_verdict(
     linear_audit, tmp_path

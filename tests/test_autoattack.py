@@ -1,5 +1,6 @@
 """The AutoAttack cascade, its checks and its golden results."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -57,9 +58,17 @@ def test_versions_are_the_published_cascades():
 
 
 @pytest.mark.filterwarnings("ignore::logit_reg.attacks.engine.checks.AttackWarning")
-@pytest.mark.parametrize("num_classes", [2, 3, 10])
-@pytest.mark.parametrize("box_is_active", [False, True])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("norm", "box_is_active", "num_classes"),
+    [
+        *itertools.product(("linf", "l2"), (False, True), (10,)),
+        # Few classes leave attacks out, whatever the norm and the box.
+        ("linf", True, 2),
+        ("l2", False, 2),
+        ("linf", False, 3),
+        ("l2", True, 3),
+    ],
+)
 def test_finds_what_lies_just_within_the_budget(norm, box_is_active, num_classes):
     check_closed_form(
         lambda threat: AutoAttack(threat, num_queries=20),
@@ -204,15 +213,18 @@ class ScaledAndShifted:
     def __call__(self, images):
         return self._scale * self._network(images) + self._shift
 
-    def robust_accuracies(self, attack, images, labels):
-        """Per cent robust under each scale and shift; first as the network is."""
+    def robust_accuracies(self, attack, images, labels, squeezed_by=1):
+        """Per cent robust under each scale and shift of the squeezed logits; first without."""
         robust = []
         for scale, shift in ((1, 0), (1e-6, 0), (1e6, 0), (1, 100), (1, -100), (1, 3)):
-            self._scale.assign(scale)
+            self._scale.assign(scale / squeezed_by)
             self._shift.assign(shift)
             fooled = attack.run(self, images, labels, seed=0).fooled
             robust.append(100 * (1 - fooled.mean()))
         return robust
+
+
+SCALED = ScaledAndShifted(curved)
 
 
 # As they are the logits are about 4; squeezed, about 0.04, where the float32 numbers around 100
@@ -234,9 +246,8 @@ class ScaledAndShifted:
     ids=lambda attack: f"{type(attack).__name__}-{attack.threat.norm}",
 )
 def test_scale_and_shift_of_the_logits_do_not_matter(attack, squeezed_by):
-    model = ScaledAndShifted(lambda images: curved(images) / squeezed_by)
     images, labels = curved_examples(500)
-    robust = model.robust_accuracies(attack, images, labels)
+    robust = SCALED.robust_accuracies(attack, images, labels, squeezed_by)
     assert 20 < robust[0] < 80
     assert max(robust) - min(robust) <= 0.6, robust
 

@@ -16,6 +16,8 @@ from logit_reg.attacks.engine.inference_copy import copy_for_inference
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn
 
+pytestmark = pytest.mark.graph_optimiser
+
 SHAPE = (20, 17, 2)
 LINF = ThreatModel("linf", 0.3, 0.0, 1.0)
 

@@ -16,6 +16,8 @@ from logit_reg.evaluation.run import evaluate
 from logit_reg.threat import ThreatModel
 from madry_compat.networks import mnist_cnn, wide_resnet
 
+pytestmark = pytest.mark.graph_optimiser
+
 CONVOLUTIONS = {
     "same": {"kernel_size": 5, "padding": "same"},
     "even kernel": {"kernel_size": (4, 2), "padding": "same"},

@@ -247,7 +247,7 @@ def _only_grows(sets):
 seeds = st.integers(0, 2**31)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=seeds, norm=st.sampled_from(["linf", "l2"]))
 def test_the_broken_set_grows_with_steps(seed, norm):
     images, labels = curved_examples(40)
@@ -261,7 +261,7 @@ def test_the_broken_set_grows_with_steps(seed, norm):
     assert _only_grows(found)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=seeds, attack=st.sampled_from(list(SHORT.values())))
 def test_the_broken_set_grows_with_restarts(seed, attack):
     images, labels = curved_examples(40)
@@ -269,7 +269,7 @@ def test_the_broken_set_grows_with_restarts(seed, attack):
     assert _only_grows(found)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=seeds)
 def test_the_broken_set_grows_with_targets(seed):
     images, labels = curved_examples(40)

@@ -276,13 +276,14 @@ def descend(objective, batch_size=128, num_classes=10, labels=None):
     logits = tf.Variable(0.1 * tf.one_hot(labels, num_classes))
 
     @tf.function
-    def step(rate):
-        with tf.GradientTape() as tape:
-            total = objective(logits, labels).total
-        logits.assign_sub(rate * tape.gradient(total, logits))
+    def steps(number, rate):
+        for _ in tf.range(number):
+            with tf.GradientTape() as tape:
+                total = objective(logits, labels).total
+            logits.assign_sub(rate * tape.gradient(total, logits))
 
-    for number in range(6000):
-        step(tf.constant(20.0 if number < 5000 else 1.0))
+    steps(tf.constant(5000), tf.constant(20.0))
+    steps(tf.constant(1000), tf.constant(1.0))
     return logits.numpy(), labels.numpy()
 
 

@@ -136,6 +136,7 @@ def test_nothing_leaves_ball_or_range(norm, scale):
     check_threat("pgd", result.adversarial, images, np.arange(50), threat)
 
 
+@pytest.mark.graph_optimiser
 def test_same_seed_same_result_and_another_seed_another_start():
     images, labels = curved_images()
     attack = PGD(ThreatModel("l2", 0.5), "xent", 5, 0.1)

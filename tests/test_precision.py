@@ -35,6 +35,8 @@ from logit_reg.threat import ThreatModel
 from madry_compat.data import load, to_pixels
 from madry_compat.networks import mnist_cnn, wide_resnet
 
+pytestmark = pytest.mark.graph_optimiser
+
 LINF = ThreatModel("linf", 0.1)
 COUNT = 60
 

@@ -10,6 +10,8 @@ from logit_reg.attacks.engine.forward import batch_spec
 from logit_reg.attacks.engine.repeats import Repeats, is_repeatable
 from logit_reg.threat import ThreatModel
 
+pytestmark = pytest.mark.graph_optimiser
+
 
 def with_and_without(monkeypatch, attack, kind, model, images, labels):
     """The results of an attack that looks for repeats and of one that does not, and who slept."""

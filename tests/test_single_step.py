@@ -1,16 +1,14 @@
 """The single-step adversaries and TRADES: their images, the steps that they make, their recipes."""
 
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import command, fork_command
 from test_training import THREAT, model_that_remembers, small_model, some_data
 
 from logit_reg.experiments.defaults import resolve_settings
@@ -305,25 +303,20 @@ def test_every_recipe_names_what_it_costs():
 
 @pytest.mark.slow
 def test_a_killed_run_of_nuat_with_averaged_weights_goes_on_bit_for_bit(tmp_path):
-    command = [sys.executable, "-m", "logit_reg.commands.train", "--dataset=mnist_5k"]
-    command += [
-        "--adversary=nuat",
-        "--ema",
-        "--max_num_training_steps=24",
-        "--training_batch_size=16",
-    ]
-    command += ["--num_output_steps=1", "--num_checkpoint_steps=8", "--noprogress"]
-    quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}}
-    subprocess.run([*command, f"--model_dir={tmp_path / 'whole'}"], check=True, **quiet)
+    flags = ["--dataset=mnist_5k", "--adversary=nuat", "--ema", "--max_num_training_steps=24"]
+    flags += ["--training_batch_size=16", "--num_output_steps=1", "--num_checkpoint_steps=8"]
+    whole = command("train", *flags, "--model_dir=whole", "--noprogress", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    flags += ["--model_dir=killed", "--noprogress"]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, f"--model_dir={killed}"], **quiet)
-    deadline = time.monotonic() + 300
-    while not list(killed.glob("state-*.npz")) and time.monotonic() < deadline:
+    process = fork_command("train", *flags, cwd=tmp_path)
+    while not list(killed.glob("state-*.npz")) and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / "state-24.npz").exists()
-    subprocess.run([*command, f"--model_dir={killed}"], check=True, **quiet)
+    assert command("train", *flags, cwd=tmp_path).returncode == 0
     logs = [(folder / "log.csv").read_bytes() for folder in (tmp_path / "whole", killed)]
     assert logs[0] == logs[1]
     states = [np.load(folder / "state-24.npz") for folder in (tmp_path / "whole", killed)]
