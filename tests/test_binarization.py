@@ -89,15 +89,15 @@ def test_the_same_attack_on_a_reversed_gradient_fails():
 def test_inner_points_lie_inside_and_the_boundary_point_at_epsilon(norm):
     threat = ThreatModel(norm, 8.0 if norm == "linf" else 200.0, 0.0, 255.0)
     image = np.where(images_of(1)[0] < 128, 0, images_of(1)[0])
-    points = module._Sampler(threat, 0, 50, 0.95).points(image, 7)
+    points = module._Settings(threat, 0, 50, 0.95).points(image, 7)
     apart = threat.distance(points, np.broadcast_to(image, points.shape)).numpy()
     assert points.shape == (52, 8, 8, 3) and points.min() >= 0 and points.max() <= 255
     assert apart[0] == 0 and apart[-1] == pytest.approx(threat.epsilon, rel=1e-5)
     assert apart[1:-1].max() == pytest.approx(0.95 * threat.epsilon, rel=0.01)
     assert len(np.unique(points.reshape(52, -1), axis=0)) == 52
-    again = module._Sampler(threat, 0, 50, 0.95).points(image, 7)
+    again = module._Settings(threat, 0, 50, 0.95).points(image, 7)
     np.testing.assert_array_equal(points, again)
-    assert not np.array_equal(points, module._Sampler(threat, 1, 50, 0.95).points(image, 7))
+    assert not np.array_equal(points, module._Settings(threat, 1, 50, 0.95).points(image, 7))
 
 
 @pytest.mark.slow

@@ -631,7 +631,7 @@ def test_one_input_and_one_output_train_in_whatever_they_come(kind, adversary):
 def test_batches_of_another_structure_are_refused_in_one_line(change, message):
     batches = as_dataset(IMAGES, LABELS).map(change)
     with pytest.raises(ValueError, match=message) as caught:
-        fit(shared_model(), batches)
+        fit(dense_model(), batches)
     assert "\n" not in str(caught.value)
 
 
