@@ -1,5 +1,7 @@
 """Classifiers for the attacks of AutoAttack: linear ones with exact margins, and a curved one."""
 
+import dataclasses
+
 import numpy as np
 import tensorflow as tf
 
@@ -165,6 +167,51 @@ def check_is_traced_once(attack):
     assert num_calls == model.num_calls
 
 
+def check_seeds_and_batches(attack, count, *, first=7, most_different=0):
+    """A seed gives one result, another seed another; batches hardly matter.
+
+    Args:
+        attack: with random numbers.
+        count: images.
+        first: of them in the first batch; the others are in the second.
+        most_different: images whose verdict may depend on the batch, by rounding.
+    """
+    images, labels = curved_examples(count)
+    whole = attack.run(curved, images, labels, seed=5)
+    again = attack.run(curved, images, labels, seed=5)
+    np.testing.assert_array_equal(whole.adversarial, again.adversarial)
+    other = attack.run(curved, images, labels, seed=6)
+    assert not np.array_equal(whole.adversarial, other.adversarial)
+    order = np.random.default_rng(0).permutation(count)
+    parts = [
+        attack.run(curved, images[part], labels[part], seed=5, indices=part)
+        for part in (order[:first], order[first:])
+    ]
+    fooled = np.concatenate([part.fooled for part in parts])
+    assert np.sum(fooled != whole.fooled[order]) <= most_different
+
+
+def check_counts_passes(attack, forwards, backwards):
+    """Of six images two are wrong from the start and cost a forward; the others stand to the end.
+
+    Args:
+        attack: whatever its budget.
+        forwards: for each image that stands, beside the first.
+        backwards: for each image that stands.
+
+    Returns:
+        The same attack with a budget in which nothing falls, and the six images and labels.
+    """
+    images, labels = curved_examples(6)
+    labels[:2] = (labels[:2] + 1) % 5
+    attack = dataclasses.replace(attack, threat=ThreatModel("linf", 1e-6))
+    result = attack.run(curved, images, labels, seed=0)
+    assert result.fooled.tolist() == [True, True, False, False, False, False]
+    np.testing.assert_array_equal(result.adversarial[:2], images[:2])
+    assert (result.forwards, result.backwards) == (6 + 4 * forwards, 4 * backwards)
+    return attack, images, labels
+
+
 def check_never_asks_for_a_gradient(attack, count=20):
     """An attack without gradients breaks something on a network that refuses to give one."""
 
@@ -191,8 +238,29 @@ def check_stays_within(attack):
 
     labels = np.argmax(model(images).numpy(), axis=-1)
     result = attack.run(model, images, labels, seed=0)
+    assert result.adversarial.dtype == np.float32
     check_threat(type(attack).__name__, result.adversarial, images, np.arange(20), attack.threat)
     fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
     np.testing.assert_array_equal(fools, result.fooled)
     assert 0 < result.fooled.mean() < 1
     assert attack(model, images, labels, seed=0).shape == (20, *SHAPE)
+
+
+# For classifiers on which a plain ascent goes astray.
+_CHECKERBOARD = (np.indices(SHAPE[:2]).sum(axis=0) % 2 * 2.0 - 1.0)[..., None].astype(np.float32)
+
+
+def brightness(images):
+    """(N,) how far an image is from grey."""
+    return tf.reduce_mean(images - 0.5, axis=(1, 2, 3))
+
+
+def ripple(images):
+    """(N,) how much of a pattern is in an image that leaves its brightness as it is."""
+    return tf.reduce_sum(_CHECKERBOARD * images, axis=(1, 2, 3))
+
+
+def grey_images(count=20):
+    """Images that are nearly grey, all of class 0."""
+    images = np.random.default_rng(0).uniform(0.45, 0.55, (count, *SHAPE)).astype(np.float32)
+    return images, np.zeros(count, int)

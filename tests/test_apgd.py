@@ -1,5 +1,7 @@
 """APGD-CE, APGD-DLR and APGD-T."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,13 +9,15 @@ from exact_margins import (
     SHAPE,
     LinearClassifier,
     check_closed_form,
+    check_counts_passes,
     check_is_traced_once,
+    check_seeds_and_batches,
+    check_stays_within,
     curved,
     curved_examples,
 )
 
 from logit_reg.attacks.apgd import APGD, APGDTargeted, _rank_loss, periods
-from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.05)
@@ -99,33 +103,12 @@ def test_targets_find_it_whatever_the_shape_of_the_images(shape):
 @pytest.mark.parametrize("make", [APGD, APGDTargeted])
 def test_stays_within_ball_and_pixel_range(make, norm):
     threat = ThreatModel(norm, 8.0 if norm == "linf" else 30.0, 0.0, 255.0)
-    images, _ = curved_examples(20)
-    images = np.round(255 * images).astype(np.float32)
-    model = _in_255
-    labels = np.argmax(model(images).numpy(), axis=-1)
-    result = make(threat, num_steps=12).run(model, images, labels, seed=0)
-    check_threat("apgd", result.adversarial, images, np.arange(20), threat)
-    assert result.adversarial.dtype == np.float32
-    fools = np.argmax(model(result.adversarial).numpy(), axis=-1) != labels
-    np.testing.assert_array_equal(fools, result.fooled)
-    assert 0 < result.fooled.mean() < 1
+    check_stays_within(make(threat, num_steps=12))
 
 
 def test_a_seed_gives_one_result_and_batches_do_not_matter():
-    images, labels = curved_examples(30)
     attack = APGDTargeted(LINF, num_targets=2, num_steps=10)
-    whole = attack.run(curved, images, labels, seed=5)
-    again = attack.run(curved, images, labels, seed=5)
-    np.testing.assert_array_equal(whole.adversarial, again.adversarial)
-    other = attack.run(curved, images, labels, seed=6)
-    assert not np.array_equal(whole.adversarial, other.adversarial)
-    order = np.random.default_rng(0).permutation(30)
-    parts = [
-        attack.run(curved, images[part], labels[part], seed=5, indices=part)
-        for part in (order[:11], order[11:])
-    ]
-    fooled = np.concatenate([part.fooled for part in parts])
-    np.testing.assert_array_equal(fooled, whole.fooled[order])
+    check_seeds_and_batches(attack, 30, first=11)
 
 
 def test_network_is_traced_once():
@@ -134,17 +117,12 @@ def test_network_is_traced_once():
 
 
 def test_counts_passes_of_images_that_still_stand():
-    images, labels = curved_examples(6)
-    labels[:2] = (labels[:2] + 1) % 5
-    threat = ThreatModel("linf", 1e-6)
-    result = APGD(threat, num_steps=10).run(curved, images, labels, seed=0)
-    assert result.fooled.tolist() == [True, True, False, False, False, False]
-    np.testing.assert_array_equal(result.adversarial[:2], images[:2])
-    assert (result.forwards, result.backwards) == (6 + 4 * 11, 4 * 11)
-    averaged = APGD(threat, num_steps=10, num_samples=3).run(curved, images, labels, seed=0)
+    attack, images, labels = check_counts_passes(APGD(LINF, num_steps=10), 11, 11)
+    averaged = dataclasses.replace(attack, num_samples=3)
+    result = averaged.run(curved, images, labels, seed=0)
     # Nobody is left, and what stands at the start and after each of 9 periods is judged again.
-    assert (averaged.forwards, averaged.backwards) == (6 * 3 * (1 + 11 + 19), 6 * 33)
-    assert APGD(threat, num_steps=10, num_samples=3).cost() == (93, 33)
+    assert (result.forwards, result.backwards) == (6 * 3 * (1 + 11 + 19), 6 * 33)
+    assert averaged.cost() == (93, 33)
 
 
 def test_directions_may_come_from_another_network():
@@ -190,7 +168,3 @@ def test_called_like_a_function_it_returns_images():
     images, labels = curved_examples(3)
     adversarial = APGD(LINF, num_steps=2)(curved, images, labels, seed=0)
     assert adversarial.shape == (3, *SHAPE)
-
-
-def _in_255(images):
-    return curved(images / 255.0)

@@ -8,10 +8,16 @@ import tensorflow as tf
 from exact_margins import (
     SHAPE,
     LinearClassifier,
+    brightness,
     check_closed_form,
+    check_counts_passes,
     check_is_traced_once,
+    check_seeds_and_batches,
+    check_stays_within,
     curved,
     curved_examples,
+    grey_images,
+    ripple,
 )
 from golden import GOLDEN500_BROKEN, trades_network
 from hypothesis import given, settings
@@ -19,7 +25,6 @@ from hypothesis import strategies as st
 
 from logit_reg.attacks import MD, ODI, PGD, MultiTargeted, Restarts, ScaledPGD
 from logit_reg.attacks.engine.losses import attack_loss
-from logit_reg.evaluation.run import check_threat
 from logit_reg.threat import ThreatModel
 from madry_compat import data
 
@@ -83,33 +88,18 @@ def test_dlr_is_the_published_formula_and_needs_three_classes():
         PGD(LINF, "dlr").run(classifier, images, labels, seed=0)
 
 
-# Classifiers on which a plain ascent of the margin goes astray. `_mean` is how far an image is
-# from grey, `_ripple` a pattern that leaves the mean as it is.
-_CHECKERBOARD = (np.indices(SHAPE[:2]).sum(axis=0) % 2 * 2.0 - 1.0)[..., None].astype(np.float32)
+# On the classifiers below a plain ascent of the margin goes astray.
 _WIDE = ThreatModel("linf", 0.2)
 _MARGIN_PGD = Restarts(PGD(_WIDE, "cw", 20, 0.05, early_stop=True), 10)
-
-
-def _mean(images):
-    return tf.reduce_mean(images - 0.5, axis=(1, 2, 3))
-
-
-def _ripple(images):
-    return tf.reduce_sum(_CHECKERBOARD * images, axis=(1, 2, 3))
-
-
-def _grey_images(count=20):
-    images = np.random.default_rng(0).uniform(0.45, 0.55, (count, *SHAPE)).astype(np.float32)
-    return images, np.zeros(count, int)
 
 
 def test_multitargeted_reaches_a_class_that_is_not_the_nearest_in_logits():
     def decoy(images):
         """Class 1 is just below class 0 wherever one goes; class 2 is far below, and in reach."""
-        almost = -0.1 + 0.01 * tf.tanh(_ripple(images))
-        return tf.stack([tf.zeros_like(almost), almost, -1.0 + 10.0 * _mean(images)], axis=-1)
+        almost = -0.1 + 0.01 * tf.tanh(ripple(images))
+        return tf.stack([tf.zeros_like(almost), almost, -1.0 + 10.0 * brightness(images)], axis=-1)
 
-    images, labels = _grey_images()
+    images, labels = grey_images()
     assert not _MARGIN_PGD.run(decoy, images, labels, seed=0).fooled.any()
     assert not MultiTargeted(_WIDE, num_targets=1).run(decoy, images, labels, seed=0).fooled.any()
     assert MultiTargeted(_WIDE, num_targets=2).run(decoy, images, labels, seed=0).fooled.all()
@@ -121,10 +111,10 @@ def test_odi_leaves_a_plateau_of_the_margin():
         shows in a class that never wins.
         """
         way = tf.reduce_mean(images[:, :, :3] - 0.5, axis=(1, 2, 3))
-        rises = 20.0 * tf.nn.relu(_mean(images) - 0.07)
+        rises = 20.0 * tf.nn.relu(brightness(images) - 0.07)
         return tf.stack([tf.fill(tf.shape(way), 1.5), rises, -5.0 + way], axis=-1)
 
-    images, labels = _grey_images()
+    images, labels = grey_images()
     assert not _MARGIN_PGD.run(plateau, images, labels, seed=0).fooled.any()
     once = ODI(_WIDE).run(plateau, images, labels, seed=0).fooled
     # The random weight of that class decides which way it goes.
@@ -136,11 +126,11 @@ def test_odi_leaves_a_plateau_of_the_margin():
 def test_md_is_not_misled_by_a_term_whose_gradient_drowns_the_other(smooth):
     def rippled(images):
         """One term decides but is nearly flat; the other's ripples are steep and lead nowhere."""
-        flat, ripples = 10.0 * _mean(images) - 1.5, 0.3 * tf.sin(400.0 * _ripple(images))
+        flat, ripples = 10.0 * brightness(images) - 1.5, 0.3 * tf.sin(400.0 * ripple(images))
         terms = (-flat, ripples) if smooth == "label" else (-ripples, flat)
         return tf.stack(terms, axis=-1)
 
-    images, labels = _grey_images()
+    images, labels = grey_images()
     assert not _MARGIN_PGD.run(rippled, images, labels, seed=0).fooled.any()
     fooled = {
         first: MD(_WIDE, first).run(rippled, images, labels, seed=0).fooled
@@ -289,32 +279,12 @@ def test_the_broken_set_grows_with_targets(seed):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_stays_within_ball_and_pixel_range(norm, attack):
     threat = ThreatModel(norm, 8.0 if norm == "linf" else 30.0, 0.0, 255.0)
-    images, _ = curved_examples(20)
-    images = np.round(255 * images).astype(np.float32)
-    labels = np.argmax(_in_255(images).numpy(), axis=-1)
-    attack = dataclasses.replace(attack, threat=threat)
-    result = attack.run(_in_255, images, labels, seed=0)
-    check_threat("attack", result.adversarial, images, np.arange(20), threat)
-    fools = np.argmax(_in_255(result.adversarial).numpy(), axis=-1) != labels
-    np.testing.assert_array_equal(fools, result.fooled)
-    assert 0 < result.fooled.mean() < 1
+    check_stays_within(dataclasses.replace(attack, threat=threat))
 
 
 @each_attack
 def test_a_seed_gives_one_result_and_batches_do_not_matter(attack):
-    images, labels = curved_examples(200)
-    whole = attack.run(curved, images, labels, seed=5)
-    again = attack.run(curved, images, labels, seed=5)
-    np.testing.assert_array_equal(whole.adversarial, again.adversarial)
-    other = attack.run(curved, images, labels, seed=6)
-    assert not np.array_equal(whole.adversarial, other.adversarial)
-    order = np.random.default_rng(0).permutation(200)
-    parts = [
-        attack.run(curved, images[part], labels[part], seed=5, indices=part)
-        for part in (order[:7], order[7:])
-    ]
-    fooled = np.concatenate([part.fooled for part in parts])
-    assert np.mean(fooled != whole.fooled[order]) <= 0.005
+    check_seeds_and_batches(attack, 200, most_different=1)
 
 
 @each_attack
@@ -334,14 +304,7 @@ def test_network_is_traced_once(attack):
     ids=["multitargeted", "three-targets", "odi", "md", "mifpe"],
 )
 def test_counts_passes_of_images_that_still_stand(attack, steps, runs):
-    images, labels = curved_examples(6)
-    labels[:2] = (labels[:2] + 1) % 5
-    attack = dataclasses.replace(attack, threat=ThreatModel("linf", 1e-6))
-    result = attack.run(curved, images, labels, seed=0)
-    assert result.fooled.tolist() == [True, True, False, False, False, False]
-    np.testing.assert_array_equal(result.adversarial[:2], images[:2])
-    assert result.forwards == 6 + 4 * runs * (steps + 1)
-    assert result.backwards == 4 * runs * steps
+    attack, images, labels = check_counts_passes(attack, runs * (steps + 1), runs * steps)
     num_classes = {"num_classes": 5} if isinstance(attack, MultiTargeted) else {}
     assert attack.cost(**num_classes) == (1 + runs * (steps + 1), runs * steps)
     guided = attack.run(curved, images, labels, seed=0, gradient_logits_fn=lambda x: curved(x))
@@ -387,7 +350,3 @@ def test_called_like_a_function_it_returns_images():
     images, labels = curved_examples(3)
     for attack in SHORT.values():
         assert attack(curved, images, labels, seed=0).shape == (3, *SHAPE)
-
-
-def _in_255(images):
-    return curved(images / 255.0)

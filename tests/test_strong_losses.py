@@ -8,11 +8,16 @@ import tensorflow as tf
 from exact_margins import (
     SHAPE,
     LinearClassifier,
+    brightness,
     check_closed_form,
+    check_counts_passes,
     check_is_traced_once,
+    check_seeds_and_batches,
     check_stays_within,
     curved,
     curved_examples,
+    grey_images,
+    ripple,
 )
 
 from logit_reg.attacks import GAMA, MD, PGD, APGDTargeted, Restarts
@@ -58,19 +63,7 @@ def test_stays_within_ball_and_pixel_range(attack):
 
 @each_attack
 def test_a_seed_gives_one_result_and_batches_do_not_matter(attack):
-    images, labels = curved_examples(60)
-    whole = attack.run(curved, images, labels, seed=5)
-    again = attack.run(curved, images, labels, seed=5)
-    np.testing.assert_array_equal(whole.adversarial, again.adversarial)
-    other = attack.run(curved, images, labels, seed=6)
-    assert not np.array_equal(whole.adversarial, other.adversarial)
-    order = np.random.default_rng(0).permutation(60)
-    parts = [
-        attack.run(curved, images[part], labels[part], seed=5, indices=part)
-        for part in (order[:7], order[7:])
-    ]
-    fooled = np.concatenate([part.fooled for part in parts])
-    assert np.sum(fooled != whole.fooled[order]) <= 1
+    check_seeds_and_batches(attack, 60, most_different=1)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +77,8 @@ def test_a_seed_gives_one_result_and_batches_do_not_matter(attack):
     ids=["pma", "gama", "nearest-first"],
 )
 def test_counts_passes_of_images_that_still_stand(attack, passes):
-    images, labels = curved_examples(6)
-    labels[:2] = (labels[:2] + 1) % 5
-    attack = dataclasses.replace(attack, threat=ThreatModel("linf", 1e-6))
-    result = attack.run(curved, images, labels, seed=0)
-    assert result.fooled.tolist() == [True, True, False, False, False, False]
+    check_counts_passes(attack, *passes)
     forwards, backwards = passes
-    assert (result.forwards, result.backwards) == (6 + 4 * forwards, 4 * backwards)
     num_classes = {"num_classes": 5} if isinstance(attack, APGDTargeted) else {}
     assert attack.cost(**num_classes) == (1 + forwards, backwards)
 
@@ -146,20 +134,6 @@ class _Scaled:
 
 
 _WIDE = ThreatModel("linf", 0.2)
-_CHECKERBOARD = (np.indices(SHAPE[:2]).sum(axis=0) % 2 * 2.0 - 1.0)[..., None].astype(np.float32)
-
-
-def _mean(images):
-    return tf.reduce_mean(images - 0.5, axis=(1, 2, 3))
-
-
-def _ripple(images):
-    return tf.reduce_sum(_CHECKERBOARD * images, axis=(1, 2, 3))
-
-
-def _grey_images(count=20):
-    images = np.random.default_rng(0).uniform(0.45, 0.55, (count, *SHAPE)).astype(np.float32)
-    return images, np.zeros(count, int)
 
 
 def test_relaxation_leads_off_a_plateau_of_the_margin():
@@ -168,12 +142,12 @@ def test_relaxation_leads_off_a_plateau_of_the_margin():
         ripples that lead nowhere; the way up shows in the probabilities of two classes that never
         win, and not in their sum.
         """
-        rises = 40.0 * tf.nn.relu(_mean(images) - 0.12) + 0.1 * tf.tanh(_ripple(images))
-        share = tf.sigmoid(20.0 * _mean(images))
+        rises = 40.0 * tf.nn.relu(brightness(images) - 0.12) + 0.1 * tf.tanh(ripple(images))
+        share = tf.sigmoid(20.0 * brightness(images))
         rest = [tf.math.log(0.5 * share), tf.math.log(0.5 * (1.0 - share))]
         return tf.stack([tf.fill(tf.shape(rises), 1.5), rises, *rest], axis=-1)
 
-    images, labels = _grey_images()
+    images, labels = grey_images()
     margin = Restarts(GAMA(_WIDE, weight=0.0), 5)
     assert not margin.run(plateau, images, labels, seed=0).fooled.any()
     # Each start lies on one side or the other, and the relaxation leads further away.
@@ -207,7 +181,8 @@ def test_starts_as_far_as_epsilon_allows(norm):
     threat = ThreatModel(norm, 0.1)
 
     def logits(points):
-        return tf.stack([_mean(points) * 0 + 1.0, _mean(points), _mean(points) - 1], axis=-1)
+        bright = brightness(points)
+        return tf.stack([bright * 0 + 1.0, bright, bright - 1], axis=-1)
 
     result = GAMA(threat, num_steps=1, step_size=1e-6).run(logits, images, np.zeros(5, int), seed=0)
     np.testing.assert_allclose(threat.distance(result.adversarial, images), 0.1, rtol=1e-3)
@@ -242,12 +217,12 @@ def test_distances_of_classes_are_exact_where_the_network_is_linear(norm):
 def test_the_nearest_class_comes_first_though_its_logit_is_small():
     def decoy(images):
         """Class 1 is just below class 0 wherever one goes; class 2 is far below, and in reach."""
-        almost = -0.1 + 0.01 * tf.tanh(_ripple(images))
+        almost = -0.1 + 0.01 * tf.tanh(ripple(images))
         never = tf.fill(tf.shape(almost), -50.0)
-        steep = -1.0 + 10.0 * _mean(images)
+        steep = -1.0 + 10.0 * brightness(images)
         return tf.stack([tf.zeros_like(almost), almost, steep, never], axis=-1)
 
-    images, labels = _grey_images()
+    images, labels = grey_images()
     one = APGDTargeted(_WIDE, num_targets=1, num_steps=20)
     assert not one.run(decoy, images, labels, seed=0).fooled.any()
     nearest = dataclasses.replace(one, target_order="distance")

@@ -11,7 +11,7 @@ import tensorflow as tf
 from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
 from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
-from logit_reg.attacks.engine.losses import attack_loss, is_fooled, margin
+from logit_reg.attacks.engine.losses import attack_loss, is_fooled, label_mask, margin
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
 from logit_reg.attacks.engine.random_numbers import example_noise, random_direction
 from logit_reg.attacks.engine.repeated_passes import RepeatedPasses, with_repeats
@@ -176,9 +176,10 @@ class APGDTargeted(_AutoPGD):
             num_classes: K; counts with `target_order` "distance" only.
         """
         forwards, backwards = super().cost()
-        looks = self.num_samples * min(num_classes - 1, MOST_CANDIDATES)
-        looks *= self.target_order == "distance"
-        return forwards + looks, backwards + looks
+        if self.target_order == "distance":
+            looks = self.num_samples * min(num_classes - 1, MOST_CANDIDATES)
+            return forwards + looks, backwards + looks
+        return forwards, backwards
 
     @property
     def _followed_loss(self):
@@ -569,10 +570,10 @@ def _rank_loss(loss, logits, labels, targets):
     """
     logits = tf.cast(logits, tf.float64)
     if loss == "xent":
-        is_label = tf.one_hot(labels, tf.shape(logits)[1], True, False, dtype=bool)
         differences = logits - tf.gather(logits, labels, batch_dims=1)[:, None]
         return tf.reduce_logsumexp(
-            tf.where(is_label, tf.constant(-np.inf, tf.float64), differences), axis=-1
+            tf.where(label_mask(logits, labels), tf.constant(-np.inf, tf.float64), differences),
+            axis=-1,
         )
     if loss == "dlr":
         top = tf.math.top_k(logits, 3).values

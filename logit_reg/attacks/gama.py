@@ -63,8 +63,9 @@ class GAMA(ActiveGradientAttack):
         true, other = probability_margin_terms(logits, labels)
         unit = tf.stop_gradient(margin_terms(probabilities, labels)[1])
         size = tf.stop_gradient(tf.sqrt(weight * relaxation))
-        share = tf.where(size > 0, unit / tf.maximum(unit + size, _TINY), 1.0)
-        return share * (other - true) + relaxation / tf.maximum(unit + size, _TINY)
+        joint = tf.maximum(unit + size, _TINY)
+        share = tf.where(size > 0, unit / joint, 1.0)
+        return share * (other - true) + relaxation / joint
 
     def step_length(self, step):
         """See `GradientAttack.step_length`."""

@@ -59,9 +59,8 @@ class MD(ActiveGradientAttack):
         del loss_inputs
         terms = margin_terms if self.space == "logits" else probability_margin_terms
         true, other = terms(logits, labels)
-        return tf.where(
-            step < self._num_first, -true if self.first == "label" else other, other - true
-        )
+        term = -true if self.first == "label" else other
+        return tf.where(step < self._num_first, term, other - true)
 
     def step_length(self, step):
         """See `GradientAttack.step_length`."""

@@ -46,6 +46,11 @@ class Fake:
         return self.logits_fn(images)
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What it is, for `audit.json`."""
+        return {"name": self.name, **self.settings}
+
+    @property
     def sha256(self) -> str:
         """Hash of its content, for the records of audits."""
         said = json.dumps([self.name, dict(self.settings), network_hash(self.network)])

@@ -27,7 +27,6 @@ from logit_reg.audit.evidence import (
 from logit_reg.evaluation.statistics import Mean, PairedDifference, Proportion
 from logit_reg.evaluation.units import threat_notices
 
-_SAMPLE = NUM_SAMPLED
 # Of a randomised network: passes of each of two means, and how much further apart than these the
 # means of different batches may lie.
 _NUM_MEAN_PASSES = 8
@@ -65,7 +64,7 @@ def _determinism(evidence: Evidence) -> Outcome:
 
 
 def _nonzero_gradients(evidence: Evidence) -> Outcome:
-    rows = np.flatnonzero(evidence.clean)[:_SAMPLE]
+    rows = np.flatnonzero(evidence.clean)[:NUM_SAMPLED]
     if not len(rows):
         return _nothing_right()
     zero = {}
@@ -203,7 +202,7 @@ def _agreement(first: np.ndarray, second: np.ndarray) -> Mean:
 
 
 def _batch_independence(evidence: Evidence) -> Outcome:
-    rows = np.arange(min(len(evidence.images), _SAMPLE))
+    rows = np.arange(min(len(evidence.images), NUM_SAMPLED))
     images, labels = evidence.images[rows], evidence.labels[rows]
     # A fixed order: it need not be random, only another one.
     shuffled = np.random.default_rng(evidence.seed).permutation(len(rows))
@@ -288,7 +287,7 @@ def _nothing_right():
 
 
 def _passes_of_gradients(evidence: Evidence) -> float:
-    return min(evidence.num_examples, _SAMPLE) * (6 + 2 * (1 + 3 * len(_losses(evidence))))
+    return min(evidence.num_examples, NUM_SAMPLED) * (6 + 2 * (1 + 3 * len(_losses(evidence))))
 
 
 def _passes_of_precision(evidence: Evidence) -> float:
@@ -311,7 +310,7 @@ PRECONDITIONS = (
         f"Normalised logits differ by at most {SAME_LOGITS:g} over {NUM_PASSES} passes.",
         _determinism,
         threshold_origin="src",
-        passes=lambda evidence: NUM_PASSES * min(evidence.num_examples, _SAMPLE),
+        passes=lambda evidence: NUM_PASSES * min(evidence.num_examples, NUM_SAMPLED),
     ),
     Diagnostic(
         3,
@@ -360,6 +359,6 @@ PRECONDITIONS = (
         f"by at most {SAME_LOGITS:g}; of a randomised network, their means by at most "
         f"{_MOST_OF_NOISE:g} times what they differ by from pass to pass.",
         _batch_independence,
-        passes=lambda evidence: 5 * min(evidence.num_examples, _SAMPLE),
+        passes=lambda evidence: 5 * min(evidence.num_examples, NUM_SAMPLED),
     ),
 )

@@ -268,6 +268,8 @@ def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
     settings = settings_of_fake(audited, settings)
     if settings.claim is None:
         raise ValueError("an audit needs a claim; got none.")
+    fake = audited.network.record if isinstance(audited.network, Fake) else None
+    asked = {"fake": fake, "known_accuracy": settings.known_accuracy}
     shape = audited.images.shape[1:]
     # A protocol of the claim's may have another threat model than the audit.
     told = dict.fromkeys(
@@ -297,12 +299,7 @@ def run_audit(audited: Audited, settings: AuditSettings) -> Audit:
         batch_size=audited.batch_size,
         settings={
             **audited.settings,
-            **(
-                {"fake": {"name": f.name, **f.settings}}
-                if isinstance(f := audited.network, Fake)
-                else {}
-            ),
-            **({"known_accuracy": known} if (known := settings.known_accuracy) is not None else {}),
+            **{name: value for name, value in asked.items() if value is not None},
             **({"notices": [dataclasses.asdict(found) for found in told]} if told else {}),
             "versions": versions(),
             "commit": commit(),

@@ -14,7 +14,11 @@ from logit_reg.attacks.engine.forward import batch_spec, call_logits, clean_logi
 from logit_reg.attacks.engine.gradients import gradient_step, logits_and_gradient
 from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
-from logit_reg.attacks.engine.random_numbers import example_noise, uniform_in_ball
+from logit_reg.attacks.engine.random_numbers import (
+    example_noise,
+    random_direction,
+    uniform_in_ball,
+)
 from logit_reg.attacks.engine.repeats import Repeats
 from logit_reg.threat import ThreatModel
 
@@ -198,8 +202,7 @@ class GradientLoop:
             return tf.identity(images)
         threat, draw = self.attack.threat, {"indices": indices, "restart": restart}
         if self.starts_far:
-            distribution = "uniform" if threat.norm == "linf" else "normal"
-            noise = example_noise(distribution, images.shape[1:], stream=stream, **draw)
+            noise = random_direction(threat, images, stream=stream, **draw)
             return threat.project(images + threat.epsilon * threat.ascent_direction(noise), images)
         if self.start_stddev is None:
             return uniform_in_ball(threat, images, stream=stream, **draw)

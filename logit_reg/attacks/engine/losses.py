@@ -15,6 +15,12 @@ def is_finite(logits):
     return tf.reduce_all(tf.math.is_finite(logits), axis=-1)
 
 
+def label_mask(logits, labels):
+    """Where the true logits stand: (N, K), (N,) int -> (N, K) bool."""
+    num_classes = logits.shape[-1] or tf.shape(logits)[-1]
+    return tf.one_hot(labels, num_classes, True, False, dtype=bool)
+
+
 def margin(logits, labels):
     """True logit minus the largest other logit: positive where the image is classified right.
 
@@ -41,8 +47,7 @@ def margin_terms(logits, labels):
         (N,) float each.
     """
     logits = tf.convert_to_tensor(logits)
-    num_classes = logits.shape[-1] or tf.shape(logits)[-1]
-    is_label = tf.one_hot(labels, num_classes, True, False, dtype=bool)
+    is_label = label_mask(logits, labels)
     true_logit = tf.reduce_sum(tf.where(is_label, logits, 0), axis=-1)
     # Masked, where the challenges subtract 1e4: that fails on logits of such a size.
     other = tf.reduce_max(tf.where(is_label, logits.dtype.min, logits), axis=-1)
@@ -63,10 +68,8 @@ def probability_margin_terms(logits, labels):
         (N,) float64 each: p_true - 1 and p_other, both over p_other as a constant, so that
         gradients keep their direction and a size near 1.
     """
-    logits = tf.convert_to_tensor(logits)
-    num_classes = logits.shape[-1] or tf.shape(logits)[-1]
-    is_label = tf.one_hot(labels, num_classes, True, False, dtype=bool)
     log_probability = tf.nn.log_softmax(tf.cast(logits, tf.float64))
+    is_label = label_mask(log_probability, labels)
     wrong = tf.where(is_label, log_probability.dtype.min, log_probability)
     largest = tf.reduce_max(tf.stop_gradient(wrong), axis=-1, keepdims=True)
     wrong = tf.exp(wrong - largest)

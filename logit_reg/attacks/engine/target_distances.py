@@ -49,9 +49,7 @@ def class_distances(active: ActiveExamples, threat: ThreatModel) -> np.ndarray:
     logits = active.clean_logits[rows]
     gaps = np.take_along_axis(logits, labels[:, None], 1) - np.take_along_axis(logits, targets, 1)
     found = np.divide(gaps, slopes, out=np.full(gaps.shape, np.inf), where=slopes > 0)
-    looked = np.full(logits.shape, np.inf)
-    np.put_along_axis(looked, targets, found, axis=1)
-    distances[rows] = looked
+    distances[rows[:, None], targets] = found
     return distances
 
 
