@@ -42,6 +42,7 @@ WITHOUT_EFFECT = {
         (("--adversary=free", "--step_size=0.1"), "--adversary=pgd"),
         (("--adversary=free", "--norandom_start"), "--adversary=pgd"),
         (("--adversary=pgd", "--replays=8"), "--adversary=free"),
+        (("--adversary=fgsm_rs", "--free_gradient=image"), "--adversary=free"),
         (("--ramp_steps=10",), "--adversary=pgd or --adversary=free"),
         (("--reg=squeeze", "--beta=2", "--gamma=1"), "--reg=similarity"),
         (("--smoothing=0.5", "--beta=0"), "--reg=squeeze or squeeze_example"),

@@ -339,7 +339,9 @@ def test_going_on_under_another_rule_of_training_says_so(tmp_path, caplog):
     state_path(tmp_path, 5).touch()
     with run_folder(tmp_path, {"settings": {}, "rules": {}}):
         assert not caplog.text
-    with run_folder(tmp_path, {"settings": {}, "rules": dict(FreeAdversary.rules)}):
+    with run_folder(
+        tmp_path, {"settings": {}, "rules": dict(FreeAdversary(ThreatModel(), 8).rules)}
+    ):
         pass
     expected = "not bit-exactly: free gradient None -> 'with respect to the perturbation'"
     assert expected in caplog.text

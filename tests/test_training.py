@@ -213,8 +213,11 @@ def test_free_adversary_takes_a_smaller_last_batch():
         model.fit(images, labels, batch_size=20, verbose=0)
 
 
-def published_free_perturbation(weights, images, labels, perturbation, epsilon):
-    """One replay of the authors' `free_train.py` on a linear network, in plain numpy."""
+def plain_free_perturbation(weights, images, labels, perturbation, epsilon, gradient_of):
+    """One replay of free training on a linear network, in plain numpy.
+
+    With respect to the perturbation it is that of the authors' `free_train.py`.
+    """
     kernel, bias = (np.asarray(weight, np.float64) for weight in weights)
     summed = images.astype(np.float64) + perturbation
     logits = np.clip(summed, 0, 1).reshape(len(images), -1) @ kernel + bias
@@ -222,32 +225,45 @@ def published_free_perturbation(weights, images, labels, perturbation, epsilon):
     error /= error.sum(-1, keepdims=True)
     error[np.arange(len(labels)), labels] -= 1
     gradient = (error @ kernel.T / len(labels)).reshape(images.shape)
-    # TensorFlow's clip lets the gradient through on the bounds themselves.
-    gradient[(summed < 0) | (summed > 1)] = 0
+    if gradient_of == "perturbation":
+        # TensorFlow's clip lets the gradient through on the bounds themselves.
+        gradient[(summed < 0) | (summed > 1)] = 0
     return np.clip(perturbation + epsilon * np.sign(gradient), -epsilon, epsilon)
 
 
-def test_free_adversary_moves_as_the_published_code_over_24_replays():
+@pytest.mark.parametrize("gradient_of", ["perturbation", "image"])
+def test_free_adversary_moves_as_a_plain_loop_over_24_replays(gradient_of):
     """Three minibatches of eight replays each, from the same weights at every replay."""
-    model, _ = model_that_remembers(8, adversary=FreeAdversary(THREAT, 8))
+    model, seen = model_that_remembers(8, adversary=FreeAdversary(THREAT, 8, gradient=gradient_of))
     model.compile(optimizer=keras.optimizers.SGD(0.5))
     images, labels = some_data(24)
     # Black and white pixels, where the sum leaves the range, and some between.
     images = np.clip(2 * images - 0.4, 0, 1).astype(np.float32)
     expected = np.zeros((8, 6, 6, 1))
-    stayed = []
+    differ = []
     for replay in range(24):
         batch = slice(replay // 8 * 8, replay // 8 * 8 + 8)
         before = expected
         weights = model.network.layers[-1].get_weights()
-        expected = published_free_perturbation(
-            weights, images[batch], labels[batch], before, epsilon=0.3
-        )
+        by_rule = {
+            rule: plain_free_perturbation(weights, images[batch], labels[batch], before, 0.3, rule)
+            for rule in ("perturbation", "image")
+        }
+        expected = by_rule.pop(gradient_of)
+        (other,) = by_rule.values()
         model.update(images[batch], labels[batch])
+        shown = seen.images.numpy()
+        np.testing.assert_allclose(shown, np.clip(images[batch] + before, 0, 1), atol=1e-6)
+        assert shown.min() >= 0 and shown.max() <= 1
         np.testing.assert_allclose(model.adversary_state.numpy(), expected, atol=1e-6)
-        stayed.append(np.mean((expected == before) & (np.abs(before) > 0)))
-    # The rule matters: a gradient after the clip would move more of them.
-    assert np.mean(stayed) > 0.1
+        differ.append(np.mean(expected != other))
+    assert max(differ) > 0.1, "the rule has to matter here"
+
+
+def test_the_default_of_free_training_is_the_published_rule():
+    assert FreeAdversary(THREAT, 8).gradient == "perturbation"
+    with pytest.raises(ValueError, match="perturbation, image; got 'sum'"):
+        FreeAdversary(THREAT, 8, gradient="sum")
 
 
 def test_all_replays_of_a_minibatch_have_one_crop_and_the_next_one_another():

@@ -97,6 +97,14 @@ flags.DEFINE_enum(
     f"mode of BatchNorm while {_with('attack_batch_norm')} attacks (evaluation)",
 )
 flags.DEFINE_integer("replays", None, f"replays of each minibatch with {_with('replays')} (8)")
+flags.DEFINE_enum(
+    "free_gradient",
+    None,
+    ["perturbation", "image"],
+    "what free training moves along: the gradient with respect to the perturbation, as published "
+    "(0 where the image leaves the pixel range), or to the clipped image (perturbation; image on "
+    "MNIST)",
+)
 
 flags.DEFINE_integer("width", None, "width of CIFAR's network (10; 1 is narrow)")
 flags.DEFINE_integer("max_num_training_steps", None, "number of optimiser steps")

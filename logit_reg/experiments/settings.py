@@ -65,7 +65,7 @@ class RunSettings:
     """Whether noisy images are clipped to the pixel range."""
     adversary: str = "none"
     """What finds the images to train on, one of `training.adversaries.ADVERSARIES`; it says which
-    of the settings from here to `replays` have an effect."""
+    of the settings from here to `free_gradient` have an effect."""
     epsilon: float = 0.3
     """Linf budget of the adversary, pixel units."""
     num_steps: int = 0
@@ -84,6 +84,8 @@ class RunSettings:
     """Mode of BatchNorm during the attack: "evaluation" or "training"."""
     replays: int = 1
     """Training steps in a row on the same minibatch."""
+    free_gradient: str = "perturbation"
+    """What free training's gradient is taken with respect to: "perturbation" or "image"."""
     width: int = 0
     """Width factor of the wide ResNet; 0 for a network of one size."""
     max_num_training_steps: int = _DEMO_STEPS

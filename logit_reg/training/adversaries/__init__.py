@@ -40,7 +40,7 @@ class Entry:
 ADVERSARIES: Mapping[str, Entry] = {
     "none": Entry("none.NoAdversary"),
     "pgd": Entry("pgd.PGDAdversary", (*_STEPS, "attack_batch_norm")),
-    "free": Entry("free.FreeAdversary", ("epsilon", "ramp_steps", "replays")),
+    "free": Entry("free.FreeAdversary", ("epsilon", "ramp_steps", "replays", "free_gradient")),
     "fgsm_rs": Entry("fgsm_rs.FGSMRSAdversary", _SINGLE_STEP, has_recipe=True),
     "n_fgsm": Entry("n_fgsm.NFGSMAdversary", _SINGLE_STEP, has_recipe=True),
     "gat": Entry("gat.GATAdversary", _SINGLE_STEP, has_recipe=True, reg="gat"),

@@ -69,14 +69,19 @@ class Adversary(Protocol):
     wants_clean_logits: ClassVar[bool] = False
     """Whether `find` needs `Batch.clean_logits`. Their forward pass comes first: the network's own
     losses (`add_loss`) are of the last. The objective has an attribute of this name as well."""
-    rules: ClassVar[Mapping[str, str]] = {}
-    """What an earlier version computed otherwise, for run.json: a run that it began does not go on
-    bit-exactly."""
 
     @property
     def description(self) -> str:
         """The method in two or three words, for tables and names of runs."""
         return ""
+
+    @property
+    def rules(self) -> Mapping[str, str]:
+        """What an earlier version computed otherwise, for run.json.
+
+        A run that it began does not go on bit-exactly.
+        """
+        return {}
 
     @property
     def cost(self) -> tuple[int, int]:
