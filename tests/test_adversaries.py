@@ -153,3 +153,17 @@ def test_replays_of_a_data_set_in_fit_train_as_the_steps_of_the_published_rule()
     np.testing.assert_array_equal(*perturbations)
     with pytest.raises(ValueError, match="replays must be at least 1; got 0"):
         replayed(batches, 0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "gradient"),
+    [("mnist", "image"), ("fashion_mnist", "image"), ("cifar10", "perturbation")],
+)
+def test_free_training_moves_black_pixels_on_mnist_and_follows_its_authors_on_cifar(
+    dataset, gradient
+):
+    found = resolve_settings({"dataset": dataset, "adversary": "free"})
+    assert found.free_gradient == found.training_adversary.gradient == gradient
+    assert found.training_adversary.rules == {"free gradient": f"with respect to the {gradient}"}
+    given = {"dataset": dataset, "adversary": "free", "free_gradient": "perturbation"}
+    assert resolve_settings(given).training_adversary.gradient == "perturbation"

@@ -805,6 +805,7 @@ OFF = {
     "sigma": 0.0,
     "clip_noise": True,
     "replays": 1,
+    "free_gradient": "perturbation",
     "ramp_steps": 0,
     "init_checkpoint": "",
     "keep_checkpoint_steps": (),
