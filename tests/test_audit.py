@@ -335,6 +335,9 @@ FAKES = {
 def test_fakes_of_other_networks_and_magnitudes_are_seen(name, dense):
     network, case = dense
     number, fake = FAKES[name]
+    if number == 33:
+        # A random network is attacked many times over.
+        case = case | {part: case[part][:30] for part in ("images", "labels")}
     assert outcome(number, lambda x: fake(network, x), **case).status == "fail"
 
 
