@@ -240,7 +240,7 @@ def test_free_adversary_moves_as_a_plain_loop_over_24_replays(gradient_of):
     # Black and white pixels, where the sum leaves the range, and some between.
     images = np.clip(2 * images - 0.4, 0, 1).astype(np.float32)
     expected = np.zeros((8, 6, 6, 1))
-    differ = []
+    differ, stayed = [], []
     for replay in range(24):
         batch = slice(replay // 8 * 8, replay // 8 * 8 + 8)
         before = expected
@@ -257,7 +257,11 @@ def test_free_adversary_moves_as_a_plain_loop_over_24_replays(gradient_of):
         assert shown.min() >= 0 and shown.max() <= 1
         np.testing.assert_allclose(model.adversary_state.numpy(), expected, atol=1e-6)
         differ.append(np.mean(expected != other))
+        stayed.append(np.mean((expected == before) & (np.abs(before) > 0)))
     assert max(differ) > 0.1, "the rule has to matter here"
+    if gradient_of == "perturbation":
+        # A gradient after the clip would move more of them.
+        assert np.mean(stayed) > 0.1
 
 
 def test_the_default_of_free_training_is_the_published_rule():
