@@ -11,10 +11,11 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from logit_reg import Objective, RegularizedModel, ThreatModel
 from logit_reg.training.adversaries.fgsm_rs import FGSMRSAdversary
+from logit_reg.training.learning_rates import Cyclic
+from madry_compat.data import load, to_pixels
 
 EPOCHS, BATCH_SIZE, PEAK_RATE = 10, 100, 5e-3
 STEPS = EPOCHS * 60_000 // BATCH_SIZE
@@ -25,16 +26,6 @@ class UnclippedStart(FGSMRSAdversary):
 
     def _within_range(self, images):
         return images
-
-
-class Cyclic(keras.optimizers.schedules.LearningRateSchedule):
-    """Up to the peak over two fifths of the training, then down to 0."""
-
-    def __call__(self, step):
-        """The rate of a step."""
-        now, top = tf.cast(step, tf.float32) + 1, 2 * STEPS / 5
-        up, down = now / top, (STEPS - now) / (STEPS - top)
-        return PEAK_RATE * tf.where(now < top, up, down)
 
 
 def drawn(fan_in):
@@ -67,15 +58,15 @@ def small_network():
 def main(folder, seed, path):
     """Train and save."""
     keras.utils.set_random_seed(seed)
-    digits = tfds.load("mnist", split="train", data_dir=folder, batch_size=-1, download=False)
-    images = (digits["image"].numpy() / 255).astype(np.float32)
+    digits = load("mnist", "train", folder)
+    images = to_pixels(digits.images, "mnist")
     network = small_network()
     adversary = UnclippedStart(ThreatModel("linf", epsilon=0.3), step_size=0.375, start_noise=0.3)
     model = RegularizedModel(
         network, Objective(), adversary=adversary, bounds=(0.0, 1.0), seed=seed
     )
-    model.compile(optimizer=keras.optimizers.Adam(Cyclic(), epsilon=1e-8))
-    batches = tf.data.Dataset.from_tensor_slices((images, digits["label"].numpy()))
+    model.compile(optimizer=keras.optimizers.Adam(Cyclic(PEAK_RATE, STEPS), epsilon=1e-8))
+    batches = tf.data.Dataset.from_tensor_slices((images, digits.labels))
     model.fit(batches.shuffle(60_000, seed=seed).batch(BATCH_SIZE), epochs=EPOCHS, verbose=2)
     network.save(path)
 
