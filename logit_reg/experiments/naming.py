@@ -19,6 +19,7 @@ _LATER_SETTINGS = (
     "ema_momentum",
     "num_robustness_steps",
     "stop_on_overfitting",
+    "free_gradient",
 )
 
 
