@@ -79,7 +79,7 @@ class _AutoPGD(ActiveSetAttack):
 
     def _ascent(self, loss: str) -> "_Ascent | _SparseAscent":
         kind = _SparseAscent if self.threat.norm == "l1" else _Ascent
-        return kind(self.threat, loss, self.num_steps)
+        return kind(self.threat, loss)
 
     def _starts(self, active) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
         """For each run the names of its random stream, and the targets."""
@@ -91,9 +91,8 @@ class _AutoPGD(ActiveSetAttack):
 
     def _attack(self, active):
         for names, targets in self._starts(active):
-            self._ascent(self._followed_loss).run(
-                active, targets, stream=active.examples.stream(self, *names)
-            )
+            stream = active.examples.stream(self, *names)
+            self._ascent(self._followed_loss).run(active, targets, self.num_steps, stream=stream)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +283,6 @@ class _Run:
 
     threat: ThreatModel
     loss: str
-    num_steps: int
 
     def _judge(self, logits_fn, gradient_logits_fn, points, labels, targets, fooled):
         """Logits that judge, the loss to rank by, the unscaled gradient, the number of rechecks."""
@@ -309,7 +307,7 @@ class _Run:
 class _Ascent(_Run):
     """One run of Algorithm 1 from one random start."""
 
-    def run(self, active, targets, *, stream):
+    def run(self, active, targets, num_steps, *, stream):
         """Attack who is still robust; `targets` are those of all."""
         rows, given, functions = active.rows, active.examples, active.functions
         if not len(rows):
@@ -324,7 +322,7 @@ class _Ascent(_Run):
         active.count(num_again, forwards=1)
         candidates = state.current
         is_first = True
-        for steps in (*periods(self.num_steps), 0):
+        for steps in (*periods(num_steps), 0):
             if active.is_repeated and not is_first:
                 active.record(rows, state.best, fooled)
             keep = active.record(rows, candidates, fooled)
@@ -425,7 +423,7 @@ class _Ascent(_Run):
 class _SparseAscent(_Run):
     """One run in l1 from one random start, through balls that shrink to epsilon."""
 
-    def run(self, active, targets, *, stream):
+    def run(self, active, targets, num_steps, *, stream):
         """Attack who is still robust; `targets` are those of all."""
         rows, given, functions = active.rows, active.examples, active.functions
         image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
@@ -435,10 +433,10 @@ class _SparseAscent(_Run):
         point = start(examples[0], given.indices[rows], stream, given.restart)
         # Another network's logits may judge the iterates: one more forward each.
         passes = num_forwards(*functions)
-        for scale, num_steps in sparse_stages(self.num_steps):
+        for scale, stage_steps in sparse_stages(num_steps):
             if not len(rows):
                 return
-            period = max(int(_SPARSE_PERIOD * num_steps), 1)
+            period = max(int(_SPARSE_PERIOD * stage_steps), 1)
             chunk = period * math.ceil(_STEPS_PER_CHUNK / period)
             state, fooled, num_again = self._begun(functions, *examples, point, scale)
             candidates, num_done, steps = state.current, 0, 1
@@ -451,9 +449,9 @@ class _SparseAscent(_Run):
                     keep = active.record(rows, candidates.numpy(), fooled.numpy())
                     rows, examples, state = rows[keep], take(examples, keep), take(state, keep)
                 state = _SparseState(*state)
-                if not len(rows) or num_done == num_steps:
+                if not len(rows) or num_done == stage_steps:
                     break
-                steps = min(chunk, num_steps - num_done)
+                steps = min(chunk, stage_steps - num_done)
                 state, candidates, fooled, num_again = self._advanced(
                     functions, *examples, state, scale, period, steps
                 )

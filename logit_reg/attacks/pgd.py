@@ -87,3 +87,7 @@ class PGD(GradientAttack):
         """See `GradientAttack.step_length`; the same at every step."""
         del step
         return self.step_size
+
+    def unit(self):
+        """See `GradientAttack.unit`; where to start and when to stop are the loop's to decide."""
+        return dataclasses.replace(super().unit(), random_start=True, early_stop=False)

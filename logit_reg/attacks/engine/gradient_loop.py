@@ -39,7 +39,7 @@ class GradientAttack(ImageAttack):
 
     same_steps = False
     """Whether loss and length of a step do not depend on its number: images that walk in a circle
-    then take no more work, see `Repeats`."""
+    then take no more work, see `Repeats`, and `unit` shares a trace."""
 
     def step_loss(self, step, logits, labels, loss_inputs):
         """The loss to ascend at a step.
@@ -58,6 +58,17 @@ class GradientAttack(ImageAttack):
     def step_length(self, step) -> Any:
         """Length of a step in the threat model's norm, pixel units: () float."""
         raise NotImplementedError
+
+    def unit(self):
+        """The same attack with epsilon, length and number of steps 1, where they are all the same.
+
+        It is what a trace is made of, so that one serves for any of these three numbers.
+        """
+        if not self.same_steps:
+            return self
+        threat = dataclasses.replace(self.threat, epsilon=1.0)
+        # Dataclasses with these fields, all that have the same steps.
+        return dataclasses.replace(self, threat=threat, num_steps=1, step_size=1.0)  # type: ignore
 
 
 class ActiveGradientAttack(GradientAttack, ActiveSetAttack):
@@ -135,24 +146,25 @@ class GradientLoop:
         Returns:
             An `AttackResult` for the N images.
         """
-        images = examples.images
+        images, attack = examples.images, self.attack
         image, flags = batch_spec(images.shape[1:]), batch_spec((), tf.bool)
-        numbers, scalar = batch_spec((), tf.int64), tf.TensorSpec((), tf.int64)
+        whole, number = tf.TensorSpec((), tf.int64), tf.TensorSpec(())
         loss_input = batch_spec(loss_inputs.shape[1:], loss_inputs.dtype)
-        start = compiled(self, "_start", (), (image, numbers, scalar, scalar))
-        scalars = (scalar, scalar, tf.TensorSpec((), tf.bool))
-        signature = (image, numbers, loss_input, image, image, flags, *scalars)
+        scalars = (whole, whole, tf.TensorSpec((), tf.bool), number, number)
+        signature = (image, batch_spec((), tf.int64), loss_input, image, image, flags, *scalars)
+        steps_fn = _Steps(attack.unit())
+        scales = (attack.threat.epsilon, attack.step_length(0)) if attack.same_steps else (1.0, 1.0)
 
         functions = examples.functions(logits_fn)
         passes = num_forwards(*functions)
-        current = start(images, examples.indices, stream, examples.restart).numpy()
+        current = self._starting_points(examples, stream)
         active = ActiveSet(current.copy(), functions[0], examples.labels)
         rows, repeats = active.rows, Repeats(len(images))
         stops = self.early_stop and not active.is_repeated
         chunk = _STEPS_PER_CHUNK if stops or active.is_repeated else self.num_steps
         for begin, end, pair in self._chunks(chunk, *functions):
             is_last = end == self.num_steps
-            advance = compiled(self, "_advance", pair, signature)
+            advance = compiled(steps_fn, "advance", pair, signature)
             awake = repeats.awake(rows, begin)
             if stops and self.attack.same_steps and not is_screened(pair[1]):
                 awake = repeats.look(advance, awake, current[awake], begin, self.num_steps)
@@ -167,7 +179,7 @@ class GradientLoop:
             given = take((images, examples.labels, loss_inputs), awake)
             state = take((current, active.adversarial, active.fooled), awake)
             try:
-                moved = advance(*given, *state, begin, end, is_last)
+                moved = advance(*given, *state, begin, end, is_last, *scales)
             except tf.errors.InvalidArgumentError:
                 # One line for the usual reason: other than one row of logits an image.
                 clean_logits(logits_fn, images[:2])
@@ -197,19 +209,46 @@ class GradientLoop:
             yield begin, end, (logits_fn, logits_fn if is_precise else gradient_logits_fn)
             begin = end
 
-    def _start(self, images, indices, stream, restart):
+    def _starting_points(self, examples, stream):
+        """(N, H, W, C) float32 arrays to start from."""
+        images, threat = examples.images, self.attack.threat
         if not self.random_start:
-            return tf.identity(images)
-        threat, draw = self.attack.threat, {"indices": indices, "restart": restart}
-        if self.starts_far:
-            noise = random_direction(threat, images, stream=stream, **draw)
-            return threat.project(images + threat.epsilon * threat.ascent_direction(noise), images)
-        if self.start_stddev is None:
-            return uniform_in_ball(threat, images, stream=stream, **draw)
-        noise = example_noise("normal", images.shape[1:], stream=stream, **draw)
-        return threat.project(images + self.start_stddev * noise, images)
+            return images.copy()
+        draw = _Start(dataclasses.replace(threat, epsilon=1.0), self.start_stddev, self.starts_far)
+        image, numbers = batch_spec(images.shape[1:]), batch_spec((), tf.int64)
+        scalar = tf.TensorSpec((), tf.int64)
+        signature = (image, numbers, scalar, scalar, tf.TensorSpec(()))
+        start = compiled(draw, "draw", (), signature)
+        return start(images, examples.indices, stream, examples.restart, threat.epsilon).numpy()
 
-    def _advance(
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Random starts, for a threat model with epsilon 1."""
+
+    threat: ThreatModel
+    stddev: float | None
+    is_far: bool
+
+    def draw(self, images, indices, stream, restart, epsilon):
+        """Compiled: see `GradientLoop`."""
+        threat, draw = self.threat, {"stream": stream, "indices": indices, "restart": restart}
+        if self.is_far:
+            direction = threat.ascent_direction(random_direction(threat, images, **draw))
+            return threat.project(images + epsilon * direction, images, epsilon)
+        if self.stddev is None:
+            return uniform_in_ball(threat, images, scale=epsilon, **draw)
+        noise = example_noise("normal", images.shape[1:], **draw)
+        return threat.project(images + self.stddev * noise, images, epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Steps of an attack's `unit`."""
+
+    attack: GradientAttack
+
+    def advance(
         self,
         logits_fn,
         gradient_logits_fn,
@@ -222,8 +261,10 @@ class GradientLoop:
         begin,
         end,
         is_last,
+        epsilon_scale,
+        length_scale,
     ):
-        """Take some steps; each judges the current iterate before it moves."""
+        """Compiled: take some steps; each judges the current iterate before it moves."""
 
         def judge(logits, current, adversarial, fooled):
             now = is_fooled(logits, labels)
@@ -240,8 +281,9 @@ class GradientLoop:
                 logits_fn, gradient_logits_fn, current, logits, labels, fooled
             )
             adversarial, fooled, _ = judge(logits, current, adversarial, fooled)
+            length = length_scale * self.attack.step_length(step)
             moved = gradient_step(
-                self.attack.threat, current, gradient, images, self.attack.step_length(step)
+                self.attack.threat, current, gradient, images, length, epsilon_scale
             )
             return step + 1, moved, adversarial, fooled, num_again + again
 
