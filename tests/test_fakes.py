@@ -16,7 +16,7 @@ from logit_reg.audit.evidence import Evidence
 from logit_reg.audit.fakes import FAKES, Fake, nearest_neighbours, temperature
 from logit_reg.audit.run import DIAGNOSTICS, run_test
 from logit_reg.evaluation.run import evaluate
-from logit_reg.experiments.audits import AuditSettings, audited_own, fake_kind, settings_of_fake
+from logit_reg.experiments.audits import AuditSettings, audited_own, settings_of_fake
 from logit_reg.experiments.own_models import OwnModel
 from logit_reg.experiments.reports import write_verdicts
 from logit_reg.messages import UsageError
@@ -199,7 +199,7 @@ def test_noise_is_no_dependence_on_the_batch():
 
 def test_a_fake_that_there_is_not_is_refused():
     with pytest.raises(UsageError, match="--fake=nothing: there is no such fake; choose from temp"):
-        fake_kind("nothing")
+        AuditSettings(fake="nothing")
 
 
 def test_own_images_have_no_references():

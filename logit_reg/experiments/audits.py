@@ -11,7 +11,7 @@ import numpy as np
 from logit_reg.attacks import APGD, PGD, APGDTargeted, Attack, AttackWarning
 from logit_reg.audit import Audit, Control, audit
 from logit_reg.audit.evidence import CONTROL_KINDS
-from logit_reg.audit.fakes import FAKES, Fake, Kind
+from logit_reg.audit.fakes import FAKES, Fake
 from logit_reg.audit.run import check_audited
 from logit_reg.evaluation import units
 from logit_reg.evaluation.ledger import attack_settings, threat_word
@@ -92,6 +92,11 @@ class AuditSettings:
     download: bool = False
     show_progress: bool = False
 
+    def __post_init__(self):
+        if self.fake is not None and self.fake not in FAKES:
+            names = ", ".join(FAKES)
+            raise UsageError(f"--fake={self.fake}: there is no such fake; choose from {names}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Audited:
@@ -136,7 +141,7 @@ def audited_challenge(model: Model, name: str, settings: AuditSettings) -> Audit
     folder = model.folder or RUNS / "audits" / network_name(model.path, model.network, name)
     best = record.published_ceiling(threat.norm, threat.epsilon)
     references = None
-    if settings.fake and "references" in fake_kind(settings.fake).takes:
+    if settings.fake and "references" in FAKES[settings.fake].takes:
         training = load_split(name, "train", settings.data_dir, download=settings.download)
         references = to_pixels(training.images[:_NUM_REFERENCES], name)
     audited = Audited(
@@ -185,22 +190,11 @@ def audited_own(own: OwnModel, settings: AuditSettings) -> Audited:
     )
 
 
-def fake_kind(name: str) -> Kind:
-    """A kind of fake by its name.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    if name not in FAKES:
-        raise UsageError(f"--fake={name}: there is no such fake; choose from {', '.join(FAKES)}.")
-    return FAKES[name]
-
-
 def _behind(network, settings: AuditSettings, threat: ThreatModel, references):
     """The network that is audited: as it is, or behind the fake that was asked for."""
     if settings.fake is None:
         return network
-    kind = fake_kind(settings.fake)
+    kind = FAKES[settings.fake]
     if "references" in kind.takes and references is None:
         raise UsageError(
             f"--fake={settings.fake} needs training images, and your own data have none."
