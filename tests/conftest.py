@@ -45,6 +45,22 @@ def pytest_runtest_setup(item):
             tf.config.optimizer.set_experimental_options({_OPTIMISER_OFF: not optimises})
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After a module's last test forget its traces, and keep what is left out of collections.
+
+    Keras collects whenever a layer loses a variable, which takes seconds on the heap of a whole
+    suite.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        if "logit_reg.attacks.engine.forward" in sys.modules:
+            from logit_reg.attacks.engine.forward import forget_traces
+
+            forget_traces()
+        gc.collect()
+        gc.freeze()
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

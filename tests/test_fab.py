@@ -15,7 +15,8 @@ from exact_margins import (
     shortest_moves,
 )
 
-from logit_reg.attacks.fab import FAB, FABTargeted, project_on_hyperplane
+from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
+from logit_reg.attacks.fab import FAB, FABTargeted
 from logit_reg.evaluation.run import check_threat, distances
 from logit_reg.threat import ThreatModel
 

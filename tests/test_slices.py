@@ -13,7 +13,7 @@ from test_chain import tiny, tiny_images
 from test_report import save_run, save_strong
 
 from logit_reg.attacks import FAB, PGD, Square
-from logit_reg.attacks.fab import project_on_hyperplane
+from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
 from logit_reg.evaluation.ledger import read_ledger
 from logit_reg.experiments.evaluations import evaluate_protocols
 from logit_reg.experiments.merging import merge_slices

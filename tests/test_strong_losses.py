@@ -261,3 +261,35 @@ def test_plain_pgd_is_what_a_sure_network_misleads():
 def test_bad_settings_are_refused(make, settings, message):
     with pytest.raises(ValueError, match=message):
         make(LINF, **settings)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_distances_of_classes_within_the_pixel_range_are_exact_there(norm):
+    classifier = LinearClassifier(6)
+    images, labels = classifier.examples(12, box_is_active=True)
+    # From a black image nothing gets darker: a class that only that would help is out of reach.
+    images[0] = 0.0
+    labels[0] = int(np.argmax(classifier(images[:1]).numpy()))
+    active = ActiveExamples(classifier, Examples(images, labels, np.arange(12), seed=0))
+    rows = active.rows
+    assert 0 in rows
+    found = class_distances(active, ThreatModel(norm, 0.1), in_range=True)[rows]
+    nearest = classifier.margins(images[rows], labels[rows], norm)
+    np.testing.assert_allclose(found.min(axis=1), nearest, rtol=1e-3)
+    without = class_distances(active, ThreatModel(norm, 0.1))[rows]
+    assert np.all(found >= (1 - 1e-4) * without)
+    reaches = np.isfinite(found).any(axis=1)
+    assert (found[reaches].min(axis=1) > 1.001 * without[reaches].min(axis=1)).any()
+
+
+def test_a_class_that_the_pixel_range_keeps_out_is_infinitely_far():
+    def logits(images):
+        dark = -tf.reduce_sum(images, axis=(1, 2, 3))
+        return tf.stack([0.0 * dark + 0.1, dark, 0.01 * (0.0 - dark)], axis=1)
+
+    images = np.zeros((1, *SHAPE), np.float32)
+    active = ActiveExamples(logits, Examples(images, np.array([0]), np.arange(1), seed=0))
+    found = class_distances(active, ThreatModel("l2", 0.1), in_range=True)[0]
+    assert np.isinf(found[:2]).all()
+    # 36 pixels rise alike until their sum is 10.
+    assert found[2] == pytest.approx(10 / 6, rel=1e-3)

@@ -13,15 +13,17 @@ from logit_reg.attacks.engine.closest import (
     farthest,
     keep_closer,
     look,
+    nearest_targets,
+    num_looks,
     per_image,
     start_of,
     towards,
 )
 from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
+from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
 from logit_reg.attacks.engine.losses import is_fooled
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.attacks.engine.random_numbers import uniform_in_ball
-from logit_reg.attacks.fab import project_on_hyperplane
 from logit_reg.threat import ThreatModel
 
 # Of a walk, as FAB's: the largest weight of the image's own projection, the overshoot across the
@@ -59,23 +61,28 @@ class MinimumNorm(ClosestAttack):
 
     threat: ThreatModel
     """Norm, budget and pixel range. Epsilon bounds what `run` returns, not the search."""
-    num_targets: int = 9
-    """Number of target classes, those with the largest clean logits first, cut to the number of
-    wrong classes."""
-    num_steps: int = 36
-    """Number of updates of each of the two walks and of the search in balls, for each target. 36
-    for each of 9 targets take 1,986 passes, forward and backward."""
+    num_targets: int = 4
+    """Number of target classes, the nearest first by the linearised boundaries, cut to the number
+    of wrong classes."""
+    num_steps: int = 81
+    """Number of updates of each of the two walks and of the search in balls, for each target. 81
+    for each of 4 targets take 1,989 passes, forward and backward."""
 
     def __post_init__(self):
         for name in ("num_targets", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
-    def cost(self):
-        """Return the most forwards and backwards that one image can take."""
-        searches = 3 * self.num_targets
-        forwards = searches * (self.num_steps + 1) + _HALVINGS + 1 + NUM_CONFIRMATIONS
-        return forwards, searches * self.num_steps
+    def cost(self, num_classes: int = 10):
+        """Return the most forwards and backwards that one image can take.
+
+        Args:
+            num_classes: K.
+        """
+        searches = 3 * min(self.num_targets, num_classes - 1)
+        looks = num_looks(self.num_targets, num_classes)
+        forwards = searches * (self.num_steps + 1) + looks + _HALVINGS + 1 + NUM_CONFIRMATIONS
+        return forwards, searches * self.num_steps + looks
 
     def _search(self, active):
         rows, given = active.rows, active.examples
@@ -86,7 +93,7 @@ class MinimumNorm(ClosestAttack):
         approach = compiled(self, "_approach", functions, signature)
         passes = 1 + (functions[0] is not functions[1])
         closest, distance = given.images[rows], np.full(len(rows), np.inf, np.float32)
-        for name, targets in active.targets(self.num_targets):
+        for name, targets in nearest_targets(active, self.threat, self.num_targets):
             state = take((given.images, given.labels, targets, given.indices), rows)
             found = approach(*state, closest, distance, given.stream(self, name), given.restart)
             closest, distance = (tensor.numpy() for tensor in found)

@@ -8,23 +8,31 @@ import tensorflow as tf
 from logit_reg.attacks.engine.active_set import ActiveExamples
 from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
+from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.threat import ThreatModel
+
+# Share of the way to a boundary that rounding may take.
+_ROUNDING = 1e-4
 
 MOST_CANDIDATES = 100
 """Wrong classes that are looked at, those with the largest clean logits, as published."""
 
 
-def class_distances(active: ActiveExamples, threat: ThreatModel) -> np.ndarray:
+def class_distances(
+    active: ActiveExamples, threat: ThreatModel, *, in_range: bool = False
+) -> np.ndarray:
     """How far the boundary to each class is from the clean images, by the gradient there.
 
     Args:
         active: the examples; only those that are still robust are looked at.
-        threat: decides the norm.
+        threat: decides the norm, and the pixel range.
+        in_range: whether the way there keeps to the pixel range.
 
     Returns:
-        (N, K) float, pixel units: the difference of the logits over the dual norm of its gradient;
-        infinite for classes that were not looked at or have no slope.
+        (N, K) float, pixel units: the difference of the logits over the dual norm of its gradient,
+        or with `in_range` the length of the projection; infinite for classes that were not looked
+        at, have no slope or are out of reach.
 
     Source:
         Melamed et al. 2024, arXiv:2407.02240 (MALT), section 3. Deviation: the paper divides by
@@ -38,17 +46,12 @@ def class_distances(active: ActiveExamples, threat: ThreatModel) -> np.ndarray:
     targets = np.stack(ranked, axis=1)
     examples = active.examples
     images, labels = examples.images[rows], examples.labels[rows]
-    signature = (
-        batch_spec(images.shape[1:]),
-        batch_spec((), tf.int64),
-        batch_spec(targets.shape[1:], tf.int64),
-    )
-    look = compiled(_Look(threat), "slopes", (exact_gradient_fn(*active.functions),), signature)
-    slopes = look(images, labels, targets).numpy()
+    numbers = batch_spec((), tf.int64)
+    signature = (batch_spec(images.shape[1:]), numbers, batch_spec(targets.shape[1:], tf.int64))
+    functions = (exact_gradient_fn(*active.functions),)
+    look = compiled(_Look(threat, in_range), "distances", functions, signature)
+    found = look(images, labels, targets).numpy()
     active.count(len(rows), forwards=targets.shape[1], backwards=targets.shape[1])
-    logits = active.clean_logits[rows]
-    gaps = np.take_along_axis(logits, labels[:, None], 1) - np.take_along_axis(logits, targets, 1)
-    found = np.divide(gaps, slopes, out=np.full(gaps.shape, np.inf), where=slopes > 0)
     distances[rows[:, None], targets] = found
     return distances
 
@@ -56,16 +59,31 @@ def class_distances(active: ActiveExamples, threat: ThreatModel) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class _Look:
     threat: ThreatModel
+    in_range: bool
 
-    def slopes(self, logits_fn, images, labels, targets):
-        """(N, number of targets) dual norms of the gradients of target minus true logit."""
+    def distances(self, logits_fn, images, labels, targets):
+        """(N, number of targets) distances to the linearised boundaries."""
 
-        def slope(targets):
-            def loss(logits):
+        def distance(targets):
+            def rise(logits):
                 target_logit = tf.gather(logits, targets, batch_dims=1)
                 return target_logit - tf.gather(logits, labels, batch_dims=1)
 
-            return self.threat.slope(logits_and_gradient(logits_fn, images, loss)[1])
+            logits, gradient = logits_and_gradient(logits_fn, images, rise)
+            gap = tf.cast(-rise(logits), images.dtype)
+            if self.in_range:
+                return self._projected(images, gradient, gap)
+            slope = self.threat.slope(gradient)
+            return tf.where(slope > 0, tf.math.divide_no_nan(gap, slope), np.inf)
 
-        found = tf.map_fn(slope, tf.transpose(targets), fn_output_signature=images.dtype)
+        found = tf.map_fn(distance, tf.transpose(targets), fn_output_signature=images.dtype)
         return tf.transpose(found)
+
+    def _projected(self, images, gradient, gap):
+        """(N,) distances within the pixel range; infinite where it ends before the boundary."""
+        points, normal = (tf.reshape(x, (tf.shape(x)[0], -1)) for x in (images, gradient))
+        move = project_on_hyperplane(points, normal, -gap, self.threat)
+        gained = tf.reduce_sum(normal * move, axis=1)
+        move = tf.reshape(move, tf.shape(images))
+        length = self.threat.distance(move, tf.zeros_like(move))
+        return tf.where(gained >= (1 - _ROUNDING) * gap, length, np.inf)
