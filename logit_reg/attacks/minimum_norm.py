@@ -13,9 +13,9 @@ from logit_reg.attacks.engine.closest import (
     farthest,
     keep_closer,
     look,
-    nearest_targets,
     num_looks,
     per_image,
+    search_targets,
     start_of,
     towards,
 )
@@ -52,21 +52,20 @@ class MinimumNorm(ClosestAttack):
     returns it and its distance anyway, which bounds the true one from above.
 
     Source:
-        Carlini et al. 2019, arXiv:1902.06705, asks for accuracy against epsilon. The walk takes
-        the projections of Croce and Hein 2020, arXiv:1907.02044, one pass forward and one
-        backward a step; the steps in a ball are those of Madry et al. 2018, arXiv:1706.06083.
-        Entering a ball at the closest image, as boundary attacks do (Brendel et al. 2018,
-        arXiv:1712.04248), finds gradients where there are none around the image itself.
+        Carlini et al. 2019, arXiv:1902.06705, asks for accuracy against epsilon. The walk is that
+        of Croce and Hein 2020, arXiv:1907.02044; the steps in a ball are those of Madry et al.
+        2018, arXiv:1706.06083. Entering a ball at the closest image, as boundary attacks do
+        (Brendel et al. 2018, arXiv:1712.04248), finds gradients where there are none around the
+        image itself.
     """
 
     threat: ThreatModel
     """Norm, budget and pixel range. Epsilon bounds what `run` returns, not the search."""
     num_targets: int = 4
-    """Number of target classes, the nearest first by the linearised boundaries, cut to the number
-    of wrong classes."""
-    num_steps: int = 81
-    """Number of updates of each of the two walks and of the search in balls, for each target. 81
-    for each of 4 targets take 1,989 passes, forward and backward."""
+    """Number of target classes, see `search_targets`, cut to the number of wrong classes."""
+    num_steps: int = 61
+    """Number of updates of each of the two walks and of the search in balls, for each target. 61
+    for each of 4 targets take 1,997 passes, forward and backward."""
 
     def __post_init__(self):
         for name in ("num_targets", "num_steps"):
@@ -79,27 +78,37 @@ class MinimumNorm(ClosestAttack):
         Args:
             num_classes: K.
         """
-        searches = 3 * min(self.num_targets, num_classes - 1)
+        searches = min(self.num_targets, num_classes - 1)
         looks = num_looks(self.num_targets, num_classes)
-        forwards = searches * (self.num_steps + 1) + looks + _HALVINGS + 1 + NUM_CONFIRMATIONS
-        return forwards, searches * self.num_steps + looks
+        forwards, backwards = (searches * passes + looks for passes in self._passes)
+        return forwards + _HALVINGS + 1 + NUM_CONFIRMATIONS, backwards
+
+    @property
+    def _passes(self):
+        """Forwards and backwards of the search for one target: a walk's step has two forwards."""
+        return 5 * self.num_steps + 3, 3 * self.num_steps
 
     def _search(self, active):
         rows, given = active.rows, active.examples
         functions = (active.logits_fn, exact_gradient_fn(*active.functions))
         image, numbers = batch_spec(given.images.shape[1:]), batch_spec((), tf.int64)
         scalar = tf.TensorSpec((), tf.int64)
-        signature = (image, numbers, numbers, numbers, image, batch_spec(()), scalar, scalar)
-        approach = compiled(self, "_approach", functions, signature)
+        state = (image, numbers, numbers, numbers, image, batch_spec(()))
+        # One trace for any number of steps and targets.
+        alike = dataclasses.replace(self, num_steps=1, num_targets=1)
+        approach = compiled(alike, "_approach", functions, (*state, scalar, scalar, scalar))
         passes = 1 + (functions[0] is not functions[1])
         closest, distance = given.images[rows], np.full(len(rows), np.inf, np.float32)
-        for name, targets in nearest_targets(active, self.threat, self.num_targets):
-            state = take((given.images, given.labels, targets, given.indices), rows)
-            found = approach(*state, closest, distance, given.stream(self, name), given.restart)
+        for name, targets in search_targets(active, self.threat, self.num_targets):
+            taken = take((given.images, given.labels, targets, given.indices), rows)
+            draw = (given.stream(self, name), given.restart)
+            found = approach(*taken, closest, distance, *draw, self.num_steps)
             closest, distance = (tensor.numpy() for tensor in found)
-            forwards, backwards = 3 * (self.num_steps + 1) * passes, 3 * self.num_steps
+            forwards, backwards = self._passes
+            # Directions from another network: one more forward at each of the points seen.
+            forwards += 3 * self.num_steps * (passes - 1)
             active.count(len(rows), forwards=forwards, backwards=backwards)
-        back = compiled(self, "_go_back", functions[:1], (image, numbers, image))
+        back = compiled(alike, "_go_back", functions[:1], (image, numbers, image))
         closest = back(given.images[rows], given.labels[rows], closest).numpy()
         active.count(len(rows), forwards=_HALVINGS)
         active.adversarial[rows] = closest
@@ -116,6 +125,7 @@ class MinimumNorm(ClosestAttack):
         distance,
         stream,
         restart,
+        num_steps,
     ):
         """The closest images that fool, and their distances, after the search for one target."""
         draw = {"indices": indices, "restart": restart}
@@ -128,17 +138,19 @@ class MinimumNorm(ClosestAttack):
         def judged(points, closest, distance):
             fooled = is_fooled(call_logits(logits_fn, points), labels)
             length = self.threat.distance(points, images)
-            return keep_closer(closest, distance, points, length, fooled)
+            return *keep_closer(closest, distance, points, length, fooled), fooled
 
         def walk(start, closest, distance):
-            current, *found = self._walk(see, images, start, closest, distance)
-            return judged(current, *found)
+            current, *found = self._walk(see, judged, images, start, closest, distance, num_steps)
+            return judged(current, *found)[:2]
 
         start = start_of(self.threat, images, stream=stream, **draw)
         closest, distance = walk(start, closest, distance)
         # `start_of` and `uniform_in_ball` draw from three streams.
-        current, *found = self._try_balls(see, images, distance, stream=stream + 1, **draw)
-        other, reached = judged(current, *found)
+        current, *found = self._try_balls(
+            see, images, distance, num_steps, stream=stream + 1, **draw
+        )
+        other, reached, _ = judged(current, *found)
         is_found = per_image(tf.math.is_finite(reached))
         other, reached = walk(tf.where(is_found, other, closest), other, reached)
         return keep_closer(closest, distance, other, reached, True)
@@ -160,14 +172,13 @@ class MinimumNorm(ClosestAttack):
             per_image(share < 1), images + per_image(share) * (closest - images), closest
         )
 
-    def _walk(self, see, images, start, closest, distance):
+    def _walk(self, see, judged, images, start, closest, distance, num_steps):
         """FAB's steps: the last point, the closest that fooled before it, and their distances."""
         threat = self.threat
 
         def body(step, current, closest, distance):
             seen = see(current)
             closest, distance = keep_closer(closest, distance, current, seen.length, seen.fooled)
-            kept = tf.where(per_image(seen.fooled), images + _BETA * (current - images), current)
 
             def projected(points):
                 """Beyond the linearised boundary, and how far that is."""
@@ -182,20 +193,24 @@ class MinimumNorm(ClosestAttack):
                 move = tf.reshape(move, tf.shape(points))
                 return points + _ETA * move, threat.distance(move, tf.zeros_like(move))
 
-            (ahead, length), (nearest, least) = projected(kept), projected(images)
+            (ahead, length), (nearest, least) = projected(current), projected(images)
             alpha = tf.minimum(tf.math.divide_no_nan(length, length + least), _ALPHA)
-            current = ahead + per_image(alpha) * (nearest - ahead)
-            current = tf.clip_by_value(current, threat.lower, threat.upper)
-            return step + 1, current, closest, distance
+            moved = ahead + per_image(alpha) * (nearest - ahead)
+            moved = tf.clip_by_value(moved, threat.lower, threat.upper)
+            closest, distance, fooled = judged(moved, closest, distance)
+            # The next gradient is that of the point on the way back: beyond the boundary, where
+            # one pass could do both, a walk ends farther from the image.
+            back = tf.where(per_image(fooled), images + _BETA * (moved - images), moved)
+            return step + 1, back, closest, distance
 
         _, *found = tf.while_loop(
-            lambda step, *_: step < self.num_steps,
+            lambda step, *_: step < num_steps,
             body,
-            (tf.constant(0), start, closest, distance),
+            (tf.constant(0, tf.int64), start, closest, distance),
         )
         return found
 
-    def _try_balls(self, see, images, distance, *, stream, **draw):
+    def _try_balls(self, see, images, distance, num_steps, *, stream, **draw):
         """PGD in balls: the last point, the closest that fooled before it, and their distances."""
         threat, limit = self.threat, farthest(self.threat, images)
         radius = tf.where(tf.math.is_finite(distance), distance, threat.epsilon)
@@ -229,7 +244,7 @@ class MinimumNorm(ClosestAttack):
         tries = tf.zeros_like(distance, tf.int32)
         state = (start, radius, nothing + _SHRINK, tries, images, nothing + np.inf)
         _, current, _, _, _, closest, distance = tf.while_loop(
-            lambda step, *_: step < self.num_steps,
+            lambda step, *_: step < num_steps,
             body,
             (tf.constant(0, tf.int64), *state),
         )
