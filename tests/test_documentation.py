@@ -75,11 +75,11 @@ def python_examples(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(6))]
+    ("page", "number"), [("README.md", 0), *(("docs/python.md", number) for number in range(7))]
 )
 def test_the_python_examples_run(page, number, tmp_path, monkeypatch):
     examples = python_examples((ROOT / page).read_text())
-    assert len(examples) == (1 if page == "README.md" else 6)
+    assert len(examples) == (1 if page == "README.md" else 7)
     monkeypatch.chdir(tmp_path)
     network = keras.Sequential(
         [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(4)]
@@ -87,7 +87,9 @@ def test_the_python_examples_run(page, number, tmp_path, monkeypatch):
     images = np.random.default_rng(0).random((6, 8, 8, 1)).astype(np.float32)
     names = {"network": network, "images": images, "labels": network(images).numpy().argmax(1)}
     exec(compile(examples[number], page, "exec"), names)
-    if "model" in names:
+    if "distance" in names:
+        assert names["distance"].shape == (6,)
+    elif "model" in names:
         assert (tmp_path / "squeezed.keras").is_file() == ("save(" in examples[number])
     else:
         assert len(getattr(names["found"], "robust", images)) == len(images)
