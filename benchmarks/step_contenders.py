@@ -18,7 +18,7 @@ def step_ours(problem: Problem) -> Callable[[], Outcome]:
 
 def parts_of_step(problem: Problem) -> Callable[[], Outcome]:
     """The forwards and backwards of that step, each alone: no random numbers, no projection, no
-    pair term.
+    pair term. Where the adversary learns, the update's backward goes on to the images.
     """
     import keras
     import tensorflow as tf
@@ -37,13 +37,19 @@ def parts_of_step(problem: Problem) -> Callable[[], Outcome]:
     optimizer = TF1Adam(_LEARNING_RATE)
     optimizer.build(network.trainable_variables)
 
-    def weights_gradient(images, labels):
+    num_weights = len(network.trainable_variables)
+
+    def weights_gradient(images, labels, and_of_images=False):
         with tf.GradientTape() as tape:
+            tape.watch(images)
             total = Objective()(network(images, training=True), labels).total
-        return tape.gradient(total, [variable.value for variable in network.trainable_variables])
+        wanted = [variable.value for variable in network.trainable_variables]
+        return tape.gradient(total, [*wanted, images] if and_of_images else wanted)
 
     def update(images, labels):
-        optimizer.apply(weights_gradient(images, labels), network.trainable_variables)
+        gradients = weights_gradient(images, labels, settings.training_adversary.learns)
+        optimizer.apply(gradients[:num_weights], network.trainable_variables)
+        return gradients[num_weights:]
 
     def image_gradient(images, labels):
         def loss(logits):
