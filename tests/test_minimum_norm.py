@@ -137,13 +137,31 @@ def test_finds_its_way_where_the_image_itself_has_no_gradient(attack):
 def test_more_targets_only_come_closer(attack):
     images, labels = curved_examples(20)
     few, many = short(attack, num_targets=1), short(attack, num_targets=4)
-    one, all_four = (attack.closest(curved, images, labels, seed=0) for attack in (few, many))
+    one, all_four = (each.closest(curved, images, labels, seed=0) for each in (few, many))
     assert np.all(all_four.distance <= 1.02 * one.distance)
     # Where there is nothing to leave out, nobody looks which target is nearest.
-    passes = [20 * attack.cost(num_classes=5)[1] for attack in (few, many)]
+    passes = [20 * each.cost(num_classes=5)[1] for each in (few, many)]
     assert [one.backwards, all_four.backwards] == passes
-    assert passes[1] < 4 * passes[0]
-    assert all_four.distance.sum() < 1.001 * one.distance.sum()
+    assert passes[1] == 4 * (passes[0] - 20 * 4)
+
+
+@each_attack
+def test_further_targets_find_what_the_nearest_linearised_boundary_hides(attack):
+    def model(images):
+        """Class 1 seems nearer than class 2 and is never reached."""
+        upper, lower = (
+            tf.reduce_mean(part, axis=(1, 2, 3)) for part in tf.split(images, 2, axis=1)
+        )
+        steep = 0.5 * tf.tanh(10 * (upper - 0.5)) - 1.0
+        return tf.stack([0.0 * steep, steep, 4.0 * (lower - 0.5) - 1.0], axis=1)
+
+    images = np.full((3, *SHAPE), 0.5, np.float32)
+    few, many = short(attack, 40, num_targets=1), short(attack, 40, num_targets=2)
+    one, both = (each.closest(model, images, np.zeros(3, int), seed=0) for each in (few, many))
+    # The mean of 18 values has to rise by 0.25.
+    exact = {"linf": 0.25, "l2": 0.25 * 18**0.5}[attack.threat.norm]
+    np.testing.assert_allclose(both.distance, exact, rtol=0.02)
+    assert both.distance.sum() < one.distance.sum()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

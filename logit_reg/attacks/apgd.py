@@ -11,7 +11,13 @@ import tensorflow as tf
 from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
 from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
-from logit_reg.attacks.engine.losses import attack_loss, is_fooled, label_mask, margin
+from logit_reg.attacks.engine.losses import (
+    attack_loss,
+    is_fooled,
+    label_mask,
+    margin,
+    target_difference,
+)
 from logit_reg.attacks.engine.low_precision import is_screened, judged_logits, num_forwards
 from logit_reg.attacks.engine.random_numbers import example_noise, random_direction
 from logit_reg.attacks.engine.repeated_passes import RepeatedPasses, with_repeats
@@ -577,7 +583,7 @@ def _rank_loss(loss, logits, labels, targets):
         top = tf.math.top_k(logits, 3).values
         return -margin(logits, labels) / (top[:, 0] - top[:, 2] + _TINY)
     top = tf.math.top_k(logits, 4).values
-    difference = tf.gather(logits, targets, batch_dims=1) - tf.gather(logits, labels, batch_dims=1)
+    difference = target_difference(logits, labels, targets)
     return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _TINY)
 
 

@@ -10,16 +10,14 @@ from logit_reg.attacks.engine.active_set import ActiveSetAttack, take
 from logit_reg.attacks.engine.closest import outermost
 from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient, usable_gradient
-from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
-from logit_reg.attacks.engine.losses import is_fooled
-from logit_reg.attacks.engine.low_precision import exact_gradient_fn
+from logit_reg.attacks.engine.hyperplane import boundary_step, move_to_hyperplane
+from logit_reg.attacks.engine.losses import is_fooled, target_difference
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn, num_forwards
 from logit_reg.attacks.engine.random_numbers import random_direction
 from logit_reg.threat import ThreatModel
 
 # How many steps pass before images that are fooled are taken out.
 _STEPS_PER_CHUNK = 20
-# Share of the pixel range below which a projection counts as this long.
-_SHORTEST = 1e-8
 
 
 class _FastBoundary(ActiveSetAttack):
@@ -193,7 +191,7 @@ class _BoundarySearch:
         current = images
         if given.restart:
             current = start(images, indices, stream, given.restart).numpy()
-        passes = 2 + (functions[0] is not functions[1])
+        passes = 1 + num_forwards(*functions)
         num_gradients = 1 if self.num_classes is None else self.num_classes - 1
         chunk = _STEPS_PER_CHUNK if early_stop else self.num_steps
         for begin in range(0, self.num_steps, chunk):
@@ -235,22 +233,20 @@ class _BoundarySearch:
         distance,
         num_steps,
     ):
-        shortest = _SHORTEST * (self.threat.upper - self.threat.lower)
 
         def body(step, current, closest, distance):
             value, normal = self._hyperplane(
                 logits_fn, gradient_logits_fn, current, labels, targets
             )
-            move, length = self._move(current, normal, value)
-            image_value = value + tf.reduce_sum(normal * (images - current), axis=(1, 2, 3))
-            image_move, image_length = self._move(images, normal, image_value)
-            length = tf.maximum(length, shortest)
-            image_length = tf.maximum(image_length, shortest)
-            alpha = tf.minimum(length / (length + image_length), self.alpha_max)
-            alpha = tf.reshape(alpha, (-1, 1, 1, 1))
-            current = (current + self.eta * move) * (1 - alpha)
-            current = self._clip(current + (images + self.eta * image_move) * alpha)
-
+            current = boundary_step(
+                self.threat,
+                current,
+                images,
+                value,
+                normal,
+                alpha_max=self.alpha_max,
+                eta=self.eta,
+            )
             fooled = is_fooled(call_logits(logits_fn, current), labels)
             reached = self.threat.distance(current, images)
             closer = tf.logical_and(fooled, reached < distance)
@@ -267,15 +263,6 @@ class _BoundarySearch:
         )
         return current, closest, distance
 
-    def _move(self, points, normal, value):
-        """The move to the hyperplane (N, H, W, C) and its length (N,)."""
-        flat = (tf.shape(points)[0], -1)
-        move = project_on_hyperplane(
-            tf.reshape(points, flat), tf.reshape(normal, flat), value, self.threat
-        )
-        move = tf.reshape(move, tf.shape(points))
-        return move, self.threat.distance(move, tf.zeros_like(move))
-
     def _clip(self, points):
         return tf.clip_by_value(points, self.threat.lower, self.threat.upper)
 
@@ -288,8 +275,7 @@ class _BoundarySearch:
         if self.num_classes is None:
 
             def ahead(logits):
-                wrong, true = (tf.gather(logits, i, batch_dims=1) for i in (targets, labels))
-                return wrong - true
+                return target_difference(logits, labels, targets)
 
             logits, normal = logits_and_gradient(gradient_logits_fn, points, ahead)
             return _finite(tf.cast(ahead(judged(logits)), points.dtype)), normal
@@ -313,7 +299,7 @@ class _BoundarySearch:
         def body(wrong, nearest, value, normal):
             gradient = gradient_towards(wrong)
             difference = _finite(tf.cast(deciding[:, wrong] - true_logit, points.dtype))
-            move, length = self._move(points, gradient, difference)
+            move, length = move_to_hyperplane(points, gradient, difference, self.threat)
             # 1 where the boundary is within the pixel range; else how far it is out of reach.
             missed = tf.abs(difference / tf.reduce_sum(gradient * move, axis=(1, 2, 3)))
             away = tf.where(tf.equal(labels, wrong), np.inf, length * missed)

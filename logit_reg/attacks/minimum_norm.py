@@ -20,9 +20,9 @@ from logit_reg.attacks.engine.closest import (
     towards,
 )
 from logit_reg.attacks.engine.forward import batch_spec, call_logits, compiled
-from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
+from logit_reg.attacks.engine.hyperplane import boundary_step
 from logit_reg.attacks.engine.losses import is_fooled
-from logit_reg.attacks.engine.low_precision import exact_gradient_fn
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn, num_forwards
 from logit_reg.attacks.engine.random_numbers import uniform_in_ball
 from logit_reg.threat import ThreatModel
 
@@ -97,7 +97,7 @@ class MinimumNorm(ClosestAttack):
         # One trace for any number of steps and targets.
         alike = dataclasses.replace(self, num_steps=1, num_targets=1)
         approach = compiled(alike, "_approach", functions, (*state, scalar, scalar, scalar))
-        passes = 1 + (functions[0] is not functions[1])
+        passes = num_forwards(*functions)
         closest, distance = given.images[rows], np.full(len(rows), np.inf, np.float32)
         for name, targets in search_targets(active, self.threat, self.num_targets):
             taken = take((given.images, given.labels, targets, given.indices), rows)
@@ -179,24 +179,9 @@ class MinimumNorm(ClosestAttack):
         def body(step, current, closest, distance):
             seen = see(current)
             closest, distance = keep_closer(closest, distance, current, seen.length, seen.fooled)
-
-            def projected(points):
-                """Beyond the linearised boundary, and how far that is."""
-                rise = tf.reduce_sum(seen.gradient * (points - current), axis=(1, 2, 3))
-                flat = (tf.shape(points)[0], -1)
-                move = project_on_hyperplane(
-                    tf.reshape(points, flat),
-                    tf.reshape(seen.gradient, flat),
-                    seen.loss + rise,
-                    threat,
-                )
-                move = tf.reshape(move, tf.shape(points))
-                return points + _ETA * move, threat.distance(move, tf.zeros_like(move))
-
-            (ahead, length), (nearest, least) = projected(current), projected(images)
-            alpha = tf.minimum(tf.math.divide_no_nan(length, length + least), _ALPHA)
-            moved = ahead + per_image(alpha) * (nearest - ahead)
-            moved = tf.clip_by_value(moved, threat.lower, threat.upper)
+            moved = boundary_step(
+                threat, current, images, seen.loss, seen.gradient, alpha_max=_ALPHA, eta=_ETA
+            )
             closest, distance, fooled = judged(moved, closest, distance)
             # The next gradient is that of the point on the way back: beyond the boundary, where
             # one pass could do both, a walk ends farther from the image.

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-import tensorflow as tf
-
 from logit_reg.attacks.engine.gradient_loop import ActiveGradientAttack, check_steps
+from logit_reg.attacks.engine.losses import target_difference
 from logit_reg.threat import ThreatModel
 
 
@@ -54,5 +53,4 @@ class MultiTargeted(ActiveGradientAttack):
     def step_loss(self, step, logits, labels, loss_inputs):
         """See `GradientAttack.step_loss`; the further inputs are the target classes."""
         del step
-        target_logit = tf.gather(logits, loss_inputs, batch_dims=1)
-        return target_logit - tf.gather(logits, labels, batch_dims=1)
+        return target_difference(logits, labels, loss_inputs)

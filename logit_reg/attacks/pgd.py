@@ -90,4 +90,5 @@ class PGD(GradientAttack):
 
     def unit(self):
         """See `GradientAttack.unit`; where to start and when to stop are the loop's to decide."""
-        return dataclasses.replace(super().unit(), random_start=True, early_stop=False)
+        unit, *scales = super().unit()
+        return dataclasses.replace(unit, random_start=True, early_stop=False), *scales

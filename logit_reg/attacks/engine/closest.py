@@ -11,8 +11,8 @@ from logit_reg.attacks.engine.active_set import ActiveExamples, take
 from logit_reg.attacks.engine.attack import AttackResult, ImageAttack
 from logit_reg.attacks.engine.forward import Classifier, batch_spec, call_logits, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
-from logit_reg.attacks.engine.losses import is_fooled, margin
-from logit_reg.attacks.engine.low_precision import exact_gradient_fn
+from logit_reg.attacks.engine.losses import is_fooled, margin, target_difference
+from logit_reg.attacks.engine.low_precision import exact_gradient_fn, num_forwards
 from logit_reg.attacks.engine.random_numbers import random_direction
 from logit_reg.attacks.engine.repeated_passes import RepeatedPasses
 from logit_reg.attacks.engine.target_distances import MOST_CANDIDATES, class_distances
@@ -174,12 +174,7 @@ def keep_closer(closest, distance, points, length, fooled):
 
 def towards(labels, targets):
     """The loss of a search for a class: its logit minus the true one."""
-
-    def loss(logits):
-        wrong, true = (tf.gather(logits, x, batch_dims=1) for x in (targets, labels))
-        return wrong - true
-
-    return loss
+    return lambda logits: target_difference(logits, labels, targets)
 
 
 def search_targets(active, threat, num_targets: int):
@@ -316,7 +311,7 @@ class RadiusSearch(ClosestAttack):
         num_targets = None if self.num_targets is None else 1
         alike = dataclasses.replace(self, num_steps=1, num_targets=num_targets)
         follow = compiled(alike, "_follow", functions, signature)
-        passes = 1 + (functions[0] is not functions[1])
+        passes = num_forwards(*functions)
         searches = [("", given.labels)]
         if self.num_targets is not None:
             searches = search_targets(active, self.threat, self.num_targets)

@@ -59,16 +59,18 @@ class GradientAttack(ImageAttack):
         """Length of a step in the threat model's norm, pixel units: () float."""
         raise NotImplementedError
 
-    def unit(self):
-        """The same attack with epsilon, length and number of steps 1, where they are all the same.
+    def unit(self) -> tuple[Any, float, float]:
+        """What a trace is made of: an attack, and what scales its epsilon and its steps' length.
 
-        It is what a trace is made of, so that one serves for any of these three numbers.
+        Where all steps are the same, epsilon, length and number of steps are 1, so that one trace
+        serves for any of them; else it is this attack as it is.
         """
         if not self.same_steps:
-            return self
+            return self, 1.0, 1.0
         threat = dataclasses.replace(self.threat, epsilon=1.0)
         # Dataclasses with these fields, all that have the same steps.
-        return dataclasses.replace(self, threat=threat, num_steps=1, step_size=1.0)  # type: ignore
+        unit = dataclasses.replace(self, threat=threat, num_steps=1, step_size=1.0)  # type: ignore
+        return unit, self.threat.epsilon, self.step_length(0)
 
 
 class ActiveGradientAttack(GradientAttack, ActiveSetAttack):
@@ -146,14 +148,13 @@ class GradientLoop:
         Returns:
             An `AttackResult` for the N images.
         """
-        images, attack = examples.images, self.attack
+        images = examples.images
         image, flags = batch_spec(images.shape[1:]), batch_spec((), tf.bool)
         whole, number = tf.TensorSpec((), tf.int64), tf.TensorSpec(())
         loss_input = batch_spec(loss_inputs.shape[1:], loss_inputs.dtype)
         scalars = (whole, whole, tf.TensorSpec((), tf.bool), number, number)
         signature = (image, batch_spec((), tf.int64), loss_input, image, image, flags, *scalars)
-        steps_fn = _Steps(attack.unit())
-        scales = (attack.threat.epsilon, attack.step_length(0)) if attack.same_steps else (1.0, 1.0)
+        unit, *scales = self.attack.unit()
 
         functions = examples.functions(logits_fn)
         passes = num_forwards(*functions)
@@ -164,7 +165,7 @@ class GradientLoop:
         chunk = _STEPS_PER_CHUNK if stops or active.is_repeated else self.num_steps
         for begin, end, pair in self._chunks(chunk, *functions):
             is_last = end == self.num_steps
-            advance = compiled(steps_fn, "advance", pair, signature)
+            advance = compiled(_Steps(unit), "advance", pair, signature)
             awake = repeats.awake(rows, begin)
             if stops and self.attack.same_steps and not is_screened(pair[1]):
                 awake = repeats.look(advance, awake, current[awake], begin, self.num_steps)

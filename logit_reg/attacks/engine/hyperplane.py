@@ -1,4 +1,4 @@
-"""The shortest way to a linearised boundary within the pixel range."""
+"""The shortest way to a linearised boundary within the pixel range, and steps along it."""
 
 import tensorflow as tf
 
@@ -6,6 +6,8 @@ from logit_reg.threat import ThreatModel
 
 # Rounds of the exact line search; a handful is the rule, and each can only go further.
 _MAX_ROUNDS = 60
+# Share of the pixel range below which a projection counts as this long.
+_SHORTEST = 1e-8
 
 
 def project_on_hyperplane(points, normal, value, threat: ThreatModel):
@@ -60,6 +62,45 @@ def project_on_hyperplane(points, normal, value, threat: ThreatModel):
         (length, tf.ones_like(length, tf.bool), 0),
     )
     return direction * tf.minimum(length * slope, room)
+
+
+def move_to_hyperplane(points, normal, value, threat: ThreatModel):
+    """`project_on_hyperplane` of images: the move (N, H, W, C) and its length (N,)."""
+    flat = (tf.shape(points)[0], -1)
+    move = project_on_hyperplane(tf.reshape(points, flat), tf.reshape(normal, flat), value, threat)
+    move = tf.reshape(move, tf.shape(points))
+    return move, threat.distance(move, tf.zeros_like(move))
+
+
+def boundary_step(threat: ThreatModel, current, images, value, normal, *, alpha_max, eta):
+    """A step across the linearised boundary, drawn towards the image's own projection on it.
+
+    Args:
+        threat: its norm is minimised, its bounds are kept.
+        current: (N, H, W, C) float32 points, pixel units.
+        images: (N, H, W, C) float32.
+        value: (N,) float32 what is 0 on the boundary, at `current`.
+        normal: (N, H, W, C) float32 its gradient there.
+        alpha_max: largest weight of the image's projection.
+        eta: how far a projection goes, 1 being onto the boundary.
+
+    Returns:
+        (N, H, W, C) float32 within the pixel range.
+
+    Source:
+        Croce and Hein 2020, arXiv:1907.02044, Eq. 9 and 10.
+    """
+    shortest = _SHORTEST * (threat.upper - threat.lower)
+    move, length = move_to_hyperplane(current, normal, value, threat)
+    image_value = value + tf.reduce_sum(normal * (images - current), axis=(1, 2, 3))
+    image_move, image_length = move_to_hyperplane(images, normal, image_value, threat)
+    length = tf.maximum(length, shortest)
+    image_length = tf.maximum(image_length, shortest)
+    alpha = tf.minimum(length / (length + image_length), alpha_max)
+    alpha = tf.reshape(alpha, (-1, 1, 1, 1))
+
+    moved = (current + eta * move) * (1 - alpha) + (images + eta * image_move) * alpha
+    return tf.clip_by_value(moved, threat.lower, threat.upper)
 
 
 def _moves_in_turn(weight, room, gap):

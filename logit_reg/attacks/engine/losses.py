@@ -36,6 +36,21 @@ def margin(logits, labels):
     return tf.where(is_finite(logits), true_logit - other, -np.inf)
 
 
+def target_difference(logits, labels, targets):
+    """The logit of a target class minus that of the true one.
+
+    Args:
+        logits: (N, K) float.
+        labels: (N,) int true classes.
+        targets: (N,) int.
+
+    Returns:
+        (N,) float.
+    """
+    wrong, true = (tf.gather(logits, classes, batch_dims=1) for classes in (targets, labels))
+    return wrong - true
+
+
 def margin_terms(logits, labels):
     """True logit and largest other logit.
 

@@ -8,7 +8,8 @@ import tensorflow as tf
 from logit_reg.attacks.engine.active_set import ActiveExamples
 from logit_reg.attacks.engine.forward import batch_spec, compiled
 from logit_reg.attacks.engine.gradients import logits_and_gradient
-from logit_reg.attacks.engine.hyperplane import project_on_hyperplane
+from logit_reg.attacks.engine.hyperplane import move_to_hyperplane
+from logit_reg.attacks.engine.losses import target_difference
 from logit_reg.attacks.engine.low_precision import exact_gradient_fn
 from logit_reg.threat import ThreatModel
 
@@ -66,8 +67,7 @@ class _Look:
 
         def distance(targets):
             def rise(logits):
-                target_logit = tf.gather(logits, targets, batch_dims=1)
-                return target_logit - tf.gather(logits, labels, batch_dims=1)
+                return target_difference(logits, labels, targets)
 
             logits, gradient = logits_and_gradient(logits_fn, images, rise)
             gap = tf.cast(-rise(logits), images.dtype)
@@ -81,9 +81,6 @@ class _Look:
 
     def _projected(self, images, gradient, gap):
         """(N,) distances within the pixel range; infinite where it ends before the boundary."""
-        points, normal = (tf.reshape(x, (tf.shape(x)[0], -1)) for x in (images, gradient))
-        move = project_on_hyperplane(points, normal, -gap, self.threat)
-        gained = tf.reduce_sum(normal * move, axis=1)
-        move = tf.reshape(move, tf.shape(images))
-        length = self.threat.distance(move, tf.zeros_like(move))
+        move, length = move_to_hyperplane(images, gradient, -gap, self.threat)
+        gained = tf.reduce_sum(gradient * move, axis=(1, 2, 3))
         return tf.where(gained >= (1 - _ROUNDING) * gap, length, np.inf)
